@@ -1,0 +1,49 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// delta_weight(l...) = sum of s * lora_B * lora_A          (out_features x in_features)
+//
+// What merging adds to a weight, as a matrix of its own: for looking at, comparing, or a caller's own use; merge and
+// forward never form it.
+//   result   Eigen::Matrix in accumulator_t of the factors (float, or double if any factor is double), column-major
+//   exact    no. Each element is one chain of R = sum of ranks multiply-adds from zero, with s folded into lora_B (one
+//            rounding): |result - exact| <= gamma_{R+2} * sum |s| |lora_B| |lora_A|, u of the accumulator; see
+//            docs/numerics.md. merge(W, l...) rounds exactly these values added to W.
+//   cost     2 * R * out * in FLOPs; writes the result once.
+//   throws   shape_error when the adapters' shapes differ, value_error for a scaling that is not finite or no adapter.
+// As PEFT's get_delta_weight (huggingface/peft, tuners/lora/layer.py), which multiplies by s after the product.
+#pragma once
+
+#include <Eigen/Core>
+
+#include "lora/detail/update.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI {
+
+template <class... L>
+  requires(detail::adapters<L> && ...) && (sizeof...(L) > 0)
+auto delta_weight(const L&... l) {
+  using acc = accumulator_t<L...>;
+  const auto each = detail::each_of(l...);
+  index_t out_features = -1, in_features = -1;
+  each([&](const auto& one) {
+    if (out_features >= 0) return;
+    const auto& lora_A = one.lora_A();
+    const auto& lora_B = one.lora_B();
+    out_features = as_matrix(lora_B).rows();
+    in_features = as_matrix(lora_A).cols();
+  });
+  if (out_features < 0) detail::raise_value("delta_weight", "no adapter is given, so the shape is not known");
+  const detail::rank_update<acc, storage_order::col_major> update("delta_weight", each, out_features, in_features, 1.0);
+  Eigen::Matrix<acc, Eigen::Dynamic, Eigen::Dynamic, Eigen::ColMajor> result(out_features, in_features);
+  if (update.rank() == 0) {
+    result.setZero();
+    return result;
+  }
+  // Column-major: the update runs on the transpose, whose rows are the columns of the result.
+  update.run([&](detail::tally&, index_t col, index_t row, index_t count, const acc* delta) {
+    std::copy_n(delta, count, result.data() + col * out_features + row);
+  });
+  return result;
+}
+
+}  // namespace lora::inline LORA_DETAIL_ABI

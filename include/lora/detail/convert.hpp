@@ -1,0 +1,72 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Between what is stored and what is computed: widening is exact, narrowing rounds once. One pair of functions for every
+// scalar of the library, so that Eigen's 16-bit types get our conversions and no kernel knows a format.
+#pragma once
+
+#include <Eigen/Core>
+#include <bit>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+
+#include "lora/float16.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI::detail {
+
+/// Our storage type for a scalar: itself, or the twin of an Eigen type.
+template <class T>
+struct storage {
+  using type = T;
+};
+template <>
+struct storage<Eigen::half> {
+  using type = float16;
+};
+template <>
+struct storage<Eigen::bfloat16> {
+  using type = bfloat16;
+};
+template <class T>
+using storage_t = typename storage<T>::type;
+
+/// Exact: Acc is float or double and at least as wide as T.
+template <class Acc, class T>
+Acc widen(const T& value) {
+  if constexpr (std::is_same_v<storage_t<T>, T>) {
+    return static_cast<Acc>(value);
+  } else {
+    return static_cast<Acc>(storage_t<T>::from_bits(std::bit_cast<std::uint16_t>(value)));
+  }
+}
+
+/// One rounding, to nearest even.
+template <class T, class Acc>
+T narrow(Acc value) {
+  if constexpr (std::is_same_v<storage_t<T>, T>) {
+    return static_cast<T>(value);
+  } else {
+    return std::bit_cast<T>(storage_t<T>(value).bits);
+  }
+}
+
+/// Neither infinite nor NaN, told by the bits: std::isfinite is folded away under -ffast-math.
+template <class T>
+bool is_finite(const T& value) {
+  if constexpr (std::is_same_v<T, double>) {
+    return (std::bit_cast<std::uint64_t>(value) & 0x7ff0'0000'0000'0000ull) != 0x7ff0'0000'0000'0000ull;
+  } else if constexpr (std::is_same_v<T, float>) {
+    return (std::bit_cast<std::uint32_t>(value) & 0x7f80'0000u) != 0x7f80'0000u;
+  } else {
+    constexpr auto infinity = std::numeric_limits<storage_t<T>>::infinity().bits;
+    return (std::bit_cast<std::uint16_t>(value) & infinity) != infinity;
+  }
+}
+
+/// Whether every From is a To: the same format, or a wider one.
+template <class To, class From>
+inline constexpr bool holds_exactly =
+    std::is_same_v<storage_t<To>, storage_t<From>> || std::is_same_v<To, double> ||
+    (std::is_same_v<To, float> && !std::is_same_v<From, double>);
+
+}  // namespace lora::inline LORA_DETAIL_ABI::detail

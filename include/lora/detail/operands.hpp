@@ -1,0 +1,141 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// From what a caller passes to what the kernels take: views of the matrices, a walk over the adapters, and the checks that
+// every verb shares.
+#pragma once
+
+#include <string>
+#include <type_traits>
+
+#include "lora/concepts.hpp"
+#include "lora/detail/convert.hpp"
+#include "lora/detail/overlap.hpp"
+#include "lora/error.hpp"
+#include "lora/matrix_view.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI::detail {
+
+/// An argument list of adapters and ranges of adapters.
+template <class L>
+concept adapters = low_rank<L> || low_rank_range<L>;
+
+/// visit(l) for one adapter, or for each of a range.
+template <class Visit, adapters L>
+void visit_adapters(const Visit& visit, const L& l) {
+  if constexpr (low_rank<L>) {
+    visit(l);
+  } else {
+    for (const auto& each : l) visit(each);
+  }
+}
+
+/// A callable that visits every adapter of an argument list, in order. It refers to the arguments.
+template <adapters... L>
+auto each_of(const L&... l) {
+  return [&l...](const auto& visit) { (visit_adapters(visit, l), ...); };
+}
+
+/// The view of a matrix that is written. Refusals are sentences at compile time: a failed concept would hide them.
+template <class M>
+auto output_view(M& m) {
+  if constexpr (eigen_matrix<M>) {
+    static_assert(eigen_direct<M>,
+                  "lora: the matrix to write is an arithmetic expression, which has no memory: name a matrix");
+    static_assert(eigen_writable<M>, "lora: the matrix to write is read-only (const, or a view of const data)");
+    static_assert(eigen_strided<M>,
+                  "lora: the matrix to write has an inner stride other than 1: its elements along a row (row-major) or "
+                  "column (column-major) must be adjacent");
+    return eigen_view(m);
+  } else if constexpr (scalar_range<M>) {
+    using value = std::remove_pointer_t<decltype(std::data(m))>;
+    static_assert(!std::is_const_v<value>, "lora: the vector to write is read-only (const, or a view of const data)");
+    return col_major(m, static_cast<index_t>(std::size(m)), 1);
+  } else {
+    const auto view = as_matrix(m);
+    static_assert(!std::is_const_v<std::remove_pointer_t<decltype(view.data())>>,
+                  "lora: the matrix to write is read-only (const, or a view of const data)");
+    return view;
+  }
+}
+
+/// Refuses an output whose result would vanish with the full expression.
+template <class M>
+constexpr void refuse_temporary() {
+  static_assert(std::is_lvalue_reference_v<M> ||
+                    !std::is_base_of_v<Eigen::PlainObjectBase<bare<M>>, bare<M>> || !eigen_matrix<M>,
+                "lora: the matrix to write is a temporary that owns its elements, so the result would be lost: give it a "
+                "name first");
+}
+
+/// What to read activations from: the argument itself, or for an Eigen expression without adjacent elements in memory (an
+/// arithmetic expression, an inner stride) its value, the size of the activations.
+template <activations X>
+decltype(auto) in_memory(const X& x) {
+  if constexpr (eigen_matrix<X>) {
+    if constexpr (eigen_strided<X>)
+      return (x);
+    else
+      return x.eval();
+  } else {
+    return (x);
+  }
+}
+
+/// in_features x tokens; a range of scalars is one token.
+template <activations X>
+auto input_view(const X& x) {
+  if constexpr (scalar_range<X>)
+    return col_major(std::data(x), static_cast<index_t>(std::size(x)), index_t{1});
+  else
+    return as_matrix(x);
+}
+
+/// Throws unless the adapter changes an out_features x in_features weight by a finite multiple.
+template <low_rank L>
+void check_adapter(const char* operation, const L& l, index_t out_features, index_t in_features) {
+  const auto& lora_A = l.lora_A();
+  const auto& lora_B = l.lora_B();
+  const auto a = as_matrix(lora_A);
+  const auto b = as_matrix(lora_B);
+  if (a.rows() != b.cols() || a.rows() != static_cast<index_t>(l.rank()))
+    raise_shape(operation, "the adapter says rank " + std::to_string(l.rank()) + " but lora_A is " +
+                               shape_text(a.rows(), a.cols()) + " and lora_B is " + shape_text(b.rows(), b.cols()));
+  if (b.rows() != out_features || a.cols() != in_features)
+    raise_shape(operation,
+                "the adapter's delta weight is " + shape_text(b.rows(), a.cols()) + " but the weight is " +
+                    shape_text(out_features, in_features) + " (out_features x in_features)" +
+                    (b.rows() == in_features && a.cols() == out_features
+                         ? "; a weight stored in_features x out_features (Conv1D, fan_in_fan_out) is passed as its transpose"
+                         : ""));
+  if (!is_finite(static_cast<double>(l.scaling()))) raise_value(operation, "the adapter's scaling is not finite");
+}
+
+/// Whether the adapter takes part: at scaling 0 its factors are not read.
+template <low_rank L>
+bool is_read(const L& l) {
+  return static_cast<double>(l.scaling()) != 0.0;
+}
+
+/// Checks every adapter and adds up the ranks of those that take part.
+template <class Each>
+index_t checked_total_rank(const char* operation, const Each& each, index_t out_features, index_t in_features) {
+  index_t total = 0;
+  each([&](const auto& l) {
+    check_adapter(operation, l, out_features, in_features);
+    if (is_read(l)) total += static_cast<index_t>(l.rank());
+  });
+  return total;
+}
+
+/// Refuses an output that shares memory with a factor.
+template <class Each, class V>
+void refuse_factor_overlap(const char* operation, const char* written, const V& output, const Each& each) {
+  each([&](const auto& l) {
+    const auto& lora_A = l.lora_A();
+    const auto& lora_B = l.lora_B();
+    refuse_overlap(operation, written, output, "lora_A", as_matrix(lora_A));
+    refuse_overlap(operation, written, output, "lora_B", as_matrix(lora_B));
+  });
+}
+
+}  // namespace lora::inline LORA_DETAIL_ABI::detail

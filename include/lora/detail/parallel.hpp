@@ -1,0 +1,63 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// One parallel region per call: OpenMP when the caller compiles with it, serial otherwise. Work is split by outputs only,
+// so the number of threads changes no bit.
+#pragma once
+
+#include <cstddef>
+
+#include "lora/concepts.hpp"
+
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+
+namespace lora::inline LORA_DETAIL_ABI::detail {
+
+/// Multiply-adds below which waking a second thread costs more than it saves (a fork and join takes about 0.5 us, an idle
+/// thread's wake-up more).
+inline constexpr double parallel_threshold = 2e5;
+
+/// The threads inside a region. Every thread runs the same code and meets the same for_each calls in the same order.
+class team {
+ public:
+  explicit team(int thread) : thread_(thread) {}
+  int thread() const { return thread_; }
+
+  /// body(k) for every k in [0, count), shared among the threads; returns when all are done.
+  template <class Body>
+  void for_each(index_t count, const Body& body) const {
+#if defined(_OPENMP)
+#pragma omp for schedule(static)
+#endif
+    for (index_t k = 0; k < count; ++k) body(k);
+  }
+
+ private:
+  int thread_;
+};
+
+/// How many threads a region for this many multiply-adds may have: scratch is allocated for each before it starts, because
+/// nothing may throw inside.
+inline int threads_for(double multiply_adds) {
+#if defined(_OPENMP)
+  return multiply_adds < parallel_threshold || omp_in_parallel() ? 1 : omp_get_max_threads();
+#else
+  static_cast<void>(multiply_adds);
+  return 1;
+#endif
+}
+
+/// region(team) on every thread. region must not throw.
+template <class Region>
+void parallel(int threads, const Region& region) {
+#if defined(_OPENMP)
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  region(team(omp_get_thread_num()));
+#else
+  static_cast<void>(threads);
+  region(team(0));
+#endif
+}
+
+}  // namespace lora::inline LORA_DETAIL_ABI::detail

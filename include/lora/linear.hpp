@@ -1,0 +1,364 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// linear<T>: a base weight with named adapters, each with a weight (strength), active or not, merged or not.
+//
+//   forward(x, y):   y := round(W * x (+ b) + sum over ACTIVE adapters of weight * s * lora_B * (lora_A * x))
+//
+// Merged or not says where an active adapter is evaluated, inside the weight or beside it; it never changes which function
+// is computed. So all states of one set of (active adapter, weight) pairs agree up to rounding, by the bound of
+// docs/numerics.md, also when one adapter is merged and another is mixed in beside it. (PEFT drops the latter:
+// huggingface/peft#3756.) A merged adapter that is deactivated leaves the weight, and returns when it is activated again.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <span>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "lora/adapter.hpp"
+#include "lora/forward.hpp"
+#include "lora/merge.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI {
+namespace detail {
+
+/// An adapter in the format it came in.
+using any_adapter = std::variant<adapter<float>, adapter<double>, adapter<float16>, adapter<bfloat16>>;
+
+/// The narrowest of our formats that holds the elements of both factors.
+template <low_rank L, class A = storage_t<factor_scalar_A<L>>, class B = storage_t<factor_scalar_B<L>>>
+using factor_format = std::conditional_t<std::is_same_v<A, B>, A, accumulator_t<A, B>>;
+
+/// scaled(w, ... adapter) taken apart: the product of the weights, and what they multiply.
+template <low_rank L>
+double weight_of(const L&) {
+  return 1.0;
+}
+template <low_rank L>
+double weight_of(const scaled_adapter<L>& l) {
+  return l.weight() * weight_of(l.adapter());
+}
+template <low_rank L>
+const L& unscaled(const L& l) {
+  return l;
+}
+template <low_rank L>
+const auto& unscaled(const scaled_adapter<L>& l) {
+  return unscaled(l.adapter());
+}
+
+}  // namespace detail
+
+/// How an adapter is attached to a linear.
+struct attachment {
+  double weight;   ///< strength; multiplies scaling
+  double scaling;  ///< the adapter's own s
+  index_t rank;
+  bool active;  ///< part of the function
+  bool merged;  ///< evaluated inside the weight while active
+};
+
+/// A weight of out_features x in_features elements T (float, double, float16, bfloat16) and its adapters, all owned.
+///
+/// Invariant: weight() is round(pristine + sum over merged and active adapters), rounded once from the pristine base with
+/// the adapters in the order of their names. So the order of calls changes no bit, nothing drifts, and with nothing merged
+/// weight() is the pristine base bit for bit, after any sequence of calls.
+///
+/// Memory, in weights: 1 while nothing is merged and 2 while something is, the pristine copy and the merged weight. Given a
+/// reload function it holds 1 in every state and 2 while a call changes what is merged. Adapters keep their own format.
+///
+/// Every call that throws has changed nothing. Const calls may run at the same time; others need the object to themselves.
+template <scalar T>
+  requires std::is_same_v<T, detail::storage_t<T>>
+class linear {
+ public:
+  /// Writes the pristine base weight, row-major, again: called when the bits are needed and no copy is kept. It must give
+  /// the bits of construction (a hash is checked) and may throw.
+  using reload_function = std::function<void(std::span<T> row_major_weight)>;
+
+  /// Copies a base: a matrix out_features x in_features, or with_bias(W, b). A scalar narrower than T is widened exactly,
+  /// a wider one refused at compile time. Without a reload function a pristine copy is kept.
+  template <class Base>
+    requires matrix_like<Base> || detail::is_biased<Base>
+  explicit linear(const Base& base, reload_function reload = nullptr) : reload_(std::move(reload)) {
+    if constexpr (detail::is_biased<Base>) {
+      copy_weight(base.weight);
+      bias_.resize(static_cast<std::size_t>(out_features_));
+      static_assert(detail::holds_exactly<bias_value, detail::element_t<decltype(base.bias)>>,
+                    "lora::linear: the bias has a wider scalar than the layer computes in: cast it first");
+      for (index_t i = 0; i < out_features_; ++i)
+        bias_[static_cast<std::size_t>(i)] = detail::widen<bias_value>(base.bias(i, 0));
+    } else {
+      copy_weight(as_matrix(base));
+    }
+    if (reload_) fingerprint_ = fingerprint(pristine_);
+  }
+
+  index_t out_features() const { return out_features_; }
+  index_t in_features() const { return in_features_; }
+  bool has_bias() const { return !bias_.empty(); }
+
+  /// The weight as it stands, with what is merged; valid until the next call that is not const.
+  matrix_view<const T, storage_order::row_major> weight() const {
+    return {is_merged_ ? merged_.data() : pristine_.data(), out_features_, in_features_};
+  }
+
+  /// Adds an adapter under a name: active, not merged, with the weight of scaled(w, l) (1 without). Copies the factors in
+  /// their format. Throws shape_error (does not fit), value_error (name empty or taken, scaling not finite).
+  template <low_rank L>
+  void attach(const std::string& name, const L& l) {
+    if (name.empty()) detail::raise_value("linear::attach", "the name is empty");
+    if (adapters_.count(name) != 0)
+      detail::raise_value("linear::attach", "an adapter named \"" + name + "\" is attached already: detach it first");
+    detail::check_adapter("linear::attach", l, out_features_, in_features_);
+    const auto& source = detail::unscaled(l);
+    using format = detail::factor_format<detail::bare<decltype(source)>>;
+    adapters_.emplace(name, slot{std::make_shared<const detail::any_adapter>(adapter<format>(source)),
+                                 detail::weight_of(l), true, false});
+  }
+
+  /// Takes an adapter out; if it is merged, out of the weight too. Throws value_error when the name is not attached.
+  void detach(const std::string& name) {
+    change([&](slots& all) {
+      find(all, name);
+      all.erase(name);
+    });
+  }
+
+  /// Sets an adapter's strength, merged or not. Throws value_error when it is not finite or the name is not attached.
+  void set_weight(const std::string& name, double weight) {
+    change([&](slots& all) {
+      slot& one = find(all, name);
+      if (!detail::is_finite(weight) || !detail::is_finite(weight * one.scaling()))
+        detail::raise_value("linear::set_weight", "the weight of \"" + name + "\", alone or times its scaling, is not finite");
+      one.weight = weight;
+    });
+  }
+
+  /// Makes an adapter part of the function, or not; its weight and whether it is merged are kept.
+  void activate(const std::string& name) { set_active(name, true); }
+  void deactivate(const std::string& name) { set_active(name, false); }
+
+  /// Moves adapters into the weight; without names, every active one. Merging what is merged changes nothing. Says how many
+  /// elements of the pristine base are finite and of the weight now are not.
+  template <class... Names>
+    requires(std::convertible_to<const Names&, std::string> && ...)
+  merge_report merge(const Names&... names) {
+    return change([&](slots& all) {
+      if constexpr (sizeof...(Names) == 0) {
+        for (auto& [name, one] : all) one.merged = one.merged || one.active;
+      } else {
+        ((find(all, names).merged = true), ...);
+      }
+    });
+  }
+
+  /// Moves adapters out of the weight; without names, all. What stays merged is rounded from the pristine base once.
+  template <class... Names>
+    requires(std::convertible_to<const Names&, std::string> && ...)
+  merge_report unmerge(const Names&... names) {
+    return change([&](slots& all) {
+      if constexpr (sizeof...(Names) == 0) {
+        for (auto& [name, one] : all) one.merged = false;
+      } else {
+        ((find(all, names).merged = false), ...);
+      }
+    });
+  }
+
+  bool contains(const std::string& name) const { return adapters_.count(name) != 0; }
+  /// Throws value_error when the name is not attached.
+  attachment at(const std::string& name) const {
+    const slot& one = find(adapters_, name);
+    const auto rank = std::visit([](const auto& l) { return l.rank(); }, *one.adapter);
+    return {one.weight, one.scaling(), rank, one.active, one.merged};
+  }
+  /// In the order in which they are merged and evaluated.
+  std::vector<std::string> names() const {
+    std::vector<std::string> result;
+    for (const auto& [name, one] : adapters_) result.push_back(name);
+    return result;
+  }
+
+  /// The function at the top of this file. x in_features x tokens, y out_features x tokens; rounding, error, cost and
+  /// exceptions as lora::forward, with W the weight as it stands and the active adapters that are not merged beside it.
+  template <class X, class Y>
+    requires activations<X> && activations<Y>
+  void forward(const X& x, Y&& y) const {
+    detail::refuse_temporary<Y>();
+    using acc = accumulator_t<T, X, Y>;
+    decltype(auto) input = detail::in_memory(x);
+    const auto from = detail::input_view(input);
+    const auto to = detail::output_view(y);
+    const auto beside = [this](const auto& visit) {
+      visit_if(adapters_, [](const slot& one) { return one.active && !one.merged; }, visit);
+    };
+    const matrix_view<const bias_value, storage_order::col_major> column(bias_.data(), has_bias() ? out_features_ : 0, 1);
+    const auto* bias = has_bias() ? &column : nullptr;
+    if (needs_double<acc>(beside))
+      detail::forward_views<double>("linear::forward", weight(), bias, from, to, beside);
+    else
+      detail::forward_views<acc>("linear::forward", weight(), bias, from, to, beside);
+  }
+
+ private:
+  using bias_value = accumulator_t<T>;
+
+  struct slot {
+    std::shared_ptr<const detail::any_adapter> adapter;
+    double weight;
+    bool active, merged;
+
+    double scaling() const {
+      return std::visit([](const auto& l) { return l.scaling(); }, *adapter);
+    }
+    bool in_weight() const { return merged && active && weight * scaling() != 0.0; }
+  };
+  using slots = std::map<std::string, slot>;
+
+  template <class W>
+  void copy_weight(const W& view) {
+    static_assert(detail::holds_exactly<T, typename W::value_type>,
+                  "lora::linear: the base weight has a wider scalar than the layer stores, which would round it silently: "
+                  "cast it first or use that scalar");
+    out_features_ = view.rows();
+    in_features_ = view.cols();
+    pristine_.resize(static_cast<std::size_t>(view.size()));
+    T* next = pristine_.data();
+    for (index_t i = 0; i < out_features_; ++i)
+      for (index_t j = 0; j < in_features_; ++j) *next++ = detail::narrow<T>(detail::widen<bias_value>(view(i, j)));
+  }
+
+  template <class Slots>
+  static auto& find(Slots& all, const std::string& name) {
+    const auto found = all.find(name);
+    if (found == all.end()) raise_unknown(all, name);
+    return found->second;
+  }
+  [[noreturn]] static void raise_unknown(const slots& all, const std::string& name) {
+    std::string attached;
+    for (const auto& [other, one] : all) attached += (attached.empty() ? "\"" : ", \"") + other + "\"";
+    detail::raise_value("linear", "no adapter named \"" + name + "\" is attached; attached: " +
+                                      (attached.empty() ? "none" : attached));
+  }
+
+  /// visit(scaled(weight, adapter)) for the adapters that a predicate selects, in the order of their names.
+  template <class Select, class Visit>
+  static void visit_if(const slots& all, const Select& select, const Visit& visit) {
+    for (const auto& entry : all) {
+      const slot& one = entry.second;
+      if (select(one))
+        std::visit([&](const auto& l) { visit(scaled_adapter<detail::bare<decltype(l)>>(one.weight, l)); }, *one.adapter);
+    }
+  }
+
+  /// Whether a double adapter takes part in an accumulation that would otherwise be float.
+  template <class Acc, class Each>
+  static bool needs_double(const Each& each) {
+    bool any = false;
+    if constexpr (!std::is_same_v<Acc, double>)
+      each([&](const auto& l) { any = any || (detail::holds_double<detail::bare<decltype(l)>> && detail::is_read(l)); });
+    return any;
+  }
+
+  void set_active(const std::string& name, bool active) {
+    change([&](slots& all) { find(all, name).active = active; });
+  }
+
+  /// Applies a change to a copy of the slots, makes the weight fit, and only then keeps the copy: nothing after the weight
+  /// is written can throw.
+  template <class Change>
+  merge_report change(const Change& apply_to) {
+    slots next = adapters_;
+    apply_to(next);
+    const merge_report report = same_weight(adapters_, next) ? report_ : rebuild(next);
+    adapters_.swap(next);
+    report_ = report;
+    return report;
+  }
+
+  static bool same_weight(const slots& before, const slots& after) {
+    const auto merged = [](const slots& all) {
+      std::vector<std::pair<const detail::any_adapter*, double>> list;
+      for (const auto& [name, one] : all)
+        if (one.in_weight()) list.emplace_back(one.adapter.get(), one.weight);
+      return list;
+    };
+    return merged(before) == merged(after);
+  }
+
+  merge_report rebuild(const slots& next) {
+    const auto inside = [&next](const auto& visit) { visit_if(next, [](const slot& one) { return one.in_weight(); }, visit); };
+    return needs_double<bias_value>(inside) ? rebuild_in<double>(inside) : rebuild_in<bias_value>(inside);
+  }
+
+  template <class Acc, class Each>
+  merge_report rebuild_in(const Each& inside) {
+    const detail::rank_update<Acc, storage_order::row_major> update("linear", inside, out_features_, in_features_, 1.0);
+    if (update.rank() == 0) {
+      if (reload_ && is_merged_) pristine_ = reloaded();
+      std::vector<T>().swap(merged_);
+      is_merged_ = false;
+      return {};
+    }
+    if (!reload_) {
+      if (!is_merged_) merged_.resize(pristine_.size());
+      return written(update, pristine_, merged_);
+    }
+    std::vector<T> fresh = is_merged_ ? reloaded() : std::vector<T>();
+    std::vector<T>& base = is_merged_ ? fresh : pristine_;
+    const merge_report report = written(update, base, base);
+    merged_.swap(base);
+    base.clear();
+    base.shrink_to_fit();
+    return report;
+  }
+
+  template <class Update>
+  merge_report written(const Update& update, const std::vector<T>& source, std::vector<T>& destination) {
+    using view = matrix_view<T, storage_order::row_major>;
+    using const_view = matrix_view<const T, storage_order::row_major>;
+    const auto seen = detail::write_sum(update, const_view(source.data(), out_features_, in_features_),
+                                        view(destination.data(), out_features_, in_features_));
+    is_merged_ = true;
+    return {seen.became_nonfinite};
+  }
+
+  /// The pristine bits again, or a value_error: other bits would be merged into silently.
+  std::vector<T> reloaded() const {
+    std::vector<T> base(static_cast<std::size_t>(out_features_ * in_features_));
+    reload_(std::span<T>(base));
+    if (fingerprint(base) != fingerprint_)
+      detail::raise_value("linear", "the reload function gave other bits than the weight that the layer was built from");
+    return base;
+  }
+  static std::size_t fingerprint(const std::vector<T>& values) {
+    const auto* bytes = reinterpret_cast<const char*>(values.data());
+    return std::hash<std::string_view>{}(std::string_view(bytes, values.size() * sizeof(T)));
+  }
+
+  index_t out_features_ = 0, in_features_ = 0;
+  std::vector<T> pristine_;  ///< empty while is_merged_ and a reload function stands in for it
+  std::vector<T> merged_;    ///< empty unless is_merged_
+  bool is_merged_ = false;
+  std::vector<bias_value> bias_;
+  reload_function reload_;
+  std::size_t fingerprint_ = 0;
+  slots adapters_;
+  merge_report report_;
+};
+
+template <class Base>
+  requires matrix_like<Base>
+linear(const Base&) -> linear<detail::storage_t<detail::element_t<Base>>>;
+template <class W, class B>
+linear(const biased<W, B>&) -> linear<detail::storage_t<typename W::value_type>>;
+
+}  // namespace lora::inline LORA_DETAIL_ABI

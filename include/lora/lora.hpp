@@ -1,0 +1,19 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The whole library but the file formats, which are included by name: lora/io/safetensors.hpp, lora/io/peft.hpp.
+#pragma once
+
+#include "lora/adapter.hpp"
+#include "lora/apply.hpp"
+#include "lora/concepts.hpp"
+#include "lora/delta.hpp"
+#include "lora/error.hpp"
+#include "lora/float16.hpp"
+#include "lora/forward.hpp"
+#include "lora/linear.hpp"
+#include "lora/matrix_view.hpp"
+#include "lora/merge.hpp"
+#include "lora/scaled.hpp"
+#include "lora/scaling.hpp"
+#include "lora/tensor_view.hpp"
+#include "lora/version.hpp"
