@@ -43,7 +43,7 @@ class format_error : public error {
  private:
   static std::string text(const parts& p) {
     std::string where = "lora: " + io_detail::printable(p.path);
-    if (!p.item.empty()) where += ": " + io_detail::quoted(p.item);
+    if (!p.item.empty()) where += ": " + io_detail::in_quotes(p.item);
     if (p.offset) where += std::string(p.item.empty() ? ": " : ", ") + "byte " + std::to_string(*p.offset);
     std::string what = p.expected.empty() ? p.found : "expected " + p.expected;
     if (!p.expected.empty() && !p.found.empty()) what += ", found " + p.found;

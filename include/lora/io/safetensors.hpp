@@ -42,7 +42,7 @@ static_assert(std::endian::native == std::endian::little,
               "lora::safetensors: the format is little-endian and this reader does not swap bytes");
 
 /// One tensor of a file. The bytes live as long as the file's (see file).
-struct tensor {
+struct entry {
   std::string name;
   safetensors::dtype dtype;
   std::vector<std::uint64_t> shape;  ///< empty for a single number
@@ -70,7 +70,7 @@ class file {
 
   bool contains(std::string_view name) const { return find(name) != nullptr; }
   /// Throws value_error naming what is near.
-  const tensor& at(std::string_view name) const;
+  const entry& at(std::string_view name) const;
 
   /// The tensor where it lies, without a copy. Throws format_error when its dtype is not T, its rank not Rank, or its
   /// address not a multiple of alignof(T): then copy<T> reads it. Files written by the reference, and every file read
@@ -85,7 +85,7 @@ class file {
 
   /// Whether tensor<T, Rank> finds the bytes where a T may lie.
   template <class T>
-  static bool aligned_for(const safetensors::tensor& t) {
+  static bool aligned_for(const entry& t) {
     return reinterpret_cast<std::uintptr_t>(t.bytes.data()) % alignof(T) == 0;
   }
 
@@ -95,8 +95,8 @@ class file {
 
   file(std::string name, io_detail::header&& header, std::span<const std::byte> data,
        std::shared_ptr<const std::byte> owner);
-  const safetensors::tensor* find(std::string_view name) const;
-  [[noreturn]] void refuse(const safetensors::tensor& t, std::string expected, std::string found,
+  const entry* find(std::string_view name) const;
+  [[noreturn]] void refuse(const entry& t, std::string expected, std::string found,
                            std::string hint) const {
     lora::detail::raise(format_error({.path = name_,
                                       .item = t.name,
@@ -108,7 +108,7 @@ class file {
 
   std::string name_;
   std::map<std::string, std::string> metadata_;
-  std::vector<safetensors::tensor> tensors_;   // in the order of their data
+  std::vector<entry> tensors_;   // in the order of their data
   std::vector<std::uint32_t> by_name_;
   std::shared_ptr<const std::byte> owner_;
 };
@@ -157,23 +157,23 @@ inline std::vector<std::string_view> file::names() const {
   return result;
 }
 
-inline const tensor* file::find(std::string_view name) const {
+inline const entry* file::find(std::string_view name) const {
   const auto found = std::lower_bound(by_name_.begin(), by_name_.end(), name,
                                       [&](std::uint32_t k, std::string_view wanted) { return tensors_[k].name < wanted; });
   return found != by_name_.end() && tensors_[*found].name == name ? &tensors_[*found] : nullptr;
 }
 
-inline const tensor& file::at(std::string_view name) const {
+inline const entry& file::at(std::string_view name) const {
   if (const auto* found = find(name)) return *found;
   const auto near = io_detail::near_names(name, tensors_, [](const auto& t) -> std::string_view { return t.name; });
   lora::detail::raise_value("safetensors::file::at", io_detail::printable(name_) + " has no tensor " +
-                                                         io_detail::quoted(name) +
+                                                         io_detail::in_quotes(name) +
                                                          (near.empty() ? "; it is empty" : "; near: " + io_detail::listed(near)));
 }
 
 template <scalar T, std::size_t Rank>
 tensor_view<const T, Rank> file::tensor(std::string_view name) const {
-  const safetensors::tensor& t = at(name);
+  const entry& t = at(name);
   if (t.dtype != dtype_of<T>())
     refuse(t, std::string(name_of(dtype_of<T>())), t.text(), "copy<T>() widens where that is exact");
   if (t.shape.size() != Rank) refuse(t, std::to_string(Rank) + " dimensions", t.text(), "");
@@ -197,7 +197,7 @@ T load(const std::byte* from) {
 
 /// Appends the elements of type Stored, widened; false when not every Stored is a T.
 template <class Stored, class T>
-bool append(const tensor& t, std::vector<T>& result) {
+bool append(const entry& t, std::vector<T>& result) {
   if constexpr (lora::detail::holds_exactly<T, Stored>) {
     for (std::size_t at = 0; at < t.bytes.size(); at += sizeof(Stored)) {
       const auto stored = load<Stored>(t.bytes.data() + at);
@@ -213,7 +213,7 @@ bool append(const tensor& t, std::vector<T>& result) {
 }
 
 template <class T>
-bool append_any(const tensor& t, std::vector<T>& result) {
+bool append_any(const entry& t, std::vector<T>& result) {
   switch (t.dtype) {
     case dtype::f32: return append<float>(t, result);
     case dtype::f64: return append<double>(t, result);
@@ -227,7 +227,7 @@ bool append_any(const tensor& t, std::vector<T>& result) {
 
 template <class T>
 std::vector<T> file::copy(std::string_view name) const {
-  const safetensors::tensor& t = at(name);
+  const entry& t = at(name);
   std::vector<T> result;
   if constexpr (scalar<T>) {
     result.reserve(t.bytes.size() * 8 / bits_of(t.dtype));

@@ -43,7 +43,7 @@ struct json_scalar {
   std::string text() const {
     if (kind == json_kind::boolean) return boolean ? "true" : "false";
     if (kind == json_kind::unsigned_integer) return std::to_string(unsigned_integer);
-    if (kind == json_kind::string) return quoted(*string);
+    if (kind == json_kind::string) return in_quotes(*string);
     return json_kind_name(kind);
   }
 };

@@ -9,6 +9,7 @@
 #include <cstdint>
 #include <string>
 #include <string_view>
+#include <tuple>
 #include <utility>
 #include <vector>
 
@@ -16,15 +17,16 @@
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
-/// One value. Arrays have items with empty keys, objects have items in the order of the file.
+/// One value. Items are the values of an array, or those of an object with their keys, in the order of the file.
 struct json_node {
+  std::string key;
   json_kind kind = json_kind::null;
   bool boolean = false;
   double number = 0;
   std::uint64_t unsigned_integer = 0;
   std::uint64_t offset = 0;  ///< in the file, near the end of the value's first token
   std::string string;
-  std::vector<std::pair<std::string, json_node>> items;
+  std::vector<json_node> items;
 
   /// null, false, "", [] and {}: a key with such a value asks for nothing.
   bool asks_for_nothing() const {
@@ -41,7 +43,7 @@ struct json_node {
   std::string text() const {
     if (kind == json_kind::boolean) return boolean ? "true" : "false";
     if (kind == json_kind::unsigned_integer) return std::to_string(unsigned_integer);
-    if (kind == json_kind::string) return quoted(string);
+    if (kind == json_kind::string) return in_quotes(string);
     return json_kind_name(kind);
   }
 };
@@ -78,21 +80,19 @@ class json_tree_builder {
       refuse(offset, "", "at most " + std::to_string(most_values) + " values", "more");
     json_node* node = open_.back();
     if (open_.size() > 1) {
-      node->items.emplace_back(std::exchange(pending_, {}), json_node{});
-      node = &node->items.back().second;
+      node = &node->items.emplace_back();
+      node->key = std::exchange(pending_, {});
     }
     node->offset = offset;
     return *node;
   }
   void refuse_twice(const json_node& object) const {
-    std::vector<const std::pair<std::string, json_node>*> sorted;
+    std::vector<const json_node*> sorted;
     for (const auto& item : object.items) sorted.push_back(&item);
-    std::sort(sorted.begin(), sorted.end(), [](auto* a, auto* b) {
-      return a->first != b->first ? a->first < b->first : a->second.offset < b->second.offset;
-    });
+    std::sort(sorted.begin(), sorted.end(),
+              [](auto* a, auto* b) { return std::tie(a->key, a->offset) < std::tie(b->key, b->offset); });
     for (std::size_t k = 1; k < sorted.size(); ++k)
-      if (sorted[k]->first == sorted[k - 1]->first)
-        refuse(sorted[k]->second.offset, sorted[k]->first, "a key once", "it twice");
+      if (sorted[k]->key == sorted[k - 1]->key) refuse(sorted[k]->offset, sorted[k]->key, "a key once", "it twice");
   }
   [[noreturn]] void refuse(std::uint64_t offset, std::string item, std::string expected, std::string found) const {
     detail::raise(format_error({.path = std::string(path_),

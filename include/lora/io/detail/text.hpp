@@ -35,7 +35,7 @@ inline std::string printable(std::string_view name) {
   return result;
 }
 
-inline std::string quoted(std::string_view name) { return '"' + printable(name) + '"'; }
+inline std::string in_quotes(std::string_view name) { return '"' + printable(name) + '"'; }
 
 /// "a", "b", "c": at most `most` of them, then how many more.
 template <class Names>
@@ -43,7 +43,7 @@ std::string listed(const Names& names, std::size_t most = 8) {
   std::string result;
   std::size_t count = 0;
   for (const auto& name : names) {
-    if (count < most) result += (count == 0 ? "" : ", ") + quoted(name);
+    if (count < most) result += (count == 0 ? "" : ", ") + in_quotes(name);
     ++count;
   }
   return count > most ? result + " and " + std::to_string(count - most) + " more" : result;

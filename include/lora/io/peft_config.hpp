@@ -1,0 +1,484 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// adapter_config.json of Hugging Face PEFT: what it says about the arithmetic of a LoRA adapter, and which modules it
+// names. Every key is handled, known to have no effect, or refused by name; docs/formats.md has the table.
+#pragma once
+
+#include <algorithm>
+#include <array>
+#include <cstddef>
+#include <cstdint>
+#include <filesystem>
+#include <optional>
+#include <string>
+#include <string_view>
+#include <utility>
+#include <vector>
+
+#include "lora/io/detail/input_file.hpp"
+#include "lora/io/detail/json_tree.hpp"
+#include "lora/io/detail/module_pattern.hpp"
+#include "lora/io/format_error.hpp"
+#include "lora/scaling.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI::peft {
+
+/// rank_pattern and alpha_pattern: values under keys that are regular expressions for the end of a module's name. The
+/// first key in the order of the file that fits wins.
+template <class V>
+class pattern_table {
+ public:
+  struct row {
+    std::string key;
+    V value;
+    io_detail::module_pattern pattern;
+  };
+
+  /// Throws value_error when the key is a pattern that is not supported.
+  void add(std::string key, V value) {
+    io_detail::module_pattern pattern(key);
+    if (!pattern.fault().empty())
+      lora::detail::raise_value("peft::pattern_table", "the pattern " + io_detail::in_quotes(key) + " has " + pattern.fault());
+    rows_.push_back({std::move(key), std::move(value), std::move(pattern)});
+  }
+  /// What the first fitting key says of a module (its name without base_model.model.); nothing when none fits.
+  std::optional<V> find(std::string_view module) const {
+    for (const auto& each : rows_)
+      if (each.pattern.fits(module)) return each.value;
+    return std::nullopt;
+  }
+  const std::vector<row>& rows() const { return rows_; }
+  bool empty() const { return rows_.empty(); }
+
+ private:
+  std::vector<row> rows_;
+};
+
+/// target_modules or exclude_modules: nothing, one regular expression for the whole name, or names and ends of names.
+struct module_selection {
+  std::optional<std::string> expression = {};
+  std::optional<std::vector<std::string>> names = {};
+};
+
+/// The config, with PEFT's defaults for keys that are absent.
+struct config {
+  std::string path;  ///< for messages
+  index_t r = 8;
+  double lora_alpha = 8;
+  scaling_rule rule = scaling_rule::standard;
+  pattern_table<index_t> rank_pattern;
+  pattern_table<double> alpha_pattern;
+  bool fan_in_fan_out = false;
+  module_selection target_modules, exclude_modules;
+  std::vector<std::uint64_t> layers_to_transform;
+  std::vector<std::string> layers_pattern;
+  std::vector<std::string> modules_to_save;
+  std::string task_type, base_model_name_or_path, revision, peft_version;
+  std::string init_lora_weights = "true";
+  std::vector<std::string> ignored_keys;  ///< not known here: without a value that asks for something, or vouched for
+
+  /// The rank and the scaling (alpha with its rule) of one module.
+  index_t rank_of(std::string_view module) const { return rank_pattern.find(module).value_or(r); }
+  lora::scaling scaling_of(std::string_view module) const {
+    return {.alpha = alpha_pattern.find(module).value_or(lora_alpha), .rule = rule};
+  }
+};
+
+/// What a caller knows beyond the files.
+struct read_options {
+  /// Whether the base stores its weights as [in, out] (GPT-2's Conv1D). PEFT corrects this word of the config when it sees
+  /// the base; a reader of files cannot.
+  std::optional<bool> fan_in_fan_out = {};
+  /// Config keys that this version does not know and the caller vouches for: they do not change the arithmetic.
+  std::vector<std::string> ignore_keys = {};
+  /// Read the adapters of a file that also holds whole modules (modules_to_save), and leave those out. They are listed by
+  /// adapter_file::left_out(); without them the model is not the one that was trained.
+  bool leave_out_saved_modules = false;
+};
+
+/// Whether the config selects a module by name, as PEFT 0.21 decides it: not excluded, not in modules_to_save, named by
+/// target_modules, and in one of layers_to_transform. Throws value_error where a name does not tell (target_modules null
+/// or "all-linear"), or a pattern is not supported.
+bool matches_target(const config& c, std::string_view module);
+
+namespace config_detail {
+
+using io_detail::in_quotes;
+using io_detail::json_kind;
+using io_detail::json_node;
+
+enum class meaning { handled, no_effect, refused, refused_also_empty };
+struct known_key {
+  std::string_view name;
+  meaning what;
+};
+/// Keys of PEFT's LoraConfig up to 0.21, and three of its first versions and neighbours.
+inline constexpr std::array known_keys = std::to_array<known_key>({
+    {"peft_type", meaning::handled},
+    {"r", meaning::handled},
+    {"lora_alpha", meaning::handled},
+    {"alpha", meaning::handled},
+    {"use_rslora", meaning::handled},
+    {"rank_pattern", meaning::handled},
+    {"alpha_pattern", meaning::handled},
+    {"fan_in_fan_out", meaning::handled},
+    {"target_modules", meaning::handled},
+    {"exclude_modules", meaning::handled},
+    {"layers_to_transform", meaning::handled},
+    {"layers_pattern", meaning::handled},
+    {"modules_to_save", meaning::handled},
+    {"bias", meaning::handled},
+    {"init_lora_weights", meaning::handled},
+    {"task_type", meaning::handled},
+    {"base_model_name_or_path", meaning::handled},
+    {"revision", meaning::handled},
+    {"peft_version", meaning::handled},
+    {"auto_mapping", meaning::no_effect},
+    {"inference_mode", meaning::no_effect},
+    {"lora_dropout", meaning::no_effect},
+    {"megatron_config", meaning::no_effect},
+    {"megatron_core", meaning::no_effect},
+    {"loftq_config", meaning::no_effect},
+    {"eva_config", meaning::no_effect},
+    {"corda_config", meaning::no_effect},
+    {"lora_ga_config", meaning::no_effect},
+    {"velora_config", meaning::no_effect},
+    {"monteclora_config", meaning::no_effect},
+    {"qalora_group_size", meaning::no_effect},
+    {"runtime_config", meaning::no_effect},
+    {"merge_weights", meaning::no_effect},
+    {"use_dora", meaning::refused},
+    {"lora_bias", meaning::refused},
+    {"use_qalora", meaning::refused},
+    {"alora_invocation_tokens", meaning::refused},
+    {"layer_replication", meaning::refused},
+    {"target_parameters", meaning::refused},
+    {"trainable_token_indices", meaning::refused},
+    {"ensure_weight_tying", meaning::refused},
+    {"enable_lora", meaning::refused},
+    {"use_bdlora", meaning::refused_also_empty},
+    {"kasa_config", meaning::refused_also_empty},
+    {"arrow_config", meaning::refused_also_empty},
+});
+
+/// Initializations that leave the base as it is, so that the stored factors are the whole adapter. The others (pissa,
+/// olora, corda, loftq, lora_ga, kasa) also change the base when PEFT loads the adapter.
+inline constexpr std::array<std::string_view, 6> harmless_inits{"true", "false", "gaussian", "eva", "orthogonal", "mica"};
+
+inline constexpr std::array<std::string_view, 6> task_types{"SEQ_CLS",   "SEQ_2_SEQ_LM", "CAUSAL_LM",
+                                                            "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"};
+
+/// From the tree to the config.
+class reader {
+ public:
+  reader(const json_node& root, const std::string& path, const read_options& options)
+      : root_(root), options_(options) {
+    result_.path = path;
+  }
+
+  config read() {
+    if (root_.kind != json_kind::object) refuse(root_, "", "a JSON object", io_detail::json_kind_name(root_.kind), "");
+    check_type();
+    for (const auto& item : root_.items) check_key(item.key, item);
+    read_numbers();
+    read_patterns();
+    read_modules();
+    read_texts();
+    return std::move(result_);
+  }
+
+ private:
+  // ---- which keys there are
+  void check_type() {
+    const auto* type = value_of("peft_type");
+    if (type == nullptr)
+      refuse(root_, "peft_type", "\"LORA\"", "none",
+             value_of("lora_parameters") != nullptr ? "this is an MLX config, which is not read yet"
+                                                    : "this is not the config of a PEFT adapter");
+    if (type->kind != json_kind::string || type->string != "LORA")
+      refuse(*type, "peft_type", "LORA, the only kind that is supported", type->text(),
+             "adapters of other kinds are not low-rank factors; PEFT can convert some of them to LORA");
+  }
+
+  void check_key(const std::string& key, const json_node& value) {
+    const auto known = std::find_if(known_keys.begin(), known_keys.end(), [&](const auto& k) { return k.name == key; });
+    if (known == known_keys.end()) return check_unknown(key, value);
+    const bool off = value.kind == json_kind::null || (value.kind == json_kind::boolean && !value.boolean);
+    if (known->what == meaning::refused && !value.asks_for_nothing())
+      refuse(value, key, "null or false", value.text(), "this variant of LoRA is not supported");
+    if (known->what == meaning::refused_also_empty && !off)
+      refuse(value, key, "null or false", value.text(), "this variant of LoRA is not supported");
+  }
+
+  void check_unknown(const std::string& key, const json_node& value) {
+    const auto& vouched = options_.ignore_keys;
+    if (!value.asks_for_nothing() && std::find(vouched.begin(), vouched.end(), key) == vouched.end())
+      refuse(value, key, "a key that this version knows", value.text(),
+             "if it does not change the arithmetic, name it in read_options::ignore_keys");
+    result_.ignored_keys.push_back(key);
+  }
+
+  // ---- what they say
+  void read_numbers() {
+    if (const auto* r = value_of("r")) result_.r = positive(*r, "r");
+    const auto* alpha = value_of("lora_alpha");
+    if (alpha != nullptr) result_.lora_alpha = finite(*alpha, "lora_alpha");
+    // Some writers add `alpha`. PEFT ignores it, so it must not say anything else.
+    if (const auto* other = value_of("alpha"); other != nullptr && other->kind != json_kind::null) {
+      if (alpha == nullptr) refuse(*other, "alpha", "lora_alpha, which PEFT reads", "alpha alone", "rename the key");
+      if (finite(*other, "alpha") != result_.lora_alpha)
+        refuse(*other, "alpha", "the value of lora_alpha, or no such key", other->text(),
+               "PEFT reads lora_alpha and ignores alpha: remove the wrong one");
+    }
+    if (flag("use_rslora")) result_.rule = scaling_rule::rank_stabilized;
+    result_.fan_in_fan_out = options_.fan_in_fan_out.value_or(flag("fan_in_fan_out"));
+  }
+
+  void read_patterns() {
+    each_pattern("rank_pattern", [&](const std::string& key, const json_node& value) {
+      result_.rank_pattern.add(key, positive(value, "rank_pattern"));
+    });
+    each_pattern("alpha_pattern", [&](const std::string& key, const json_node& value) {
+      result_.alpha_pattern.add(key, finite(value, "alpha_pattern"));
+    });
+  }
+
+  template <class Add>
+  void each_pattern(const char* name, const Add& add) {
+    const auto* table = value_of(name);
+    if (table == nullptr || table->kind == json_kind::null) return;
+    if (table->kind != json_kind::object)
+      refuse(*table, name, "an object of patterns", io_detail::json_kind_name(table->kind), "");
+    for (const auto& item : table->items) {
+      const std::string fault = io_detail::module_pattern(item.key).fault();
+      if (!fault.empty())
+        refuse(item, name, "a pattern that this reader supports", in_quotes(item.key) + " with " + fault,
+               "write the module's name instead; docs/formats.md lists the supported expressions");
+      add(item.key, item);
+    }
+  }
+
+  void read_modules() {
+    result_.target_modules = selection("target_modules");
+    result_.exclude_modules = selection("exclude_modules");
+    result_.modules_to_save = names("modules_to_save");
+    result_.layers_pattern = names("layers_pattern");
+    read_layers();
+    const auto* layers = value_of("layers_to_transform");
+    const bool has_layers = layers != nullptr && layers->kind != json_kind::null;
+    if (has_layers && result_.target_modules.expression)
+      refuse(*layers, "layers_to_transform", "target_modules as a list", "target_modules as text", "");
+    if (!result_.layers_pattern.empty() && !has_layers)
+      refuse(root_, "layers_pattern", "layers_to_transform beside it", "none", "");
+  }
+
+  void read_layers() {
+    const auto* layers = value_of("layers_to_transform");
+    if (layers == nullptr || layers->kind == json_kind::null) return;
+    const auto add = [&](const json_node& value) {
+      if (value.kind != json_kind::unsigned_integer)
+        refuse(value, "layers_to_transform", "layer numbers", value.text(), "");
+      result_.layers_to_transform.push_back(value.unsigned_integer);
+    };
+    if (layers->kind != json_kind::array) return add(*layers);
+    for (const auto& item : layers->items) add(item);
+  }
+
+  void read_texts() {
+    const auto* bias = value_of("bias");
+    if (bias != nullptr && bias->kind != json_kind::null && (bias->kind != json_kind::string || bias->string != "none"))
+      refuse(*bias, "bias", "\"none\"", bias->text(), "adapters that train the base's biases are not supported");
+    if (const auto* init = value_of("init_lora_weights"); init != nullptr && init->kind != json_kind::null) {
+      result_.init_lora_weights = init->kind == json_kind::string ? init->string : init->text();
+      if (std::find(harmless_inits.begin(), harmless_inits.end(), result_.init_lora_weights) == harmless_inits.end())
+        refuse(*init, "init_lora_weights", "an initialization that leaves the base as it is", init->text(),
+               "PEFT also changes the base weights when it loads this adapter: convert it with "
+               "path_initial_model_for_weight_conversion of save_pretrained");
+    }
+    result_.task_type = text("task_type");
+    if (!result_.task_type.empty() &&
+        std::find(task_types.begin(), task_types.end(), result_.task_type) == task_types.end())
+      refuse(*value_of("task_type"), "task_type", "one of PEFT's " + io_detail::listed(task_types),
+             in_quotes(result_.task_type), "");
+    result_.base_model_name_or_path = text("base_model_name_or_path");
+    result_.revision = text("revision");
+    result_.peft_version = text("peft_version");
+  }
+
+  // ---- one value of a kind
+  const json_node* value_of(std::string_view key) const {
+    for (const auto& item : root_.items)
+      if (item.key == key) return &item;
+    return nullptr;
+  }
+  index_t positive(const json_node& value, const char* key) const {
+    if (value.kind != json_kind::unsigned_integer || value.unsigned_integer == 0 || value.unsigned_integer > 0x7fffffffu)
+      refuse(value, key, "a rank above 0, as an integer", value.text(), "");
+    return static_cast<index_t>(value.unsigned_integer);
+  }
+  double finite(const json_node& value, const char* key) const {
+    const bool number = value.kind == json_kind::unsigned_integer || value.kind == json_kind::negative_integer ||
+                        value.kind == json_kind::real;
+    if (!number || !lora::detail::is_finite(value.number)) refuse(value, key, "a finite number", value.text(), "");
+    return value.number;
+  }
+  bool flag(const char* key) const {
+    const auto* value = value_of(key);
+    if (value == nullptr || value->kind == json_kind::null) return false;
+    if (value->kind != json_kind::boolean) refuse(*value, key, "true or false", value->text(), "");
+    return value->boolean;
+  }
+  std::string text(const char* key) const {
+    const auto* value = value_of(key);
+    if (value == nullptr || value->kind == json_kind::null) return {};
+    if (value->kind != json_kind::string) refuse(*value, key, "text or null", value->text(), "");
+    return value->string;
+  }
+  std::vector<std::string> list(const json_node& array, const char* key) const {
+    std::vector<std::string> result;
+    for (const auto& item : array.items) {
+      if (item.kind != json_kind::string) refuse(item, key, "module names", item.text(), "");
+      result.push_back(item.string);
+    }
+    return result;
+  }
+  /// Text (one name), an array of names, or null.
+  std::vector<std::string> names(const char* key) const {
+    const auto* value = value_of(key);
+    if (value == nullptr || value->asks_for_nothing()) return {};
+    if (value->kind == json_kind::string) return {value->string};
+    if (value->kind != json_kind::array) refuse(*value, key, "module names or null", value->text(), "");
+    return list(*value, key);
+  }
+  module_selection selection(const char* key) const {
+    const auto* value = value_of(key);
+    if (value == nullptr || value->kind == json_kind::null) return {};
+    if (value->kind == json_kind::string) return {.expression = value->string};
+    if (value->kind != json_kind::array) refuse(*value, key, "text, an array of names, or null", value->text(), "");
+    return {.names = list(*value, key)};
+  }
+
+  [[noreturn]] void refuse(const json_node& at, std::string item, std::string expected, std::string found,
+                           std::string hint) const {
+    lora::detail::raise(format_error({.path = result_.path,
+                                      .item = std::move(item),
+                                      .offset = at.offset,
+                                      .expected = std::move(expected),
+                                      .found = std::move(found),
+                                      .hint = std::move(hint)}));
+  }
+
+  const json_node& root_;
+  const read_options& options_;
+  config result_;
+};
+
+}  // namespace config_detail
+
+/// Reads a config from its text; `path` names it in messages. Throws format_error.
+inline config parse_config(std::string_view text, const std::string& path, const read_options& options = {}) {
+  const auto root = io_detail::parse_json_tree({.text = text, .path = path});
+  return config_detail::reader(root, path, options).read();
+}
+
+/// Reads a config file of at most 16 MiB. Throws format_error.
+inline config read_config(const std::filesystem::path& path, const read_options& options = {}) {
+  return parse_config(io_detail::read_text(path, 16u << 20), path.string(), options);
+}
+
+namespace config_detail {
+
+/// The name itself, or its last segments.
+inline bool is_or_ends_with(std::string_view module, std::string_view name) {
+  if (module == name) return true;
+  return module.size() > name.size() && module[module.size() - name.size() - 1] == '.' && module.ends_with(name);
+}
+
+inline bool expression_fits(const std::string& expression, std::string_view module, const char* key) {
+  const io_detail::pattern pattern(expression);
+  if (!pattern.fault().empty())
+    lora::detail::raise_value("peft::matches_target", std::string(key) + " " + in_quotes(expression) +
+                                                          " is not supported: " + pattern.fault());
+  return io_detail::decided(pattern.matches_all(io_detail::code_points(module)), expression, module);
+}
+
+inline bool any_fits(const std::vector<std::string>& names, std::string_view module) {
+  return std::any_of(names.begin(), names.end(), [&](const auto& name) { return is_or_ends_with(module, name); });
+}
+
+inline bool selects(const module_selection& selection, std::string_view module, const char* key) {
+  if (selection.expression) return !selection.expression->empty() && expression_fits(*selection.expression, module, key);
+  return selection.names && any_fits(*selection.names, module);
+}
+
+/// The name equals or lies inside one of modules_to_save.
+inline bool is_saved(const std::vector<std::string>& saved, std::string_view module) {
+  for (auto end = module.size();; end = module.rfind('.', end - 1)) {
+    if (end == std::string_view::npos || end == 0) return false;
+    if (any_fits(saved, module.substr(0, end))) return true;
+  }
+}
+
+inline std::vector<std::string_view> segments(std::string_view module) {
+  std::vector<std::string_view> result;
+  for (std::size_t from = 0; from <= module.size();) {
+    const auto dot = std::min(module.find('.', from), module.size());
+    result.push_back(module.substr(from, dot - from));
+    from = dot + 1;
+  }
+  return result;
+}
+
+inline bool is_number(std::string_view text) {
+  return !text.empty() && std::all_of(text.begin(), text.end(), [](char c) { return c >= '0' && c <= '9'; });
+}
+
+/// "007" is layer 7, of any length.
+inline bool same_number(std::string_view text, std::uint64_t number) {
+  text.remove_prefix(std::min(text.find_first_not_of('0'), text.size() - 1));
+  return text == std::to_string(number);
+}
+
+/// The layer number in a name: behind one of the containers, or without containers the first number that has two
+/// segments before and one behind it. Empty when there is none.
+inline std::string_view layer_number(std::string_view module, const std::vector<std::string>& containers) {
+  const auto parts = segments(module);
+  if (containers.empty()) {
+    for (std::size_t k = 2; k + 1 < parts.size(); ++k)
+      if (is_number(parts[k])) return parts[k];
+    return {};
+  }
+  for (const auto& container : containers) {
+    const auto wanted = segments(container);
+    for (std::size_t k = wanted.size(); k + 1 < parts.size(); ++k)
+      if (is_number(parts[k]) && std::equal(wanted.begin(), wanted.end(), parts.begin() + static_cast<std::ptrdiff_t>(k - wanted.size())))
+        return parts[k];
+  }
+  return {};
+}
+
+}  // namespace config_detail
+
+inline bool matches_target(const config& c, std::string_view module) {
+  using namespace config_detail;
+  if (selects(c.exclude_modules, module, "exclude_modules") || is_saved(c.modules_to_save, module)) return false;
+  const auto& target = c.target_modules;
+  if (!target.expression && !target.names)
+    lora::detail::raise_value("peft::matches_target", "target_modules is null: PEFT then chooses by the base's architecture");
+  if (target.expression) {
+    std::string lower = *target.expression;
+    std::transform(lower.begin(), lower.end(), lower.begin(),
+                   [](char x) { return x >= 'A' && x <= 'Z' ? static_cast<char>(x - 'A' + 'a') : x; });
+    if (lower == "all-linear")
+      lora::detail::raise_value("peft::matches_target", "target_modules is \"all-linear\": a name does not tell a module's type");
+    return selects(target, module, "target_modules");
+  }
+  if (std::find(target.names->begin(), target.names->end(), module) != target.names->end()) return true;
+  if (!any_fits(*target.names, module)) return false;
+  if (c.layers_to_transform.empty()) return true;
+  const auto number = layer_number(module, c.layers_pattern);
+  return !number.empty() && std::any_of(c.layers_to_transform.begin(), c.layers_to_transform.end(),
+                                        [&](auto layer) { return same_number(number, layer); });
+}
+
+}  // namespace lora::inline LORA_DETAIL_ABI::peft
