@@ -45,9 +45,10 @@ template <class MatA, class MatB>
 index_t checked_rank(const MatA& a, const MatB& b) {
   const auto [rank, columns] = std::pair<index_t, index_t>(a.rows(), b.cols());
   if (rank != columns)
-    raise_shape("adapter", "lora_A is " + shape_text<index_t>(a.rows(), a.cols()) + " and lora_B is " +
-                               shape_text<index_t>(b.rows(), b.cols()) +
-                               "; lora_A must be rank x in_features and lora_B out_features x rank (swapped or transposed?)");
+    raise_shape("adapter",
+                "lora_A is " + shape_text<index_t>(a.rows(), a.cols()) + " and lora_B is " +
+                    shape_text<index_t>(b.rows(), b.cols()) +
+                    "; lora_A must be rank x in_features and lora_B out_features x rank (swapped or transposed?)");
   return rank;
 }
 
@@ -107,8 +108,8 @@ adapter(const A&, const B&, scaling) -> adapter<detail::element_t<A>>;
 
 /// An adapter that looks at row-major factors which live elsewhere and must outlive it.
 template <scalar T>
-class adapter_view : public basic_adapter<matrix_view<const T, storage_order::row_major>,
-                                          matrix_view<const T, storage_order::row_major>> {
+class adapter_view
+    : public basic_adapter<matrix_view<const T, storage_order::row_major>, matrix_view<const T, storage_order::row_major>> {
   using factor = matrix_view<const T, storage_order::row_major>;
   using base = basic_adapter<factor, factor>;
 
@@ -117,9 +118,9 @@ class adapter_view : public basic_adapter<matrix_view<const T, storage_order::ro
   adapter_view(factor lora_A, factor lora_B, const lora::scaling& scale) : base(lora_A, lora_B, scale) {}
   /// Looks at an owner.
   adapter_view(const adapter<T>& owner)  // NOLINT(google-explicit-constructor): as std::string_view of std::string
-      : base(as_matrix(owner.lora_A()), as_matrix(owner.lora_B()),
-             {.alpha = owner.scaling(), .rule = scaling_rule::fixed}) {}
-  adapter_view(adapter<T>&&) = delete;  // it would look at a temporary
+      : base(as_matrix(owner.lora_A()), as_matrix(owner.lora_B()), {.alpha = owner.scaling(), .rule = scaling_rule::fixed}) {
+  }
+  adapter_view(const adapter<T>&&) = delete;  // it would look at a temporary
 };
 
 template <class T>

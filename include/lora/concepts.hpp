@@ -31,8 +31,17 @@ namespace detail {
 template <class M>
 using bare = std::remove_cvref_t<M>;
 
+/// Declared only: whether M is or derives from an Eigen matrix expression, or one that owns its elements.
+template <class D>
+void eigen_expression(const Eigen::MatrixBase<D>&);
+template <class D>
+void eigen_plain_object(const Eigen::PlainObjectBase<D>&);
+
+/// Derived from: v.segment(2, 4) is a VectorBlock, a class of its own on top of Block.
 template <class M>
-concept eigen_matrix = std::derived_from<bare<M>, Eigen::MatrixBase<bare<M>>>;
+concept eigen_matrix = requires(const bare<M>& m) { detail::eigen_expression(m); };
+template <class M>
+concept eigen_owner = eigen_matrix<M> && requires(const bare<M>& m) { detail::eigen_plain_object(m); };
 
 /// lora::matrix_view and anything of its shape: contiguous inside a row or column, a stride between them.
 template <class M>
@@ -89,10 +98,14 @@ using element_t = typename element<bare<M>>::type;
 
 }  // namespace detail
 
+namespace detail {
+template <class M>
+concept any_matrix = eigen_matrix<M> || strided_matrix<M> || mdspan_like<M>;
+}  // namespace detail
+
 /// A matrix: any Eigen matrix expression, a matrix_view, or a rank-2 mdspan, of a scalar of the library.
 template <class M>
-concept matrix_like = (detail::eigen_matrix<M> || detail::strided_matrix<M> || detail::mdspan_like<M>)&&
-    scalar<detail::element_t<M>>;
+concept matrix_like = detail::any_matrix<M> && scalar<detail::element_t<M>>;
 
 /// One column (a token) or a matrix of them: a matrix_like, or a contiguous range of scalars.
 template <class V>

@@ -69,7 +69,7 @@ constexpr std::uint16_t float16_bits(float value) {
   const std::uint32_t magnitude = bits & 0x7fff'ffffu;
   if (magnitude > 0x7f80'0000u) return static_cast<std::uint16_t>(sign | 0x7e00u | ((magnitude >> 13) & 0x3ffu));
   if (magnitude >= 0x4780'0000u) return static_cast<std::uint16_t>(sign | 0x7c00u);  // 2^16 and above
-  if (magnitude >= 0x3880'0000u) {                                                  // 2^-14 and above: normal
+  if (magnitude >= 0x3880'0000u) {                                                   // 2^-14 and above: normal
     const std::uint32_t rebased = magnitude - 0x3800'0000u;
     return static_cast<std::uint16_t>(sign | ((rebased + 0xfffu + ((rebased >> 13) & 1u)) >> 13));
   }
@@ -139,8 +139,8 @@ static_assert(sizeof(float16) == 2 && std::is_trivially_copyable_v<float16>);
 
 namespace detail {
 /// What std::numeric_limits says of a 16-bit format, from its limits' bit patterns.
-template <class T, int Digits, int MinExponent, int MaxExponent, std::uint16_t Min, std::uint16_t Max,
-          std::uint16_t Epsilon, std::uint16_t Infinity, std::uint16_t Nan>
+template <class T, int Digits, int MinExponent, int MaxExponent, std::uint16_t Min, std::uint16_t Max, std::uint16_t Epsilon,
+          std::uint16_t Infinity, std::uint16_t Nan>
 struct small_float_limits : std::numeric_limits<float> {
   static constexpr int digits = Digits;
   static constexpr int digits10 = static_cast<int>((Digits - 1) * 0.30103);

@@ -120,8 +120,8 @@ class linear {
     detail::check_adapter("linear::attach", l, out_features_, in_features_);
     const auto& source = detail::unscaled(l);
     using format = detail::factor_format<detail::bare<decltype(source)>>;
-    adapters_.emplace(name, slot{std::make_shared<const detail::any_adapter>(adapter<format>(source)),
-                                 detail::weight_of(l), true, false});
+    adapters_.emplace(
+        name, slot{std::make_shared<const detail::any_adapter>(adapter<format>(source)), detail::weight_of(l), true, false});
   }
 
   /// Takes an adapter out; if it is merged, out of the weight too. Throws value_error when the name is not attached.
@@ -137,7 +137,8 @@ class linear {
     change([&](slots& all) {
       slot& one = find(all, name);
       if (!detail::is_finite(weight) || !detail::is_finite(weight * one.scaling()))
-        detail::raise_value("linear::set_weight", "the weight of \"" + name + "\", alone or times its scaling, is not finite");
+        detail::raise_value("linear::set_weight",
+                            "the weight of \"" + name + "\", alone or times its scaling, is not finite");
       one.weight = weight;
     });
   }
@@ -198,7 +199,8 @@ class linear {
     const auto from = detail::input_view(input);
     const auto to = detail::output_view(y);
     const auto beside = [this](const auto& visit) {
-      visit_if(adapters_, [](const slot& one) { return one.active && !one.merged; }, visit);
+      visit_if(
+          adapters_, [](const slot& one) { return one.active && !one.merged; }, visit);
     };
     const matrix_view<const bias_value, storage_order::col_major> column(bias_.data(), has_bias() ? out_features_ : 0, 1);
     const auto* bias = has_bias() ? &column : nullptr;
@@ -245,8 +247,8 @@ class linear {
   [[noreturn]] static void raise_unknown(const slots& all, const std::string& name) {
     std::string attached;
     for (const auto& [other, one] : all) attached += (attached.empty() ? "\"" : ", \"") + other + "\"";
-    detail::raise_value("linear", "no adapter named \"" + name + "\" is attached; attached: " +
-                                      (attached.empty() ? "none" : attached));
+    detail::raise_value(
+        "linear", "no adapter named \"" + name + "\" is attached; attached: " + (attached.empty() ? "none" : attached));
   }
 
   /// visit(scaled(weight, adapter)) for the adapters that a predicate selects, in the order of their names.
@@ -295,7 +297,10 @@ class linear {
   }
 
   merge_report rebuild(const slots& next) {
-    const auto inside = [&next](const auto& visit) { visit_if(next, [](const slot& one) { return one.in_weight(); }, visit); };
+    const auto inside = [&next](const auto& visit) {
+      visit_if(
+          next, [](const slot& one) { return one.in_weight(); }, visit);
+    };
     return needs_double<bias_value>(inside) ? rebuild_in<double>(inside) : rebuild_in<bias_value>(inside);
   }
 

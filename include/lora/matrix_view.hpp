@@ -133,8 +133,7 @@ constexpr bool mdspan_inner_is_last() {
 /// Writable through this expression, whatever constness sits on the outside: views are shallow-const.
 template <class M>
 inline constexpr bool eigen_writable =
-    (bare<M>::Flags & Eigen::LvalueBit) != 0 &&
-    !(std::is_base_of_v<Eigen::PlainObjectBase<bare<M>>, bare<M>> && std::is_const_v<std::remove_reference_t<M>>);
+    (bare<M>::Flags & Eigen::LvalueBit) != 0 && !(eigen_owner<M> && std::is_const_v<std::remove_reference_t<M>>);
 
 template <class M>
 inline constexpr bool eigen_direct = (bare<M>::Flags & Eigen::DirectAccessBit) != 0;

@@ -85,8 +85,8 @@ auto merged(const M& W, const L&... l) {
   using value = typename view::value_type;
   constexpr int options = view::is_row_major ? Eigen::RowMajor : Eigen::ColMajor;
   const auto each = detail::each_of(l...);
-  const detail::rank_update<accumulator_t<value, L...>, view::order> update("merged", each, weight.rows(),
-                                                                           weight.cols(), 1.0);
+  const detail::rank_update<accumulator_t<value, L...>, view::order> update("merged", each, weight.rows(), weight.cols(),
+                                                                            1.0);
   Eigen::Matrix<value, Eigen::Dynamic, Eigen::Dynamic, options> result(weight.rows(), weight.cols());
   const auto destination = as_matrix(result);
   if (update.rank() == 0) {

@@ -31,8 +31,8 @@ class tensor_view {
   tensor_view(std::span<T> values, const shape_type& shape) : data_(values.data()), shape_(shape) {
     const index_t needed = checked_size(shape);
     if (needed > static_cast<index_t>(values.size()))
-      detail::raise_shape("tensor_view", text(shape) + " needs more elements than the " +
-                                             std::to_string(values.size()) + " that the span holds");
+      detail::raise_shape("tensor_view", text(shape) + " needs more elements than the " + std::to_string(values.size()) +
+                                             " that the span holds");
   }
 
   static constexpr std::size_t rank() { return Rank; }
@@ -70,12 +70,12 @@ class tensor_view {
       if (extent < 0) detail::raise_shape("tensor_view", text(shape) + " has a negative extent");
       empty = empty || extent == 0;
     }
-    if (empty) return 0;
     for (const index_t extent : shape) {
+      if (extent == 0) continue;  // [0, huge, huge] has no element, but matrix() multiplies the others
       if (extent > largest / product) detail::raise_shape("tensor_view", text(shape) + " has too many elements");
       product *= extent;
     }
-    return product;
+    return empty ? 0 : product;
   }
   static std::string text(const shape_type& shape) {
     std::string result;

@@ -46,6 +46,6 @@
 
 #define LORA_DETAIL_PASTE(a, b, c, d, e, f, g) v##a##_##b##_##c##_##d##_##e##_##f##_##g
 #define LORA_DETAIL_EXPAND(a, b, c, d, e, f, g) LORA_DETAIL_PASTE(a, b, c, d, e, f, g)
-#define LORA_DETAIL_ABI                                                                                          \
-  LORA_DETAIL_EXPAND(LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH, LORA_DETAIL_ISA,                \
-                     LORA_DETAIL_THREADS, LORA_DETAIL_MATH, LORA_DETAIL_ERRORS)
+#define LORA_DETAIL_ABI                                                                                                \
+  LORA_DETAIL_EXPAND(LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH, LORA_DETAIL_ISA, LORA_DETAIL_THREADS, \
+                     LORA_DETAIL_MATH, LORA_DETAIL_ERRORS)

@@ -30,7 +30,8 @@ sample<T> draw(layers::generator& g, regime kind) {
   const Eigen::Index out = layers::size(g, 45), in = layers::size(g, 70), rank = layers::size(g, 2 * std::min(out, in));
   const double b = kind == regime::zero ? 0 : kind == regime::tiny ? 1e-4 : 0.5;
   return {out, in, rank,
-          lora::adapter<T>{layers::normal<T>(g, rank, in, 0.3), layers::normal<T>(g, out, rank, b),
+          lora::adapter<T>{layers::normal<T>(g, rank, in, 0.3),
+                           layers::normal<T>(g, out, rank, b),
                            {.alpha = layers::uniform(g, 2, 40), .rule = lora::scaling_rule::rank_stabilized}},
           layers::normal<T>(g, out, in, 0.7)};
 }
@@ -78,17 +79,19 @@ TEMPLATE_TEST_CASE("delta_weight is linear in the strength", "[law]", float, dou
     CHECK(lora::delta_weight(lora::scaled(-0.25, t.l)) == delta * acc(-0.25));
     const double c = layers::uniform(g, -3, 3);
     const auto bound = delta_bound({agreement::part_of(lora::scaled(c, t.l))}, agreement::format_of<acc>().u);
-    CHECK(within(agreement::in_double(lora::delta_weight(lora::scaled(c, t.l))), c * agreement::in_double(delta), 2 * bound));
+    CHECK(
+        within(agreement::in_double(lora::delta_weight(lora::scaled(c, t.l))), c * agreement::in_double(delta), 2 * bound));
   });
 }
 
 TEMPLATE_TEST_CASE("the delta of several adapters is the sum of their deltas", "[law]", float, double, lora::bfloat16) {
   using acc = lora::accumulator_t<TestType>;
   for_samples<TestType>([](const auto& t, auto& g) {
-    const lora::adapter<TestType> other{layers::normal<TestType>(g, 3, t.in, 0.4), layers::normal<TestType>(g, t.out, 3, 0.4),
-                                        {.alpha = 7}};
+    const lora::adapter<TestType> other{
+        layers::normal<TestType>(g, 3, t.in, 0.4), layers::normal<TestType>(g, t.out, 3, 0.4), {.alpha = 7}};
     const double u = agreement::format_of<acc>().u;
-    const Eigen::MatrixXd sum = agreement::in_double(lora::delta_weight(t.l)) + agreement::in_double(lora::delta_weight(other));
+    const Eigen::MatrixXd sum =
+        agreement::in_double(lora::delta_weight(t.l)) + agreement::in_double(lora::delta_weight(other));
     const auto bound = delta_bound({agreement::part_of(t.l), agreement::part_of(other)}, u);
     CHECK(within(agreement::in_double(lora::delta_weight(t.l, other)), sum, 2 * bound));
     // A range is the list of its elements, and an adapter against its negative is exactly nothing.
@@ -118,7 +121,8 @@ TEMPLATE_TEST_CASE("(B R^-1, R A) is the same adapter", "[law]", float, double) 
     const double u = agreement::format_of<double>().u, r = static_cast<double>(t.rank);
     const Eigen::MatrixXd bound =
         std::abs(t.l.scaling()) *
-        ((agreement::gamma(3 * t.rank + 8, u) * (B0.cwiseAbs() * R.transpose().cwiseAbs() * R.cwiseAbs() * A0.cwiseAbs())).array() +
+        ((agreement::gamma(3 * t.rank + 8, u) * (B0.cwiseAbs() * R.transpose().cwiseAbs() * R.cwiseAbs() * A0.cwiseAbs()))
+             .array() +
          10 * r * std::sqrt(r) * u * B0.norm() * A0.norm())
             .matrix();
     CHECK(within(lora::delta_weight(turned), exact, bound));
@@ -211,8 +215,8 @@ TEMPLATE_TEST_CASE("unmerge takes away what merge added, within two merges' boun
     lora::unmerge(W, t.l);
     const auto formats = agreement::formats_of<TestType, float, acc>();
     const agreement::part p = agreement::part_of(t.l);
-    const Eigen::MatrixXd bound = agreement::merge_bound(agreement::in_double(t.W), {p}, formats) +
-                                  agreement::merge_bound(between, {p}, formats);
+    const Eigen::MatrixXd bound =
+        agreement::merge_bound(agreement::in_double(t.W), {p}, formats) + agreement::merge_bound(between, {p}, formats);
     CHECK(within(agreement::in_double(W), agreement::in_double(t.W), bound));
     // Subtracting is merging at strength -1, bit for bit.
     layers::matrix<TestType> subtracted = t.W, merged_negative = t.W;
@@ -225,8 +229,8 @@ TEMPLATE_TEST_CASE("unmerge takes away what merge added, within two merges' boun
 TEMPLATE_TEST_CASE("the state of linear, not the way to it, decides every bit", "[law]", float, double, lora::float16,
                    lora::bfloat16) {
   for_samples<TestType>([](const auto& t, auto& g) {
-    const lora::adapter<float> other{layers::normal<float>(g, 4, t.in, 0.4), layers::normal<float>(g, t.out, 4, 0.4),
-                                     {.alpha = 3}};
+    const lora::adapter<float> other{
+        layers::normal<float>(g, 4, t.in, 0.4), layers::normal<float>(g, t.out, 4, 0.4), {.alpha = 3}};
     lora::linear<TestType> straight{t.W}, winding{t.W};
     straight.attach("a", lora::scaled(0.7, t.l));
     straight.attach("b", lora::scaled(-0.4, other));

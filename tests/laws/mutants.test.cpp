@@ -54,7 +54,8 @@ Eigen::MatrixXd computed(const model& m, const Eigen::MatrixXd& x) {
   lora::linear<T> q{lora::with_bias(W, bias)};
   for (std::size_t k = 0; k < m.parts.size(); ++k)
     q.attach(std::string(1, static_cast<char>('a' + k)),
-             lora::adapter<float>{m.parts[k].A.cast<float>(), m.parts[k].B.cast<float>(),
+             lora::adapter<float>{m.parts[k].A.cast<float>(),
+                                  m.parts[k].B.cast<float>(),
                                   {.alpha = m.parts[k].s, .rule = lora::scaling_rule::fixed}});
   if (!m.parts.empty()) q.merge("a");
   layers::matrix<Y> y(m.W.rows(), x.cols());
@@ -73,8 +74,10 @@ const std::vector<mutant> mutants{
     {"the scale left out", [](model& m) { m.parts[1].s = 1; }},
     {"the mixed adapter dropped", [](model& m) { m.parts.pop_back(); }},
     {"the merged adapter dropped", [](model& m) { m.parts.erase(m.parts.begin()); }},
-    {"B A transposed", [](model& m) { std::swap(m.parts[0].A, m.parts[0].B), m.parts[0].A.transposeInPlace(),
-                                          m.parts[0].B.transposeInPlace(); }},
+    {"B A transposed",
+     [](model& m) {
+       std::swap(m.parts[0].A, m.parts[0].B), m.parts[0].A.transposeInPlace(), m.parts[0].B.transposeInPlace();
+     }},
     {"delta added twice", [](model& m) { m.parts[0].s *= 2; }},
     {"delta subtracted", [](model& m) { m.parts[0].s *= -1; }},
     {"the bias scaled", [](model& m) { m.bias *= m.parts[0].s; }},

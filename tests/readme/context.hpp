@@ -6,6 +6,9 @@
 #include "lora/io/peft.hpp"
 #include "lora/lora.hpp"
 
+// A snippet declares what the context declares for the others.
+#pragma GCC diagnostic ignored "-Wshadow"
+
 inline Eigen::MatrixXf base_weight() { return Eigen::MatrixXf::Random(24, 16); }
 inline const Eigen::MatrixXf A = Eigen::MatrixXf::Random(4, 16), B = Eigen::MatrixXf::Random(24, 4);
 inline const Eigen::MatrixXf C = Eigen::MatrixXf::Random(3, 16), D = Eigen::MatrixXf::Random(24, 3);

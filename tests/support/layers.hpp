@@ -28,9 +28,7 @@ inline constexpr int thinning = 1;
 
 using generator = std::mt19937_64;
 
-inline double uniform(generator& g, double low, double high) {
-  return std::uniform_real_distribution<double>(low, high)(g);
-}
+inline double uniform(generator& g, double low, double high) { return std::uniform_real_distribution<double>(low, high)(g); }
 /// Log-uniform, so that 1 and 2 are as likely as 30 and 60.
 inline Eigen::Index size(generator& g, Eigen::Index largest) {
   return std::min(largest, static_cast<Eigen::Index>(std::exp(uniform(g, 0, std::log(double(largest) + 1)))));
@@ -61,7 +59,7 @@ lora::adapter<T> adapter(generator& g, Eigen::Index out, Eigen::Index in, double
 /// y = W x + b + sum of s B (A x) in long double (63 bits more than float, 11 more than double).
 using exact_matrix = Eigen::Matrix<long double, Eigen::Dynamic, Eigen::Dynamic>;
 inline exact_matrix reference(const Eigen::MatrixXd& W, const Eigen::VectorXd& bias,
-                                 const std::vector<agreement::part>& parts, const Eigen::MatrixXd& x) {
+                              const std::vector<agreement::part>& parts, const Eigen::MatrixXd& x) {
   const exact_matrix xw = x.cast<long double>();
   exact_matrix y = W.cast<long double>().lazyProduct(xw);
   for (const auto& p : parts) {

@@ -65,8 +65,7 @@ bool is_finite(const T& value) {
 
 /// Whether every From is a To: the same format, or a wider one.
 template <class To, class From>
-inline constexpr bool holds_exactly =
-    std::is_same_v<storage_t<To>, storage_t<From>> || std::is_same_v<To, double> ||
-    (std::is_same_v<To, float> && !std::is_same_v<From, double>);
+inline constexpr bool holds_exactly = std::is_same_v<storage_t<To>, storage_t<From>> || std::is_same_v<To, double> ||
+                                      (std::is_same_v<To, float> && !std::is_same_v<From, double>);
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail

@@ -61,8 +61,7 @@ auto output_view(M& m) {
 /// Refuses an output whose result would vanish with the full expression.
 template <class M>
 constexpr void refuse_temporary() {
-  static_assert(std::is_lvalue_reference_v<M> ||
-                    !std::is_base_of_v<Eigen::PlainObjectBase<bare<M>>, bare<M>> || !eigen_matrix<M>,
+  static_assert(std::is_lvalue_reference_v<M> || !eigen_owner<M>,
                 "lora: the matrix to write is a temporary that owns its elements, so the result would be lost: give it a "
                 "name first");
 }

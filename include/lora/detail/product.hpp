@@ -101,9 +101,8 @@ class product {
       for (index_t first = 0; first < tokens_; first += tiles_ * tile_rows) {
         const block tokens{first, std::min(tiles_ * tile_rows, tokens_ - first)};
         team.for_each(tokens.tiles(), [&](index_t t) { pack_tokens(tokens, t); });
-        team.for_each(tokens.tiles() * panels_of(factors_.rank, width), [&](index_t task) {
-          shrink(tokens, task % tokens.tiles(), task / tokens.tiles(), sums);
-        });
+        team.for_each(tokens.tiles() * panels_of(factors_.rank, width),
+                      [&](index_t task) { shrink(tokens, task % tokens.tiles(), task / tokens.tiles(), sums); });
         team.for_each(panels_of(out_, width), [&](index_t p) { outputs(tokens, p, sums, panel_W, finish); });
       }
     });
@@ -142,7 +141,7 @@ class product {
       if (rows < width) std::fill_n(panel_W, std::min(depth_chunk, in_) * width, Acc(0));
       for (index_t k = 0; k < in_; k += depth_chunk) {
         const index_t depth = std::min(depth_chunk, in_ - k);
-        (*pack_W_)(p * width, rows, k, depth, panel_W);
+        (*pack_W_)(p* width, rows, k, depth, panel_W);
         advance(tokens, sums, X_.data() + k * tile_rows, in_, panel_W, depth);
       }
     }
@@ -153,8 +152,7 @@ class product {
   }
 
   /// All tiles of the block by `depth` more steps of their chains.
-  void advance(const block& tokens, Acc* sums, const Acc* left, index_t left_depth, const Acc* right,
-               index_t depth) const {
+  void advance(const block& tokens, Acc* sums, const Acc* left, index_t left_depth, const Acc* right, index_t depth) const {
     for (index_t t = 0; t < tokens.tiles(); ++t)
       multiply(static_cast<int>(tokens.in_tile(t)), sums + t * tile_size, left + t * left_depth * tile_rows, right, depth);
   }

@@ -53,8 +53,8 @@ class rank_update {
   /// any thread; returns the sum of the tallies. finish must not throw.
   template <class Finish>
   tally run(const Finish& finish) const {
-    const int threads = threads_for(static_cast<double>(rows_.outer()) * static_cast<double>(cols_.outer()) *
-                                    static_cast<double>(rank_));
+    const int threads =
+        threads_for(static_cast<double>(rows_.outer()) * static_cast<double>(cols_.outer()) * static_cast<double>(rank_));
     std::vector<tally> seen(static_cast<std::size_t>(threads));
     // One task is a strip of tiles one tile high: a panel of rows against some panels of columns.
     constexpr index_t strip = 16;
@@ -63,8 +63,7 @@ class rank_update {
       tally mine;
       team.for_each(rows_.count() * strips, [&](index_t task) {
         const index_t first = task % strips * strip;
-        for (index_t q = first; q < std::min(first + strip, cols_.count()); ++q)
-          tile(task / strips, q, mine, finish);
+        for (index_t q = first; q < std::min(first + strip, cols_.count()); ++q) tile(task / strips, q, mine, finish);
       });
       seen[static_cast<std::size_t>(team.thread())] = mine;
     });

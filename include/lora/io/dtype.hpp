@@ -18,8 +18,28 @@ namespace lora::inline LORA_DETAIL_ABI::safetensors {
 
 /// All 22. f32, f64, f16 and bf16 take part in arithmetic; the others are checked and carried as bytes.
 enum class dtype : std::uint8_t {
-  boolean, f4, f6_e2m3, f6_e3m2, u8, i8, f8_e5m2, f8_e4m3, f8_e8m0, f8_e4m3fnuz, f8_e5m2fnuz,
-  i16, u16, f16, bf16, i32, u32, f32, c64, f64, i64, u64,
+  boolean,
+  f4,
+  f6_e2m3,
+  f6_e3m2,
+  u8,
+  i8,
+  f8_e5m2,
+  f8_e4m3,
+  f8_e8m0,
+  f8_e4m3fnuz,
+  f8_e5m2fnuz,
+  i16,
+  u16,
+  f16,
+  bf16,
+  i32,
+  u32,
+  f32,
+  c64,
+  f64,
+  i64,
+  u64,
 };
 
 namespace dtype_detail {
@@ -28,12 +48,11 @@ struct row {
   unsigned bits;
 };
 /// In the order of the enumeration.
-inline constexpr std::array<row, 22> table{{{"BOOL", 8},        {"F4", 4},           {"F6_E2M3", 6},  {"F6_E3M2", 6},
-                                            {"U8", 8},          {"I8", 8},           {"F8_E5M2", 8},  {"F8_E4M3", 8},
-                                            {"F8_E8M0", 8},     {"F8_E4M3FNUZ", 8},  {"F8_E5M2FNUZ", 8},
-                                            {"I16", 16},        {"U16", 16},         {"F16", 16},     {"BF16", 16},
-                                            {"I32", 32},        {"U32", 32},         {"F32", 32},     {"C64", 64},
-                                            {"F64", 64},        {"I64", 64},         {"U64", 64}}};
+inline constexpr std::array<row, 22> table{
+    {{"BOOL", 8},    {"F4", 4},      {"F6_E2M3", 6}, {"F6_E3M2", 6},     {"U8", 8},          {"I8", 8},
+     {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"F8_E4M3FNUZ", 8}, {"F8_E5M2FNUZ", 8}, {"I16", 16},
+     {"U16", 16},    {"F16", 16},    {"BF16", 16},   {"I32", 32},        {"U32", 32},        {"F32", 32},
+     {"C64", 64},    {"F64", 64},    {"I64", 64},    {"U64", 64}}};
 }  // namespace dtype_detail
 
 /// As files spell it.
@@ -76,6 +95,18 @@ constexpr dtype dtype_of() {
     if constexpr (sizeof(T) == 2) return std::is_signed_v<T> ? dtype::i16 : dtype::u16;
     if constexpr (sizeof(T) == 4) return std::is_signed_v<T> ? dtype::i32 : dtype::u32;
     if constexpr (sizeof(T) == 8) return std::is_signed_v<T> ? dtype::i64 : dtype::u64;
+  }
+}
+
+/// Whether every value of a file's element type is a T: the same type, or a narrower floating-point type.
+template <scalar T>
+constexpr bool holds_exactly(dtype type) {
+  switch (type) {
+    case dtype::f32: return lora::detail::holds_exactly<T, float>;
+    case dtype::f64: return lora::detail::holds_exactly<T, double>;
+    case dtype::f16: return lora::detail::holds_exactly<T, float16>;
+    case dtype::bf16: return lora::detail::holds_exactly<T, bfloat16>;
+    default: return false;
   }
 }
 

@@ -23,12 +23,12 @@ namespace lora::inline LORA_DETAIL_ABI {
 class format_error : public error {
  public:
   struct parts {
-    std::string path;                               ///< the file, or the name given for bytes in memory
-    std::string item = {};                          ///< the tensor or the config key; empty for the file as a whole
-    std::optional<std::uint64_t> offset = {};       ///< where in the file, in bytes from its beginning
+    std::string path;                          ///< the file, or the name given for bytes in memory
+    std::string item = {};                     ///< the tensor or the config key; empty for the file as a whole
+    std::optional<std::uint64_t> offset = {};  ///< where in the file, in bytes from its beginning
     std::string expected = {};
     std::string found = {};
-    std::string hint = {};                          ///< what to do, or what probably happened; may be empty
+    std::string hint = {};  ///< what to do, or what probably happened; may be empty
   };
 
   explicit format_error(parts p) : error(text(p)), parts_(std::make_shared<const parts>(std::move(p))) {}

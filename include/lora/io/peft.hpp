@@ -36,8 +36,7 @@ namespace lora::inline LORA_DETAIL_ABI::peft {
 template <scalar T>
 class adapter_file {
  public:
-  adapter_file(peft::config config, std::map<std::string, entry<T>, std::less<>> entries,
-               std::vector<std::string> left_out)
+  adapter_file(peft::config config, std::map<std::string, entry<T>, std::less<>> entries, std::vector<std::string> left_out)
       : config_(std::move(config)), entries_(std::move(entries)), left_out_(std::move(left_out)) {}
 
   const peft::config& config() const { return config_; }
@@ -57,8 +56,9 @@ class adapter_file {
     const auto found = entries_.find(module);
     if (found != entries_.end()) return found->second;
     const auto near = io_detail::near_names(module, entries_, [](const auto& e) -> std::string_view { return e.first; });
-    lora::detail::raise_value("peft::adapter_file::at", "no adapter for the module " + io_detail::in_quotes(module) +
-                                                            (near.empty() ? "; the file has none" : "; near: " + io_detail::listed(near)));
+    lora::detail::raise_value("peft::adapter_file::at",
+                              "no adapter for the module " + io_detail::in_quotes(module) +
+                                  (near.empty() ? "; the file has none" : "; near: " + io_detail::listed(near)));
   }
 
   /// Config keys that were passed over (see read_options::ignore_keys).
@@ -84,12 +84,10 @@ class assembler {
   adapter_file<T> run() {
     check_pattern_work();
     std::map<std::string, entry<T>, std::less<>> entries;
-    for (const auto& [module, pair] : keys_.modules())
-      entries.emplace_hint(entries.end(), module, one(module, pair));
+    for (const auto& [module, pair] : keys_.modules()) entries.emplace_hint(entries.end(), module, one(module, pair));
     if (entries.empty())
-      lora::detail::raise(format_error({.path = tensors_.name(),
-                                        .expected = "tensors named ...lora_A.weight and ...lora_B.weight",
-                                        .found = "none"}));
+      lora::detail::raise(format_error(
+          {.path = tensors_.name(), .expected = "tensors named ...lora_A.weight and ...lora_B.weight", .found = "none"}));
     return {config_, std::move(entries), keys_.left_out()};
   }
 
@@ -100,8 +98,8 @@ class assembler {
     if (pair.A == nullptr) missing(*pair.B, module, "lora_A.weight");
     if (pair.B == nullptr) missing(*pair.A, module, "lora_B.weight");
     check_shapes(module, *pair.A, *pair.B);
-    return {module, lora::adapter<T>(widened(*pair.A), widened(*pair.B), config_.scaling_of(module)),
-            config_.fan_in_fan_out};
+    const matrix A = widened(*pair.A), B = widened(*pair.B);
+    return {module, lora::adapter<T>(A, B, config_.scaling_of(module)), config_.fan_in_fan_out};
   }
 
   void check_shapes(const std::string& module, const safetensors::entry& A, const safetensors::entry& B) const {
@@ -120,13 +118,18 @@ class assembler {
     std::uint64_t elements = 1;
     for (const auto extent : t.shape) elements = extent == 0 ? 0 : elements;
     if (elements == 0)
-      refuse(t, "values", t.text(), "an empty tensor: saved from a sharded model (DeepSpeed ZeRO-3) without gathering its parts");
-    if (t.shape.size() > 2)
-      refuse(t, "two dimensions", t.text(), "adapters of convolutions are not supported");
+      refuse(t, "values", t.text(),
+             "an empty tensor: saved from a sharded model (DeepSpeed ZeRO-3) without gathering its parts");
+    if (t.shape.size() > 2) refuse(t, "two dimensions", t.text(), "adapters of convolutions are not supported");
     if (t.shape.size() < 2) refuse(t, "two dimensions", t.text(), "");
   }
 
   matrix widened(const safetensors::entry& t) const {
+    if (!safetensors::holds_exactly<T>(t.dtype))
+      refuse(t, std::string(name_of(safetensors::dtype_of<T>())) + " or a type whose every value it holds", t.text(),
+             t.dtype == safetensors::dtype::f64   ? "read<double>() keeps every value"
+             : t.dtype == safetensors::dtype::f32 ? "read<float>() keeps every value"
+                                                  : "");
     const auto values = tensors_.template copy<T>(t.name);
     return Eigen::Map<const matrix>(values.data(), static_cast<index_t>(t.shape[0]), static_cast<index_t>(t.shape[1]));
   }
@@ -193,9 +196,9 @@ adapter_file<T> read(const std::filesystem::path& directory, const read_options&
                                                   "PEFT saves adapter_config.json beside the weights; without it the "
                                                   "scaling is not known"),
                              options);
-  const auto tensors = safetensors::read(
-      read_detail::file_in(directory, "adapter_model.safetensors", "adapter_model.bin",
-                           "adapter_model.bin is a PyTorch file, which can run code when loaded: convert it to safetensors"));
+  const auto tensors = safetensors::read(read_detail::file_in(
+      directory, "adapter_model.safetensors", "adapter_model.bin",
+      "adapter_model.bin is a PyTorch file, which can run code when loaded: convert it to safetensors"));
   return assemble<T>(c, tensors, options);
 }
 

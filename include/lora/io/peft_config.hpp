@@ -38,7 +38,8 @@ class pattern_table {
   void add(std::string key, V value) {
     io_detail::module_pattern pattern(key);
     if (!pattern.fault().empty())
-      lora::detail::raise_value("peft::pattern_table", "the pattern " + io_detail::in_quotes(key) + " has " + pattern.fault());
+      lora::detail::raise_value("peft::pattern_table",
+                                "the pattern " + io_detail::in_quotes(key) + " has " + pattern.fault());
     rows_.push_back({std::move(key), std::move(value), std::move(pattern)});
   }
   /// What the first fitting key says of a module (its name without base_model.model.); nothing when none fits.
@@ -171,8 +172,7 @@ inline constexpr std::array<std::string_view, 6> task_types{"SEQ_CLS",   "SEQ_2_
 /// From the tree to the config.
 class reader {
  public:
-  reader(const json_node& root, const std::string& path, const read_options& options)
-      : root_(root), options_(options) {
+  reader(const json_node& root, const std::string& path, const read_options& options) : root_(root), options_(options) {
     result_.path = path;
   }
 
@@ -276,8 +276,7 @@ class reader {
     const auto* layers = value_of("layers_to_transform");
     if (layers == nullptr || layers->kind == json_kind::null) return;
     const auto add = [&](const json_node& value) {
-      if (value.kind != json_kind::unsigned_integer)
-        refuse(value, "layers_to_transform", "layer numbers", value.text(), "");
+      if (value.kind != json_kind::unsigned_integer) refuse(value, "layers_to_transform", "layer numbers", value.text(), "");
       result_.layers_to_transform.push_back(value.unsigned_integer);
     };
     if (layers->kind != json_kind::array) return add(*layers);
@@ -296,8 +295,7 @@ class reader {
                "path_initial_model_for_weight_conversion of save_pretrained");
     }
     result_.task_type = text("task_type");
-    if (!result_.task_type.empty() &&
-        std::find(task_types.begin(), task_types.end(), result_.task_type) == task_types.end())
+    if (!result_.task_type.empty() && std::find(task_types.begin(), task_types.end(), result_.task_type) == task_types.end())
       refuse(*value_of("task_type"), "task_type", "one of PEFT's " + io_detail::listed(task_types),
              in_quotes(result_.task_type), "");
     result_.base_model_name_or_path = text("base_model_name_or_path");
@@ -397,8 +395,8 @@ inline bool is_or_ends_with(std::string_view module, std::string_view name) {
 inline bool expression_fits(const std::string& expression, std::string_view module, const char* key) {
   const io_detail::pattern pattern(expression);
   if (!pattern.fault().empty())
-    lora::detail::raise_value("peft::matches_target", std::string(key) + " " + in_quotes(expression) +
-                                                          " is not supported: " + pattern.fault());
+    lora::detail::raise_value("peft::matches_target",
+                              std::string(key) + " " + in_quotes(expression) + " is not supported: " + pattern.fault());
   return io_detail::decided(pattern.matches_all(io_detail::code_points(module)), expression, module);
 }
 
@@ -451,7 +449,8 @@ inline std::string_view layer_number(std::string_view module, const std::vector<
   for (const auto& container : containers) {
     const auto wanted = segments(container);
     for (std::size_t k = wanted.size(); k + 1 < parts.size(); ++k)
-      if (is_number(parts[k]) && std::equal(wanted.begin(), wanted.end(), parts.begin() + static_cast<std::ptrdiff_t>(k - wanted.size())))
+      if (is_number(parts[k]) &&
+          std::equal(wanted.begin(), wanted.end(), parts.begin() + static_cast<std::ptrdiff_t>(k - wanted.size())))
         return parts[k];
   }
   return {};
@@ -460,25 +459,28 @@ inline std::string_view layer_number(std::string_view module, const std::vector<
 }  // namespace config_detail
 
 inline bool matches_target(const config& c, std::string_view module) {
-  using namespace config_detail;
-  if (selects(c.exclude_modules, module, "exclude_modules") || is_saved(c.modules_to_save, module)) return false;
+  if (config_detail::selects(c.exclude_modules, module, "exclude_modules") ||
+      config_detail::is_saved(c.modules_to_save, module))
+    return false;
   const auto& target = c.target_modules;
   if (!target.expression && !target.names)
-    lora::detail::raise_value("peft::matches_target", "target_modules is null: PEFT then chooses by the base's architecture");
+    lora::detail::raise_value("peft::matches_target",
+                              "target_modules is null: PEFT then chooses by the base's architecture");
   if (target.expression) {
     std::string lower = *target.expression;
     std::transform(lower.begin(), lower.end(), lower.begin(),
                    [](char x) { return x >= 'A' && x <= 'Z' ? static_cast<char>(x - 'A' + 'a') : x; });
     if (lower == "all-linear")
-      lora::detail::raise_value("peft::matches_target", "target_modules is \"all-linear\": a name does not tell a module's type");
-    return selects(target, module, "target_modules");
+      lora::detail::raise_value("peft::matches_target",
+                                "target_modules is \"all-linear\": a name does not tell a module's type");
+    return config_detail::selects(target, module, "target_modules");
   }
   if (std::find(target.names->begin(), target.names->end(), module) != target.names->end()) return true;
-  if (!any_fits(*target.names, module)) return false;
+  if (!config_detail::any_fits(*target.names, module)) return false;
   if (c.layers_to_transform.empty()) return true;
-  const auto number = layer_number(module, c.layers_pattern);
+  const auto number = config_detail::layer_number(module, c.layers_pattern);
   return !number.empty() && std::any_of(c.layers_to_transform.begin(), c.layers_to_transform.end(),
-                                        [&](auto layer) { return same_number(number, layer); });
+                                        [&](auto layer) { return config_detail::same_number(number, layer); });
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::peft

@@ -89,11 +89,12 @@ namespace entry_detail {
 /// Throws value_error when the entries disagree on how one weight is stored.
 template <class First, class... Rest>
 bool common_orientation(const char* operation, const First& first, const Rest&... rest) {
-  const auto agree = [&](const auto& other) {
+  [[maybe_unused]] const auto agree = [&](const auto& other) {
     if (other.fan_in_fan_out() != first.fan_in_fan_out())
-      lora::detail::raise_value(operation, "the config of one adapter says fan_in_fan_out and the other's does not, for " +
-                                               first.name() + " and " + other.name() +
-                                               "; one weight is stored one way: read them with read_options::fan_in_fan_out");
+      lora::detail::raise_value(
+          operation, "the config of one adapter says fan_in_fan_out and the other's does not, for " + first.name() +
+                         " and " + other.name() +
+                         "; one weight is stored one way: read them with read_options::fan_in_fan_out");
   };
   (agree(rest), ...);
   return first.fan_in_fan_out();

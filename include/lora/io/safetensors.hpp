@@ -96,8 +96,7 @@ class file {
   file(std::string name, io_detail::header&& header, std::span<const std::byte> data,
        std::shared_ptr<const std::byte> owner);
   const entry* find(std::string_view name) const;
-  [[noreturn]] void refuse(const entry& t, std::string expected, std::string found,
-                           std::string hint) const {
+  [[noreturn]] void refuse(const entry& t, std::string expected, std::string found, std::string hint) const {
     lora::detail::raise(format_error({.path = name_,
                                       .item = t.name,
                                       .offset = t.offset,
@@ -108,7 +107,7 @@ class file {
 
   std::string name_;
   std::map<std::string, std::string> metadata_;
-  std::vector<entry> tensors_;   // in the order of their data
+  std::vector<entry> tensors_;  // in the order of their data
   std::vector<std::uint32_t> by_name_;
   std::shared_ptr<const std::byte> owner_;
 };
@@ -141,7 +140,9 @@ inline file read(const std::filesystem::path& path, const limits& limit = {}) {
 
 inline file::file(std::string name, io_detail::header&& header, std::span<const std::byte> data,
                   std::shared_ptr<const std::byte> owner)
-    : name_(std::move(name)), metadata_(std::move(header.metadata)), by_name_(std::move(header.by_name)),
+    : name_(std::move(name)),
+      metadata_(std::move(header.metadata)),
+      by_name_(std::move(header.by_name)),
       owner_(std::move(owner)) {
   tensors_.reserve(header.tensors.size());
   for (auto& each : header.tensors) {
@@ -166,9 +167,9 @@ inline const entry* file::find(std::string_view name) const {
 inline const entry& file::at(std::string_view name) const {
   if (const auto* found = find(name)) return *found;
   const auto near = io_detail::near_names(name, tensors_, [](const auto& t) -> std::string_view { return t.name; });
-  lora::detail::raise_value("safetensors::file::at", io_detail::printable(name_) + " has no tensor " +
-                                                         io_detail::in_quotes(name) +
-                                                         (near.empty() ? "; it is empty" : "; near: " + io_detail::listed(near)));
+  lora::detail::raise_value("safetensors::file::at",
+                            io_detail::printable(name_) + " has no tensor " + io_detail::in_quotes(name) +
+                                (near.empty() ? "; it is empty" : "; near: " + io_detail::listed(near)));
 }
 
 template <scalar T, std::size_t Rank>
@@ -195,10 +196,11 @@ T load(const std::byte* from) {
   return value;
 }
 
-/// Appends the elements of type Stored, widened; false when not every Stored is a T.
+/// The elements, which are Stored in the file, as Ts.
 template <class Stored, class T>
-bool append(const entry& t, std::vector<T>& result) {
+void widen_all(const entry& t, std::vector<T>& result) {
   if constexpr (lora::detail::holds_exactly<T, Stored>) {
+    result.reserve(t.bytes.size() / sizeof(Stored));
     for (std::size_t at = 0; at < t.bytes.size(); at += sizeof(Stored)) {
       const auto stored = load<Stored>(t.bytes.data() + at);
       if constexpr (std::is_same_v<lora::detail::storage_t<T>, Stored>)
@@ -206,20 +208,6 @@ bool append(const entry& t, std::vector<T>& result) {
       else
         result.push_back(lora::detail::widen<T>(stored));
     }
-    return true;
-  } else {
-    return false;
-  }
-}
-
-template <class T>
-bool append_any(const entry& t, std::vector<T>& result) {
-  switch (t.dtype) {
-    case dtype::f32: return append<float>(t, result);
-    case dtype::f64: return append<double>(t, result);
-    case dtype::f16: return append<float16>(t, result);
-    case dtype::bf16: return append<bfloat16>(t, result);
-    default: return false;
   }
 }
 
@@ -230,10 +218,13 @@ std::vector<T> file::copy(std::string_view name) const {
   const entry& t = at(name);
   std::vector<T> result;
   if constexpr (scalar<T>) {
-    result.reserve(t.bytes.size() * 8 / bits_of(t.dtype));
-    if (!file_detail::append_any(t, result))
+    if (!holds_exactly<T>(t.dtype))
       refuse(t, std::string(name_of(dtype_of<T>())) + " or a type whose every value it holds", t.text(),
              t.dtype == dtype::f64 || t.dtype == dtype::f32 ? "copy into a wider type, then round it yourself" : "");
+    if (t.dtype == dtype::f32) file_detail::widen_all<float>(t, result);
+    if (t.dtype == dtype::f64) file_detail::widen_all<double>(t, result);
+    if (t.dtype == dtype::f16) file_detail::widen_all<float16>(t, result);
+    if (t.dtype == dtype::bf16) file_detail::widen_all<bfloat16>(t, result);
   } else {
     if (t.dtype != dtype_of<T>()) refuse(t, std::string(name_of(dtype_of<T>())), t.text(), "");
     result.resize(t.bytes.size() / sizeof(T));

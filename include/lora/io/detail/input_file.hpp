@@ -9,8 +9,8 @@
 #include <filesystem>
 #include <fstream>
 #include <ios>
-#include <new>
 #include <memory>
+#include <new>
 #include <string>
 #include <system_error>
 #include <utility>
@@ -49,10 +49,8 @@ class input_file {
 
  private:
   [[noreturn]] void refuse(std::string expected, std::string found, std::string hint) const {
-    detail::raise(format_error({.path = path_,
-                                .expected = std::move(expected),
-                                .found = std::move(found),
-                                .hint = std::move(hint)}));
+    detail::raise(
+        format_error({.path = path_, .expected = std::move(expected), .found = std::move(found), .hint = std::move(hint)}));
   }
 
   std::string path_;

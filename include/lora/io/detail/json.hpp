@@ -91,8 +91,7 @@ class counting_iterator {
 template <class Handler>
 class json_events {
  public:
-  json_events(const json_source& source, Handler& handler)
-      : source_(source), handler_(handler), seen_(source.text.data()) {}
+  json_events(const json_source& source, Handler& handler) : source_(source), handler_(handler), seen_(source.text.data()) {}
 
   void run() {
     refuse_what_the_lexer_skips();

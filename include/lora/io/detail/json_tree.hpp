@@ -76,8 +76,7 @@ class json_tree_builder {
 
   /// Where the next value goes. Pointers in open_ stay valid: only the innermost container grows.
   json_node& place(std::uint64_t offset) {
-    if (++values_ > most_values)
-      refuse(offset, "", "at most " + std::to_string(most_values) + " values", "more");
+    if (++values_ > most_values) refuse(offset, "", "at most " + std::to_string(most_values) + " values", "more");
     json_node* node = open_.back();
     if (open_.size() > 1) {
       node = &node->items.emplace_back();

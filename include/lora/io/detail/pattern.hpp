@@ -57,8 +57,7 @@ struct character_class {
   bool holds(char32_t c) const {
     const bool listed =
         std::any_of(ranges.begin(), ranges.end(), [c](const auto& r) { return c >= r.first && c <= r.second; }) ||
-        std::any_of(escapes.begin(), escapes.end(),
-                    [c](const auto& e) { return in_ascii_class(e.first, c) == e.second; });
+        std::any_of(escapes.begin(), escapes.end(), [c](const auto& e) { return in_ascii_class(e.first, c) == e.second; });
     return listed != complement;
   }
 };
@@ -190,8 +189,17 @@ class pattern_parser {
       case '*':
       case '+':
       case '?': return refuse("a repetition of nothing");
+      case '{': return brace();
       default: return add(step_kind::character, c);
     }
+  }
+
+  std::uint32_t brace() {
+    --at_;
+    std::uint32_t least = 0, most = 0;
+    if (repetition(least, most)) return refuse("a repetition of nothing");
+    ++at_;
+    return add(step_kind::character, U'{');
   }
 
   std::uint32_t group() {
@@ -235,7 +243,13 @@ class pattern_parser {
   }
   /// Punctuation stands for itself; letters and digits mean something, of which the control characters are known.
   static bool plain_escape(char32_t c, char32_t& meant) {
-    meant = c == 'n' ? U'\n' : c == 't' ? U'\t' : c == 'r' ? U'\r' : c == 'f' ? U'\f' : c == 'v' ? U'\v' : c == 'a' ? U'\a' : c;
+    meant = c == 'n'   ? U'\n'
+            : c == 't' ? U'\t'
+            : c == 'r' ? U'\r'
+            : c == 'f' ? U'\f'
+            : c == 'v' ? U'\v'
+            : c == 'a' ? U'\a'
+                       : c;
     return meant != c || !(in_ascii_class('w', c) && c != '_');
   }
   static std::string escape_text(char32_t c) {
@@ -423,7 +437,8 @@ class pattern {
     if (what == kind::begin) return at == 0;
     if (what == kind::end_of_text) return at_end;
     if (what == kind::end) return at_end || (at + 1 == text.size() && text[at] == '\n');
-    if (what != kind::boundary && what != kind::no_boundary) return false;
+    // Python's \B does not hold in an empty text.
+    if ((what != kind::boundary && what != kind::no_boundary) || text.empty()) return false;
     const bool before = at > 0 && in_ascii_class('w', text[at - 1]);
     const bool after = !at_end && in_ascii_class('w', text[at]);
     return (before != after) == (what == kind::boundary);

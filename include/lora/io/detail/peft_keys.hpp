@@ -39,7 +39,8 @@ inline constexpr std::array peft_name_meanings = std::to_array<name_meaning>({
     {".ranknum", "AdaLoRA, which is not supported"},
     {".trainable_tokens_delta", "rows of an embedding (trainable tokens), which are not supported"},
     {".modules_to_save.", "a whole module (modules_to_save), which is not supported"},
-    {".base_layer.", "a weight of the base, or an adapter of a parameter or of attention in one piece, which is not supported"},
+    {".base_layer.",
+     "a weight of the base, or an adapter of a parameter or of attention in one piece, which is not supported"},
     {".lora_A.", "a factor under the name of an adapter: a state that was not saved with save_pretrained"},
     {".lora_B.", "a factor under the name of an adapter: a state that was not saved with save_pretrained"},
     {"lora_down", "a name of the kohya, diffusers or ComfyUI formats, which are not read yet"},
@@ -96,7 +97,8 @@ class peft_keys {
       refuse(t, "factors only", "a tensor of a module in modules_to_save, a whole copy that replaces the base's",
              "not supported yet; read_options::leave_out_saved_modules reads the rest");
     for (const auto& meaning : peft_name_meanings)
-      if (name.find(meaning.part) != std::string_view::npos) refuse(t, "a name that ends in lora_A.weight or lora_B.weight", std::string(meaning.what), "");
+      if (name.find(meaning.part) != std::string_view::npos)
+        refuse(t, "a name that ends in lora_A.weight or lora_B.weight", std::string(meaning.what), "");
     refuse(t, "a name that ends in lora_A.weight or lora_B.weight", "another",
            name.ends_with(".weight") || name.ends_with(".bias") ? "a tensor of the base model, saved with the adapter"
                                                                 : "this is not a file that PEFT wrote for LoRA");

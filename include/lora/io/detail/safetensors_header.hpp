@@ -186,8 +186,7 @@ class header_handler {
       return;
     }
     if (name.size() > limit_.name_bytes)
-      refuse(offset, name, "a name of at most " + std::to_string(limit_.name_bytes) + " bytes",
-             std::to_string(name.size()));
+      refuse(offset, name, "a name of at most " + std::to_string(limit_.name_bytes) + " bytes", std::to_string(name.size()));
     if (result_.tensors.size() >= limit_.tensors)
       refuse(offset, name, "at most " + std::to_string(limit_.tensors) + " tensors", "more");
     entry_ = {};
@@ -233,8 +232,7 @@ class header_handler {
   }
 
   void add_extent(const json_scalar& value, std::uint64_t offset) {
-    if (value.kind != json_kind::unsigned_integer)
-      refuse(offset, entry_.name, "unsigned integers in shape", value.text());
+    if (value.kind != json_kind::unsigned_integer) refuse(offset, entry_.name, "unsigned integers in shape", value.text());
     if (value.unsigned_integer > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()))
       refuse(offset, entry_.name, "a dimension below 2^63", value.text());
     if (entry_.shape.size() >= limit_.dimensions)
@@ -255,8 +253,7 @@ class header_handler {
       if (!seen_[k]) refuse(offset, entry_.name, "the field " + std::string(fields[k]), "none");
     std::sort(other_fields_.begin(), other_fields_.end());
     const auto twice = std::adjacent_find(other_fields_.begin(), other_fields_.end());
-    if (twice != other_fields_.end())
-      refuse(offset, entry_.name, "the field " + in_quotes(*twice) + " once", "it twice");
+    if (twice != other_fields_.end()) refuse(offset, entry_.name, "the field " + in_quotes(*twice) + " once", "it twice");
     result_.tensors.push_back(std::move(entry_));
   }
 
@@ -341,7 +338,8 @@ class header_rules {
     const header_entry* before = nullptr;
     for (const auto& t : h_.tensors) {
       if (t.begin != at) {
-        const std::string neighbour = before == nullptr ? "the beginning of the data" : in_quotes(before->name) + " " + range(*before);
+        const std::string neighbour =
+            before == nullptr ? "the beginning of the data" : in_quotes(before->name) + " " + range(*before);
         refuse(t, "to begin at " + std::to_string(at) + ", where " + neighbour + " ends", range(t),
                t.begin > at ? "a hole in the data" : "two tensors share bytes");
       }

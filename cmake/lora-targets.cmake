@@ -1,0 +1,64 @@
+# SPDX-License-Identifier: Apache-2.0
+# lora::lora (needs Eigen) and lora::io (needs also nlohmann-json; absent where that is not found).
+
+# Without a version: Eigen 5 would refuse a request for 3.4.
+find_package(Eigen3 REQUIRED NO_MODULE)
+if(Eigen3_VERSION VERSION_LESS 3.4)
+  message(FATAL_ERROR "lora needs Eigen 3.4 or later; found ${Eigen3_VERSION}")
+endif()
+
+add_library(lora_lora INTERFACE)
+add_library(lora::lora ALIAS lora_lora)
+set_target_properties(lora_lora PROPERTIES EXPORT_NAME lora)
+target_compile_features(lora_lora INTERFACE cxx_std_20)
+target_link_libraries(lora_lora INTERFACE Eigen3::Eigen)
+target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DIR}/include" FILES
+  include/lora/adapter.hpp
+  include/lora/apply.hpp
+  include/lora/concepts.hpp
+  include/lora/delta.hpp
+  include/lora/detail/convert.hpp
+  include/lora/detail/operands.hpp
+  include/lora/detail/overlap.hpp
+  include/lora/detail/panels.hpp
+  include/lora/detail/parallel.hpp
+  include/lora/detail/product.hpp
+  include/lora/detail/simd.hpp
+  include/lora/detail/tile.hpp
+  include/lora/detail/update.hpp
+  include/lora/error.hpp
+  include/lora/float16.hpp
+  include/lora/forward.hpp
+  include/lora/linear.hpp
+  include/lora/lora.hpp
+  include/lora/matrix_view.hpp
+  include/lora/merge.hpp
+  include/lora/scaled.hpp
+  include/lora/scaling.hpp
+  include/lora/tensor_view.hpp
+  include/lora/version.hpp)
+
+find_package(nlohmann_json 3.10 QUIET)
+if(nlohmann_json_FOUND)
+  add_library(lora_io INTERFACE)
+  add_library(lora::io ALIAS lora_io)
+  set_target_properties(lora_io PROPERTIES EXPORT_NAME io)
+  target_link_libraries(lora_io INTERFACE lora_lora nlohmann_json::nlohmann_json)
+  target_sources(lora_io INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DIR}/include" FILES
+    include/lora/io/detail/input_file.hpp
+    include/lora/io/detail/json.hpp
+    include/lora/io/detail/json_tree.hpp
+    include/lora/io/detail/module_pattern.hpp
+    include/lora/io/detail/pattern.hpp
+    include/lora/io/detail/peft_keys.hpp
+    include/lora/io/detail/safetensors_header.hpp
+    include/lora/io/detail/text.hpp
+    include/lora/io/dtype.hpp
+    include/lora/io/format_error.hpp
+    include/lora/io/peft.hpp
+    include/lora/io/peft_config.hpp
+    include/lora/io/peft_entry.hpp
+    include/lora/io/safetensors.hpp)
+else()
+  message(STATUS "lora: nlohmann_json not found, so no target lora::io (the file readers)")
+endif()
