@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# lora_developer: what this project's own programs are compiled with. Users of lora::lora get none of it.
+# What this project's own programs are compiled with; users of lora::lora get none of it. lora_developer is
+# lora_developer_plain (io, warnings, OpenMP, sanitizers) for this machine's CPU.
 if(NOT TARGET lora::io)
   message(FATAL_ERROR "The tests and examples of lora read files: install nlohmann-json (Debian: nlohmann-json3-dev), or "
     "configure with -DLORA_BUILD_TESTS=OFF -DLORA_BUILD_EXAMPLES=OFF")
@@ -16,23 +17,27 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
   target_compile_options(lora_warnings INTERFACE -Wno-maybe-uninitialized -Wno-uninitialized -Wno-restrict)
 endif()
 
-add_library(lora_developer INTERFACE)
-target_link_libraries(lora_developer INTERFACE lora_io lora_warnings)
-set_property(TARGET lora_lora PROPERTY VERIFY_INTERFACE_HEADER_SETS ${LORA_BUILD_TESTS})
-set_property(TARGET lora_io PROPERTY VERIFY_INTERFACE_HEADER_SETS ${LORA_BUILD_TESTS})
-if(LORA_NATIVE)
-  target_compile_options(lora_developer INTERFACE -march=native)
-endif()
+add_library(lora_developer_plain INTERFACE)
+target_link_libraries(lora_developer_plain INTERFACE lora_io lora_warnings)
 if(LORA_OPENMP)
   find_package(OpenMP COMPONENTS CXX)
   if(OpenMP_CXX_FOUND)
-    target_link_libraries(lora_developer INTERFACE OpenMP::OpenMP_CXX)
+    target_link_libraries(lora_developer_plain INTERFACE OpenMP::OpenMP_CXX)
   else()
     message(STATUS "lora: no OpenMP for ${CMAKE_CXX_COMPILER}: serial programs")
   endif()
 endif()
 if(LORA_SANITIZE)
   set(lora_sanitizers -fsanitize=address,undefined -fno-sanitize-recover=all -fno-omit-frame-pointer)
-  target_compile_options(lora_developer INTERFACE ${lora_sanitizers})
-  target_link_options(lora_developer INTERFACE ${lora_sanitizers})
+  target_compile_options(lora_developer_plain INTERFACE ${lora_sanitizers})
+  target_link_options(lora_developer_plain INTERFACE ${lora_sanitizers})
 endif()
+
+add_library(lora_developer INTERFACE)
+target_link_libraries(lora_developer INTERFACE lora_developer_plain)
+if(LORA_NATIVE)
+  target_compile_options(lora_developer INTERFACE -march=native)
+endif()
+
+# Each header compiles alone: the target all_verify_interface_header_sets.
+set_property(TARGET lora_lora lora_io PROPERTY VERIFY_INTERFACE_HEADER_SETS ${LORA_BUILD_TESTS})

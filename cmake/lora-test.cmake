@@ -19,13 +19,16 @@ if(NOT lora_outside AND EXISTS "${PROJECT_SOURCE_DIR}/../shared/outside/golden")
   cmake_path(SET lora_outside NORMALIZE "${PROJECT_SOURCE_DIR}/../shared/outside")
 endif()
 
-add_library(lora_test INTERFACE)
-target_link_libraries(lora_test INTERFACE lora_developer ${lora_catch})
-target_include_directories(lora_test INTERFACE "${PROJECT_SOURCE_DIR}/tests" "${PROJECT_SOURCE_DIR}/examples")
-target_compile_definitions(lora_test INTERFACE
+# lora_test_plain: for variants that choose their own instruction set.
+add_library(lora_test_plain INTERFACE)
+target_link_libraries(lora_test_plain INTERFACE lora_developer_plain ${lora_catch})
+target_include_directories(lora_test_plain INTERFACE "${PROJECT_SOURCE_DIR}/tests" "${PROJECT_SOURCE_DIR}/examples")
+target_compile_definitions(lora_test_plain INTERFACE
   LORA_SOURCE_DIR="${PROJECT_SOURCE_DIR}"
   LORA_EXAMPLE_DATA="${PROJECT_SOURCE_DIR}/examples/data"
   LORA_OUTSIDE_DIR="${lora_outside}")
+add_library(lora_test INTERFACE)
+target_link_libraries(lora_test INTERFACE lora_test_plain lora_developer)
 
 # The seed is fixed and Catch prints it; --warn NoAssertions makes a test without an assertion fail.
 function(lora_run_test name target)

@@ -254,7 +254,6 @@ TEST_CASE("no tokens, no features, one by one", "[forward]") {
   CHECK(out0.rows() == 0);
   std::array<float, 1> x{7}, z{0};
   const MatrixXf two = MatrixXf::Constant(1, 1, 2);
-  lora::forward(two, x, z,
-                lora::adapter<float>{MatrixXf::Constant(3, 1, 2), MatrixXf::Constant(1, 3, 5), {.alpha = 1.5}});
+  lora::forward(two, x, z, lora::adapter<float>{MatrixXf::Constant(3, 1, 2), MatrixXf::Constant(1, 3, 5), {.alpha = 1.5}});
   CHECK(z[0] == 14 + 0.5F * 30 * 7);
 }
