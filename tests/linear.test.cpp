@@ -245,8 +245,8 @@ class walk {
     bool as_said = copied_.names() == m_.names();
     for (const auto& [name, one] : m_.all) {
       const auto is = copied_.at(name);
-      as_said = as_said && copied_.contains(name) && is.weight == one.weight && is.active == one.active &&
-                is.merged == one.merged;
+      as_said =
+          as_said && copied_.contains(name) && is.weight == one.weight && is.active == one.active && is.merged == one.merged;
     }
     const bool any_inside = std::any_of(m_.all.begin(), m_.all.end(), [](const auto& n) { return n.second.inside(); });
     const auto other_way = brought_to(m_, g_);
@@ -276,7 +276,7 @@ class walk {
     CHECK(weight_good);
     const auto x = g_.integers<T>(m_.W.cols(), g_.integer(1, 5), 3);
     test::exact_matrix exact = test::times(test::exact(stored) + beside, test::exact(x));
-    if (m_.bias.size() != 0) exact.colwise() += m_.bias.cast<long double>();
+    if (m_.bias.size() != 0) exact.colwise() += m_.bias.template cast<long double>();
     test::matrix<Y> y(m_.W.rows(), x.cols());
     copied_.forward(x, y);
     const bool output_good = test::exact(y) == test::exact(test::rounded<Y>(exact));
@@ -313,16 +313,15 @@ class walk {
     const auto product = m_.holds_double(false) ? agreement::formats_of<T, Y, double>() : single;
     const Eigen::MatrixXd bound = agreement::error_bound(in_double, bias, where, xs, product, merge);
     const auto y = agreement::in_double(large_y.topLeftCorner(m_.W.rows(), tokens));
-    const Eigen::MatrixXd difference =
-        (y.template cast<long double>() - exact).cwiseAbs().template cast<double>();
+    const Eigen::MatrixXd difference = (y.template cast<long double>() - exact).cwiseAbs().template cast<double>();
     const bool within = (difference.array() <= bound.array()).all();
     CHECK(within);
     // The second test of support/oracle.hpp, over the whole walk.
     const auto coarse = agreement::formats_of<T, Y, lora::accumulator_t<T>>();
     squared_difference_ += difference.squaredNorm();
     squared_expected_ += oracle::expected(in_double, bias, where, xs, coarse).squaredNorm();
-    const bool outside_kept = same_bits(large_y.rightCols(2), around.rightCols(2)) &&
-                              same_bits(large_y.bottomRows(1), around.bottomRows(1));
+    const bool outside_kept =
+        same_bits(large_y.rightCols(2), around.rightCols(2)) && same_bits(large_y.bottomRows(1), around.bottomRows(1));
     CHECK(outside_kept);
     return within && outside_kept;
   }
@@ -353,4 +352,406 @@ TEMPLATE_TEST_CASE("random walks on reals: the same function within the bound", 
     CAPTURE(trial);
     walk<TestType, false>(g).run(40);
   }
+}
+
+namespace {
+
+lora::adapter<float> rank_one(const MatrixXf& b, const MatrixXf& a, double s = 0.5) {
+  return {a, b / static_cast<float>(s), {.alpha = s, .rule = scaling_rule::fixed}};
+}
+MatrixXf constant(index_t rows, index_t cols, double v) { return MatrixXf::Constant(rows, cols, static_cast<float>(v)); }
+
+}  // namespace
+
+TEST_CASE("two adapters, one merged and one active, are both computed", "[linear]") {
+  // W x = 1 * 2 + 2 * 3 = 8; "in": 4 * (1 * 2 + 1 * 3) = 20; "beside" at -1/2: -3 * (1 * 2 - 1 * 3) = 3.
+  const MatrixXf W{{1, 2}}, x{{2}, {3}};
+  const auto beside = rank_one(constant(1, 1, 6), MatrixXf{{1, -1}});
+  lora::linear<float> q{W};
+  q.attach("in", rank_one(constant(1, 1, 4), MatrixXf{{1, 1}}));
+  q.attach("beside", lora::scaled(-0.5, beside));
+  const auto result = [&] {
+    MatrixXf y = constant(1, 1, -99);
+    q.forward(x, y);
+    return y(0, 0);
+  };
+  CHECK(result() == 31);
+  q.merge("in");
+  CHECK(q.weight()(0, 0) == 5);
+  CHECK(result() == 31);
+  q.unmerge("in");
+  q.merge("beside");
+  CHECK(q.weight()(0, 0) == -2);
+  CHECK(result() == 31);
+  q.merge();
+  CHECK(result() == 31);
+  // Deactivated, it leaves the weight, is still marked as merged, and returns.
+  q.deactivate("in");
+  CHECK((q.at("in").merged && !q.at("in").active));
+  CHECK(q.weight()(0, 0) == -2);
+  CHECK(result() == 11);
+  q.merge();
+  q.activate("in");
+  CHECK(q.weight()(0, 0) == 2);
+  CHECK(result() == 31);
+  q.detach("beside");
+  CHECK(result() == 28);
+  // merge() without names takes the active ones only.
+  q.unmerge();
+  q.deactivate("in");
+  q.merge();
+  CHECK_FALSE(q.at("in").merged);
+  q.activate("in");
+  CHECK(q.weight()(0, 0) == 1);
+}
+
+TEMPLATE_TEST_CASE("forward is lora::forward with what is not merged", "[linear]", float, double, lora::bfloat16,
+                   lora::float16) {
+  test::random g(903);
+  CAPTURE(g.seed());
+  const auto W = g.reals<TestType>(37, 53, 0.4);
+  const auto bias = g.reals<double>(1, 37, 1);
+  const Eigen::RowVectorXf float_bias = bias.template cast<float>();
+  lora::linear<TestType> q{lora::with_bias(W, float_bias)};
+  CHECK((q.has_bias() && q.out_features() == 37 && q.in_features() == 53));
+  const lora::adapter<lora::bfloat16> narrow{
+      g.reals<lora::bfloat16>(61, 53, 0.2), g.reals<lora::bfloat16>(37, 61, 0.2), {.alpha = 3}};
+  const lora::adapter<double> wide{g.reals<double>(5, 53, 0.2), g.reals<double>(37, 5, 0.2), {.alpha = -4}};
+  q.attach("wide", lora::scaled(0.3, wide));
+  q.attach("narrow", narrow);
+  const test::col_matrix<float> x = g.reals<float>(53, 9, 1);
+  const auto same = [&](const auto&... beside) {
+    test::matrix<TestType> y(37, 9), expected(37, 9);
+    q.forward(x, y);
+    lora::forward(lora::with_bias(q.weight(), float_bias), x, expected, beside...);
+    return same_bits(y, expected);
+  };
+  CHECK(same(narrow, lora::scaled(0.3, wide)));
+  q.merge("narrow");
+  CHECK(same(lora::scaled(0.3, wide)));
+  q.set_weight("wide", 0);
+  CHECK(same());  // at strength 0 a double adapter does not turn the product to double
+  q.set_weight("wide", 0.3);
+  q.merge();
+  CHECK(same());
+  CHECK(same_bits(q.weight(), lora::merged(W, narrow, lora::scaled(0.3, wide))));
+}
+
+TEST_CASE("what linear is made of", "[linear]") {
+  test::random g(904);
+  CAPTURE(g.seed());
+  const auto by_rows = g.reals<lora::bfloat16>(5, 7, 1);
+  const test::col_matrix<lora::bfloat16> by_cols = by_rows;
+  CHECK(same_bits(lora::linear<lora::bfloat16>{by_cols}.weight(), by_rows));
+  CHECK(same_bits(lora::linear<lora::bfloat16>{by_rows.transpose()}.weight(),
+                  test::matrix<lora::bfloat16>(by_rows.transpose())));
+  CHECK(same_bits(lora::linear<lora::bfloat16>{by_cols.block(1, 2, 3, 4)}.weight(), by_rows.block(1, 2, 3, 4)));
+  CHECK(same_bits(lora::linear<lora::bfloat16>{lora::as_matrix(by_rows).block(1, 2, 3, 4)}.weight(),
+                  by_rows.block(1, 2, 3, 4)));
+  // A narrower base, widened exactly; Eigen's types are stored as ours.
+  CHECK(test::exact(lora::linear<float>{by_rows}.weight()) == test::exact(by_rows));
+  CHECK(test::exact(lora::linear<double>{by_rows}.weight()) == test::exact(by_rows));
+  const auto half = g.reals<Eigen::half>(4, 3, 1);
+  const lora::linear q{half};
+  static_assert(std::is_same_v<decltype(q), const lora::linear<lora::float16>>);
+  CHECK(test::exact(q.weight()) == test::exact(half));
+  CHECK((!q.has_bias() && q.names().empty() && q.out_features() == 4 && q.in_features() == 3));
+  const lora::linear biased{lora::with_bias(half, std::vector<float>{1, 2, 3, 4})};
+  static_assert(std::is_same_v<decltype(biased), const lora::linear<lora::float16>>);
+  std::vector<float> y(4);
+  biased.forward(std::vector<float>(3, 0), y);
+  CHECK(y == std::vector<float>{1, 2, 3, 4});
+  // It owns its copy.
+  MatrixXf mine = constant(2, 3, 1);
+  const lora::linear<float> owner{mine};
+  mine.setZero();
+  CHECK(owner.weight()(1, 2) == 1);
+  // Nothing to multiply: only the bias is left, or no output at all.
+  std::vector<float> two(2, 9);
+  lora::linear<float>{lora::with_bias(MatrixXf(2, 0), std::vector<float>{3, 4})}.forward(std::vector<float>(), two);
+  CHECK(two == std::vector<float>{3, 4});
+  std::vector<float> none;
+  lora::linear<float>{MatrixXf(0, 3)}.forward(std::vector<float>(3), none);
+  CHECK(none.empty());
+}
+
+TEMPLATE_TEST_CASE("the base keeps every bit, NaN and -0 too", "[linear]", float, double, lora::float16, lora::bfloat16) {
+  using bits = std::conditional_t<sizeof(TestType) == 2, std::uint16_t,
+                                  std::conditional_t<sizeof(TestType) == 4, std::uint32_t, std::uint64_t>>;
+  const bits top = bits(bits(1) << (8 * sizeof(bits) - 1));
+  const auto infinite = std::bit_cast<bits>(test::stored<TestType>(std::numeric_limits<double>::infinity()));
+  const bits patterns[] = {top, infinite, bits(infinite | 3), bits(infinite | top | 9), bits(top | 1), bits(1)};
+  test::matrix<TestType> W(3, 6);
+  for (index_t j = 0; j < 6; ++j) W(0, j) = W(1, j) = W(2, j) = std::bit_cast<TestType>(patterns[j]);
+  const auto check = [&](lora::linear<TestType> q) {
+    CHECK(same_bits(q.weight(), W));
+    q.attach("one", rank_one(Eigen::Vector3f(0, 1, 0), constant(1, 6, 1)));
+    q.merge();
+    CHECK(test::bytes(q.weight().middle_rows(0, 1)) == test::bytes(W.row(0)));
+    CHECK(test::value(q.weight()(1, 0)) == 1);
+    CHECK(test::bytes(q.weight().middle_rows(2, 1)) == test::bytes(W.row(2)));
+    q.unmerge();
+    CHECK(same_bits(q.weight(), W));
+  };
+  check(lora::linear<TestType>{W});
+  check(lora::linear<TestType>{test::col_matrix<TestType>(W)});
+  check(lora::linear<TestType>{W, [&](std::span<TestType> to) { std::copy_n(W.data(), W.size(), to.data()); }});
+}
+
+TEST_CASE("an adapter of any kind is attached, and copied", "[linear]") {
+  test::random g(905);
+  CAPTURE(g.seed());
+  const auto W = g.integers<float>(4, 6, 50);
+  const auto A = g.integers<float>(3, 6, 3), B = g.integers<float>(4, 3, 3);
+  const lora::adapter<float> plain{A, B, {.alpha = 6}};  // s = 2
+  const auto merged_bits = [&](const auto& l) {
+    lora::linear<float> q{W};
+    q.attach("l", l);
+    q.merge();
+    CHECK(q.at("l").rank == 3);
+    return test::bytes(q.weight());
+  };
+  const test::exact_matrix delta = 2.0L * test::times(test::exact(B), test::exact(A));
+  const auto expected = test::bytes(test::rounded<float>(test::exact(W) + delta));
+  CHECK(merged_bits(plain) == expected);
+  CHECK(merged_bits(lora::adapter_view<float>(plain)) == expected);
+  CHECK(merged_bits(lora::adapter<double>(plain)) == expected);
+  CHECK(merged_bits(lora::basic_adapter(test::col_matrix<float>(A), test::col_matrix<double>(B.cast<double>()),
+                                        lora::scaling{.alpha = 6})) == expected);
+  const auto A16 = test::rounded<lora::float16>(test::exact(A));
+  const auto B16 = test::rounded<Eigen::bfloat16>(test::exact(B));
+  CHECK(merged_bits(lora::basic_adapter(A16, B16, lora::scaling{.alpha = 6})) == expected);
+  CHECK(merged_bits(lora::scaled(-0.5, lora::scaled(-2, plain))) == expected);
+  // scaled is kept as the weight, and may be set again.
+  lora::linear<float> q{W};
+  q.attach("l", lora::scaled(4, lora::scaled(-0.25, plain)));
+  CHECK((q.at("l").weight == -1 && q.at("l").scaling == 2 && q.at("l").active && !q.at("l").merged));
+  q.set_weight("l", 1);
+  q.merge("l");
+  CHECK(test::bytes(q.weight()) == expected);
+  // The factors are its own.
+  auto own_A = A;
+  lora::linear<float> r{W};
+  r.attach("l", lora::adapter_view<float>(lora::as_matrix(own_A), lora::as_matrix(B), {.alpha = 6}));
+  own_A.setZero();
+  r.merge();
+  CHECK(test::bytes(r.weight()) == expected);
+  // Rank 0 and strength 0 change nothing, and are not read.
+  const auto poison = rank_one(constant(4, 1, NAN), constant(1, 6, INFINITY));
+  lora::linear<float> s{W};
+  s.attach("empty", lora::adapter<float>{MatrixXf(0, 6), MatrixXf(4, 0), {.alpha = 3, .rule = scaling_rule::fixed}});
+  s.attach("off", lora::scaled(0, poison));
+  MatrixXf y(4, 1);
+  s.forward(constant(6, 1, 0), y);
+  CHECK(y.isZero(0));
+  CHECK(s.merge().became_nonfinite == 0);
+  CHECK(same_bits(s.weight(), W));
+}
+
+TEST_CASE("a layer is copied and moved with its state", "[linear]") {
+  test::random g(906);
+  CAPTURE(g.seed());
+  const auto W = g.integers<float>(4, 6, 50);
+  lora::linear<float> q{W};
+  q.attach("l", rank_one(g.integers<float>(4, 1, 3), g.integers<float>(1, 6, 3)));
+  q.merge();
+  const auto before = look(q);
+  auto copy = q;
+  CHECK(look(copy) == before);
+  q.unmerge();
+  q.set_weight("l", 7);
+  CHECK(look(copy) == before);
+  auto moved = std::move(copy);
+  CHECK(look(moved) == before);
+  moved.unmerge();
+  CHECK(same_bits(moved.weight(), W));
+}
+
+TEST_CASE("the report counts against the pristine base", "[linear]") {
+  // 60000 + 6000 overflows float16, 60000 + 6000 - 6000 does not.
+  test::matrix<lora::float16> W = test::matrix<lora::float16>::Constant(2, 3, lora::float16(60000));
+  W(0, 0) = std::numeric_limits<lora::float16>::infinity();
+  for (const bool reload : {false, true}) {
+    CAPTURE(reload);
+    const auto again = [&](std::span<lora::float16> to) { std::copy_n(W.data(), W.size(), to.data()); };
+    auto q = reload ? lora::linear<lora::float16>{W, again} : lora::linear<lora::float16>{W};
+    q.attach("up", rank_one(constant(2, 1, 6000), constant(1, 3, 1)));
+    q.attach("down", rank_one(constant(2, 1, -6000), constant(1, 3, 1)));
+    CHECK(q.merge("up").became_nonfinite == 5);
+    CHECK(q.merge("up").became_nonfinite == 5);  // merging what is merged: the weight as it is
+    CHECK(q.merge("down").became_nonfinite == 0);
+    CHECK(test::value(q.weight()(1, 2)) == 60000);
+    CHECK(q.unmerge("down").became_nonfinite == 5);
+    CHECK(q.unmerge().became_nonfinite == 0);
+    CHECK(q.unmerge().became_nonfinite == 0);
+    CHECK(same_bits(q.weight(), W));
+  }
+}
+
+TEST_CASE("with a reload function the base is read again only when the weight changes", "[linear]") {
+  const MatrixXf W{{1, 2, 3}, {4, 5, 6}};
+  int calls = 0;
+  lora::linear<float> q{W, [&](std::span<float> to) {
+                          ++calls;
+                          for (std::size_t k = 0; k < 6; ++k) to[k] = static_cast<float>(k + 1);
+                        }};
+  q.attach("a", rank_one(constant(2, 1, 2), constant(1, 3, 1)));
+  q.attach("b", rank_one(constant(2, 1, 3), constant(1, 3, 1)));
+  q.set_weight("a", 1);
+  q.deactivate("b");
+  q.activate("b");
+  q.unmerge();
+  MatrixXf y(2, 1);
+  q.forward(constant(3, 1, 1), y);
+  q.merge("a");
+  CHECK(calls == 0);  // the pristine weight was there to merge into
+  q.merge("a");
+  q.forward(constant(3, 1, 1), y);
+  CHECK(y == MatrixXf{{6 + 6 + 9}, {15 + 6 + 9}});
+  q.set_weight("b", 2);
+  q.unmerge("b");
+  CHECK(calls == 0);  // nothing that is merged changed
+  q.merge("b");
+  CHECK(calls == 1);
+  CHECK(q.weight()(0, 0) == 1 + 2 + 6);
+  q.set_weight("a", -1);
+  q.deactivate("b");
+  CHECK(calls == 3);
+  CHECK(q.weight()(1, 2) == 6 - 2);
+  q.detach("a");
+  CHECK(calls == 4);
+  CHECK(same_bits(q.weight(), test::matrix<float>(W)));
+  q.activate("b");
+  CHECK(calls == 4);  // from the pristine weight again
+  CHECK(q.weight()(1, 2) == 6 + 6);
+}
+
+TEST_CASE("a reload function that throws or gives other bits changes nothing", "[linear]") {
+  const MatrixXf W{{1, 2, 3}, {4, 5, 6}};
+  enum { right, throws, partly, other_bits, other_zero } does = right;
+  lora::linear<float> q{MatrixXf{{1, 2, 0}, {4, 5, 6}}, [&](std::span<float> to) {
+                          const float values[] = {1, 2, 0, 4, 5, 6};
+                          if (does == throws) throw std::runtime_error("the disk is gone");
+                          std::copy_n(values, 6, to.data());
+                          to[0] = does == partly ? 9.0F : 1.0F;
+                          if (does == partly) throw std::runtime_error("the disk is gone");
+                          if (does == other_bits) to[5] = 7;
+                          if (does == other_zero) to[2] = -0.0F;
+                        }};
+  q.attach("a", rank_one(constant(2, 1, 2), constant(1, 3, 1)));
+  q.attach("b", rank_one(constant(2, 1, 3), constant(1, 3, 1)));
+  q.merge("a");
+  const auto before = look(q);
+  for (const auto how : {throws, partly, other_bits, other_zero}) {
+    does = how;
+    const auto refused = [&](const auto& call) {
+      if (how == throws || how == partly) {
+        CHECK_THROWS_AS(call(), std::runtime_error);
+      } else {
+        CHECK(mentions(refusal<lora::value_error>(call), {"lora::linear", "reload", "other bits"}));
+      }
+      CHECK(look(q) == before);
+    };
+    refused([&] { q.merge("b"); });
+    refused([&] { q.merge(); });
+    refused([&] { q.unmerge(); });
+    refused([&] { q.unmerge("a"); });
+    refused([&] { q.deactivate("a"); });
+    refused([&] { q.set_weight("a", 3); });
+    refused([&] { q.detach("a"); });
+  }
+  does = right;
+  q.unmerge();
+  CHECK(q.weight()(1, 2) == 6);
+}
+
+TEMPLATE_TEST_CASE("an allocation that fails changes nothing", "[linear]", float, double, lora::bfloat16, lora::float16) {
+  test::random g(907);
+  CAPTURE(g.seed());
+  const index_t out = 19, in = 27;
+  model<TestType> m{g.reals<TestType>(out, in, 1), g.reals<float>(out, 1, 1)};
+  const lora::adapter<float> a{g.reals<float>(3, in, 1), g.reals<float>(out, 3, 1), {.alpha = 2}};
+  const lora::adapter<double> b{g.reals<double>(40, in, 1), g.reals<double>(out, 40, 1), {.alpha = -3}};
+  const lora::adapter<lora::float16> c{g.reals<lora::float16>(2, in, 1), g.reals<lora::float16>(out, 2, 1), {.alpha = 5}};
+  const std::size_t weight_bytes = static_cast<std::size_t>(out * in) * sizeof(TestType);
+  using layer = lora::linear<TestType>;
+  const std::vector<std::pair<const char*, void (*)(layer&, const lora::adapter<lora::float16>&)>> calls{
+      {"attach", [](layer& q, const auto& l) { q.attach("a name too long for the string itself", lora::scaled(0.5, l)); }},
+      {"detach a", [](layer& q, const auto&) { q.detach("a"); }},
+      {"detach b", [](layer& q, const auto&) { q.detach("b"); }},
+      {"set_weight a", [](layer& q, const auto&) { q.set_weight("a", 0.25); }},
+      {"set_weight b", [](layer& q, const auto&) { q.set_weight("b", 0.25); }},
+      {"activate", [](layer& q, const auto&) { q.activate("idle"); }},
+      {"deactivate", [](layer& q, const auto&) { q.deactivate("a"); }},
+      {"merge", [](layer& q, const auto&) { q.merge(); }},
+      {"merge b", [](layer& q, const auto&) { q.merge("b"); }},
+      {"unmerge", [](layer& q, const auto&) { q.unmerge(); }},
+      {"unmerge a", [](layer& q, const auto&) { q.unmerge("a"); }},
+  };
+  for (const bool reload : {false, true})
+    for (const int merged : {0, 1, 2})
+      for (const auto& [what, call] : calls) {
+        CAPTURE(reload, merged, what);
+        auto q = reload ? m.layer(m.reload()) : m.layer();
+        q.attach("a", a);
+        q.attach("b", b);
+        q.attach("idle", c);
+        q.merge("idle");
+        q.deactivate("idle");
+        if (merged > 0) q.merge("a");
+        if (merged > 1) q.merge();
+        const auto before = look(q);
+        auto undisturbed = q;
+        call(undisturbed, c);
+        const auto after = look(undisturbed);
+        long n = 0;
+        for (bool failed = true; failed; ++n) {
+          test::allocations::start(weight_bytes);
+          failed = test::allocations::fails_at(n, [&, call = call] { call(q, c); });
+          test::allocations::stop();
+          if (failed && (look(q) != before || test::allocations::now.live_large != 0)) {
+            CAPTURE(n);
+            CHECK(look(q) == before);
+            CHECK(test::allocations::now.live_large == 0);  // nor is memory kept
+            return;
+          }
+        }
+        CHECK(n > 1);  // at least one allocation was made to fail, and then none
+        CHECK(look(q) == after);
+      }
+  // A product that cannot have its scratch writes nothing.
+  auto q = m.layer();
+  q.attach("a", a);
+  const auto x = g.reals<float>(in, 4, 1);
+  const MatrixXf y_before = g.reals<float>(out, 4, 1);
+  MatrixXf y = y_before;
+  long n = 0;
+  while (test::allocations::fails_at(n, [&] { q.forward(x, y); })) {
+    REQUIRE(same_bits(y, y_before));
+    ++n;
+  }
+  CHECK(n > 1);
+  CHECK_FALSE(same_bits(y, y_before));
+}
+
+TEST_CASE("const calls at the same time give the same bits", "[linear]") {
+  test::random g(908);
+  CAPTURE(g.seed());
+  lora::linear<lora::bfloat16> q{g.reals<lora::bfloat16>(67, 131, 0.5)};
+  q.attach("a", lora::adapter<float>{g.reals<float>(7, 131, 0.2), g.reals<float>(67, 7, 0.2), {.alpha = 3}});
+  q.attach("b", lora::adapter<double>{g.reals<double>(2, 131, 0.2), g.reals<double>(67, 2, 0.2), {.alpha = 5}});
+  q.merge("a");
+  const auto& shared = q;
+  const auto before = look(shared);
+  std::array<snapshot, 4> seen;
+  std::vector<std::thread> threads;
+  for (auto& mine : seen)
+    threads.emplace_back([&] {
+      for (int k = 0; k < 30; ++k) {
+        mine = look(shared);
+        if (mine != before) return;
+      }
+    });
+  for (auto& thread : threads) thread.join();
+  for (const auto& mine : seen) CHECK(mine == before);
 }

@@ -36,7 +36,7 @@ row_major_matrix<T> exact_copy(const M& source) {
     const auto view = as_matrix(source);
     row_major_matrix<T> copy(view.rows(), view.cols());
     for (index_t i = 0; i < view.rows(); ++i)
-      for (index_t j = 0; j < view.cols(); ++j) copy(i, j) = narrow<T>(widen<double>(view(i, j)));
+      for (index_t j = 0; j < view.cols(); ++j) copy(i, j) = exactly<T>(view(i, j));
     return copy;
   }
 }

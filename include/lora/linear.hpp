@@ -111,7 +111,7 @@ class linear {
   }
 
   /// Adds an adapter under a name: active, not merged, with the weight of scaled(w, l) (1 without). Copies the factors in
-  /// their format. Throws shape_error (does not fit), value_error (name empty or taken, scaling not finite).
+  /// their format. Throws shape_error (does not fit), value_error (name empty or taken, weight or scaling not finite).
   template <low_rank L>
   void attach(const std::string& name, const L& l) {
     if (name.empty()) detail::raise_value("linear::attach", "the name is empty");
@@ -119,15 +119,16 @@ class linear {
       detail::raise_value("linear::attach", "an adapter named \"" + name + "\" is attached already: detach it first");
     detail::check_adapter("linear::attach", l, out_features_, in_features_);
     const auto& source = detail::unscaled(l);
+    const double weight = detail::weight_of(l);
+    check_weight("linear::attach", name, weight, static_cast<double>(source.scaling()));
     using format = detail::factor_format<detail::bare<decltype(source)>>;
-    adapters_.emplace(
-        name, slot{std::make_shared<const detail::any_adapter>(adapter<format>(source)), detail::weight_of(l), true, false});
+    adapters_.emplace(name, slot{std::make_shared<const detail::any_adapter>(adapter<format>(source)), weight, true, false});
   }
 
   /// Takes an adapter out; if it is merged, out of the weight too. Throws value_error when the name is not attached.
   void detach(const std::string& name) {
     change([&](slots& all) {
-      find(all, name);
+      find("linear::detach", all, name);
       all.erase(name);
     });
   }
@@ -135,17 +136,19 @@ class linear {
   /// Sets an adapter's strength, merged or not. Throws value_error when it is not finite or the name is not attached.
   void set_weight(const std::string& name, double weight) {
     change([&](slots& all) {
-      slot& one = find(all, name);
-      if (!detail::is_finite(weight) || !detail::is_finite(weight * one.scaling()))
-        detail::raise_value("linear::set_weight",
-                            "the weight of \"" + name + "\", alone or times its scaling, is not finite");
+      slot& one = find("linear::set_weight", all, name);
+      check_weight("linear::set_weight", name, weight, one.scaling());
       one.weight = weight;
     });
   }
 
   /// Makes an adapter part of the function, or not; its weight and whether it is merged are kept.
-  void activate(const std::string& name) { set_active(name, true); }
-  void deactivate(const std::string& name) { set_active(name, false); }
+  void activate(const std::string& name) {
+    change([&](slots& all) { find("linear::activate", all, name).active = true; });
+  }
+  void deactivate(const std::string& name) {
+    change([&](slots& all) { find("linear::deactivate", all, name).active = false; });
+  }
 
   /// Moves adapters into the weight; without names, every active one. Merging what is merged changes nothing. Says how many
   /// elements of the pristine base are finite and of the weight now are not.
@@ -156,7 +159,7 @@ class linear {
       if constexpr (sizeof...(Names) == 0) {
         for (auto& [name, one] : all) one.merged = one.merged || one.active;
       } else {
-        ((find(all, names).merged = true), ...);
+        ((find("linear::merge", all, names).merged = true), ...);
       }
     });
   }
@@ -169,7 +172,7 @@ class linear {
       if constexpr (sizeof...(Names) == 0) {
         for (auto& [name, one] : all) one.merged = false;
       } else {
-        ((find(all, names).merged = false), ...);
+        ((find("linear::unmerge", all, names).merged = false), ...);
       }
     });
   }
@@ -177,7 +180,7 @@ class linear {
   bool contains(const std::string& name) const { return adapters_.count(name) != 0; }
   /// Throws value_error when the name is not attached.
   attachment at(const std::string& name) const {
-    const slot& one = find(adapters_, name);
+    const slot& one = find("linear::at", adapters_, name);
     const auto rank = std::visit([](const auto& l) { return l.rank(); }, *one.adapter);
     return {one.weight, one.scaling(), rank, one.active, one.merged};
   }
@@ -235,20 +238,26 @@ class linear {
     pristine_.resize(static_cast<std::size_t>(view.size()));
     T* next = pristine_.data();
     for (index_t i = 0; i < out_features_; ++i)
-      for (index_t j = 0; j < in_features_; ++j) *next++ = detail::narrow<T>(detail::widen<bias_value>(view(i, j)));
+      for (index_t j = 0; j < in_features_; ++j) *next++ = detail::exactly<T>(view(i, j));
   }
 
   template <class Slots>
-  static auto& find(Slots& all, const std::string& name) {
+  static auto& find(const char* operation, Slots& all, const std::string& name) {
     const auto found = all.find(name);
-    if (found == all.end()) raise_unknown(all, name);
+    if (found == all.end()) raise_unknown(operation, all, name);
     return found->second;
   }
-  [[noreturn]] static void raise_unknown(const slots& all, const std::string& name) {
+  [[noreturn]] static void raise_unknown(const char* operation, const slots& all, const std::string& name) {
     std::string attached;
     for (const auto& [other, one] : all) attached += (attached.empty() ? "\"" : ", \"") + other + "\"";
     detail::raise_value(
-        "linear", "no adapter named \"" + name + "\" is attached; attached: " + (attached.empty() ? "none" : attached));
+        operation, "no adapter named \"" + name + "\" is attached; attached: " + (attached.empty() ? "none" : attached));
+  }
+
+  /// Weights of nested scaled(...) multiply here before they meet the scaling, which may overflow where scaled does not.
+  static void check_weight(const char* operation, const std::string& name, double weight, double scaling) {
+    if (!detail::is_finite(weight) || !detail::is_finite(weight * scaling))
+      detail::raise_value(operation, "the weight of \"" + name + "\", alone or times its scaling, is not finite");
   }
 
   /// visit(scaled(weight, adapter)) for the adapters that a predicate selects, in the order of their names.
@@ -268,10 +277,6 @@ class linear {
     if constexpr (!std::is_same_v<Acc, double>)
       each([&](const auto& l) { any = any || (detail::holds_double<detail::bare<decltype(l)>> && detail::is_read(l)); });
     return any;
-  }
-
-  void set_active(const std::string& name, bool active) {
-    change([&](slots& all) { find(all, name).active = active; });
   }
 
   /// Applies a change to a copy of the slots, makes the weight fit, and only then keeps the copy: nothing after the weight
@@ -314,8 +319,11 @@ class linear {
       return {};
     }
     if (!reload_) {
-      if (!is_merged_) merged_.resize(pristine_.size());
-      return written(update, pristine_, merged_);
+      if (is_merged_) return written(update, pristine_, merged_);
+      std::vector<T> fresh(pristine_.size());
+      const merge_report report = written(update, pristine_, fresh);
+      merged_.swap(fresh);
+      return report;
     }
     std::vector<T> fresh = is_merged_ ? reloaded() : std::vector<T>();
     std::vector<T>& base = is_merged_ ? fresh : pristine_;

@@ -68,4 +68,14 @@ template <class To, class From>
 inline constexpr bool holds_exactly = std::is_same_v<storage_t<To>, storage_t<From>> || std::is_same_v<To, double> ||
                                       (std::is_same_v<To, float> && !std::is_same_v<From, double>);
 
+/// The same number in a format that holds it; in its own format the same bits, those of a signaling NaN too.
+template <class To, class From>
+To exactly(const From& value) {
+  static_assert(holds_exactly<To, From>);
+  if constexpr (std::is_same_v<storage_t<To>, storage_t<From>>)
+    return std::bit_cast<To>(value);
+  else
+    return widen<To>(value);
+}
+
 }  // namespace lora::inline LORA_DETAIL_ABI::detail
