@@ -94,7 +94,8 @@ void describe(const world& w, const llama::model<double>& base) {
     }
     std::printf("%-10s %4zu    %.0f-%.0f    %.3f-%.3f    %.2f-%.2f   %s\n", names[k].c_str(), w.adapters[k].size(), rank.low,
                 rank.high, scaling.low, scaling.high, size.low, size.high,
-                w.adapters[k].config().use_rslora ? "rank-stabilized, rank_pattern" : "alpha / rank");
+                w.adapters[k].config().rule == lora::scaling_rule::rank_stabilized ? "rank-stabilized, rank_pattern"
+                                                                                   : "alpha / rank");
   }
 }
 
