@@ -4,7 +4,9 @@
 // exact.
 #include <array>
 #include <cmath>
+#include <initializer_list>
 #include <limits>
+#include <string>
 #include <type_traits>
 #include <utility>
 #include <vector>
@@ -15,6 +17,7 @@
 #include "support/random.hpp"
 #include "support/refused.hpp"
 
+using Eigen::MatrixXf;
 using lora::index_t;
 using lora::scaling_rule;
 using test::mentions;
@@ -144,6 +147,21 @@ TEST_CASE("an adapter that makes no sense is refused", "[adapter]") {
                                              {.alpha = INFINITY}};
                  }),
                  {"not finite"}));
+  const std::vector<float> six(6), none;
+  using view = lora::adapter_view<float>;
+  CHECK(mentions(refusal<lora::shape_error>([&] {
+                   view{lora::row_major(six, 2, 3), lora::row_major(six, 2, 3), {.alpha = 2}};
+                 }),
+                 {"lora::adapter", "lora_A is 2x3", "lora_B is 2x3", "rank x in_features"}));
+  CHECK(mentions(refusal<lora::value_error>([&] {
+                   view{lora::row_major(none, 0, 3), lora::row_major(none, 2, 0), {.alpha = 2}};
+                 }),
+                 {"lora::scaling", "rank 0", "fixed"}));
+  CHECK(mentions(refusal<lora::value_error>([&] { lora::basic_adapter(A, B, lora::scaling{.alpha = -INFINITY}); }),
+                 {"lora::scaling", "alpha is not finite"}));
+  // A copy of an adapter whose scaling overflowed on the way.
+  const a big{A, B, {.alpha = 200}};
+  CHECK(mentions(refusal<lora::value_error>([&] { a(lora::scaled(1e307, big)); }), {"not finite"}));
 }
 
 TEST_CASE("adapter_view looks, and follows what it looks at", "[adapter]") {
@@ -250,4 +268,53 @@ TEST_CASE("a user's own type is an adapter everywhere", "[adapter]") {
   layer.merge();
   CHECK(test::exact(layer.weight()) == test::exact(W) + 3 * delta);
   CHECK(lora::adapter<double>(mine).scaling() == -0.5);
+}
+
+namespace {
+
+/// An adapter that says of itself what it likes.
+struct claims {
+  MatrixXf A, B;
+  double s;
+  index_t r;
+  const MatrixXf& lora_A() const { return A; }
+  const MatrixXf& lora_B() const { return B; }
+  double scaling() const { return s; }
+  index_t rank() const { return r; }
+};
+
+/// Every verb and attach, on a 3 x 4 layer, must refuse the adapter with these words and its own name, and write nothing.
+template <class Error>
+void refused_by_every_verb(const claims& l, std::initializer_list<const char*> words) {
+  const MatrixXf W = MatrixXf::Constant(3, 4, 2), x = MatrixXf::Ones(4, 2), y = MatrixXf::Constant(3, 2, 7);
+  MatrixXf weight = W, out = y;
+  lora::linear<float> layer(W);
+  const auto refuses = [&](const char* operation, const auto& call) {
+    const std::string text = refusal<Error>(call);
+    CAPTURE(text);
+    CHECK(mentions(text, {operation}));
+    CHECK(mentions(text, words));
+    CHECK((same_bits(weight, W) && same_bits(out, y) && layer.names().empty()));
+  };
+  refuses("lora::merge:", [&] { lora::merge(weight, l); });
+  refuses("lora::unmerge:", [&] { lora::unmerge(weight, l); });
+  refuses("lora::merge_checked:", [&] { lora::merge_checked(weight, l); });
+  refuses("lora::merged:", [&] { lora::merged(weight, l); });
+  refuses("lora::delta_weight:", [&] { lora::delta_weight(l); });
+  refuses("lora::apply:", [&] { lora::apply(x, out, l); });
+  refuses("lora::forward:", [&] { lora::forward(W, x, out, l); });
+  refuses("lora::linear::attach:", [&] { layer.attach("l", l); });
+}
+
+}  // namespace
+
+TEST_CASE("an adapter that contradicts itself is refused by every verb", "[adapter]") {
+  const MatrixXf A = MatrixXf::Ones(2, 4), B = MatrixXf::Ones(3, 2);
+  refused_by_every_verb<lora::shape_error>({A, B, 0.5, 3}, {"rank 3", "lora_A is 2x4", "lora_B is 3x2"});
+  refused_by_every_verb<lora::shape_error>({A, B, 0.5, -1}, {"rank -1"});
+  refused_by_every_verb<lora::shape_error>({A, MatrixXf::Ones(3, 5), 0.5, 2}, {"rank 2", "2x4", "3x5"});
+  refused_by_every_verb<lora::shape_error>({A, MatrixXf::Ones(3, 5), 0.0, 2},
+                                           {"rank 2", "2x4", "3x5"});  // also at strength 0
+  for (const double s : {double{INFINITY}, -double{INFINITY}, double{NAN}})
+    refused_by_every_verb<lora::value_error>({A, B, s, 2}, {"scaling is not finite"});
 }

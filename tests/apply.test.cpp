@@ -2,12 +2,15 @@
 //
 // apply(x, y, l...): y := round(y + sum of s B (A x)). On whole numbers the result is known bit for bit.
 #include <array>
+#include <initializer_list>
 #include <limits>
 #include <span>
+#include <string>
 #include <type_traits>
 #include <vector>
 
 #include "lora/apply.hpp"
+#include "support/adapters.hpp"
 #include "support/catch.hpp"
 #include "support/mdspan.hpp"
 #include "support/random.hpp"
@@ -16,6 +19,8 @@
 using Eigen::MatrixXf;
 using lora::index_t;
 using lora::scaling_rule;
+using test::mentions;
+using test::refusal;
 using test::same_bits;
 
 namespace {
@@ -27,15 +32,9 @@ void check_layouts(std::uint64_t seed) {
   for (int trial = 0; trial < 30; ++trial) {
     const index_t out = g.integer(1, 45), in = g.integer(1, 50);
     const index_t tokens = g.one_in(8) ? g.integer(250, 300) : g.integer(1, 20);
-    std::vector<lora::adapter<F>> all;
-    test::exact_matrix delta = test::exact_matrix::Zero(out, in);
-    for (index_t n = g.integer(1, 3); n > 0; --n) {
-      const index_t rank = g.integer(1, g.one_in(3) ? 2 * std::max(out, in) : 5);
-      all.push_back({g.integers<F>(rank, in, 3),
-                     g.integers<F>(out, rank, 3),
-                     {.alpha = 0.25 * static_cast<double>(g.integer(-9, 9)), .rule = scaling_rule::fixed}});
-      delta += test::exact_delta(all.back());
-    }
+    const test::whole_adapters<F> adapters(g, out, in, 1, 3);
+    const auto& all = adapters.all;
+    const auto& delta = adapters.delta;
     const test::matrix<X> x = g.integers<X>(in, tokens, 2);
     const test::matrix<Y> before = g.integers<Y>(out, tokens, 50);
     const test::matrix<Y> expected = test::rounded<Y>(test::exact(before) + test::times(delta, test::exact(x)));
@@ -210,4 +209,82 @@ TEST_CASE("no tokens, no features, one by one", "[apply]") {
   std::array<float, 1> in{7}, result{1};
   lora::apply(in, result, scalar);
   CHECK(result[0] == 1 + 0.5F * 30 * 7);
+}
+
+TEST_CASE("shapes that do not fit are refused, and y keeps its bits", "[apply]") {
+  const lora::adapter<float> l{MatrixXf::Ones(2, 3), MatrixXf::Ones(4, 2), {.alpha = 3}};
+  const auto refuses = [](index_t in, index_t x_tokens, index_t out, index_t y_tokens,
+                          std::initializer_list<const char*> words, const auto&... adapters) {
+    const MatrixXf x = MatrixXf::Ones(in, x_tokens), before = MatrixXf::Constant(out, y_tokens, 7);
+    MatrixXf y = before;
+    const std::string text = refusal<lora::shape_error>([&] { lora::apply(x, y, adapters...); });
+    CAPTURE(text);
+    CHECK(mentions(text, {"lora::apply:"}));
+    CHECK(mentions(text, words));
+    CHECK(same_bits(y, before));
+  };
+  refuses(3, 2, 5, 2, {"4x3", "5x3"}, l);
+  refuses(5, 2, 4, 2, {"4x3", "4x5"}, l);
+  refuses(4, 2, 3, 2, {"4x3", "3x4"}, l);  // x and y exchanged
+  refuses(0, 2, 4, 2, {"4x3", "4x0"}, l);
+  refuses(3, 2, 0, 2, {"4x3", "0x3"}, l);
+  refuses(3, 2, 4, 3, {"x is 3x2", "y is 4x3", "one column for each token"}, l);
+  refuses(3, 0, 4, 1, {"x is 3x0", "y is 4x1"}, l);
+  refuses(3, 2, 4, 3, {"x is 3x2", "y is 4x3"});  // also without adapters
+  refuses(3, 2, 4, 3, {"x is 3x2", "y is 4x3"}, lora::scaled(0, l));
+  // The last of several, in a range, at strength 0: nothing of the others is added.
+  const lora::adapter<float> other{MatrixXf::Ones(2, 5), MatrixXf::Ones(4, 2), {.alpha = 3}};
+  refuses(3, 2, 4, 2, {"4x5", "4x3"}, l, lora::scaled(0.5, l), other);
+  refuses(3, 2, 4, 2, {"4x5", "4x3"}, std::vector{l, l, other});
+  refuses(3, 2, 4, 2, {"4x5", "4x3"}, l, lora::scaled(0, other));
+  // A row vector is one feature of many tokens.
+  const Eigen::RowVectorXf row = Eigen::RowVectorXf::Ones(3);
+  std::vector<float> y(4, 7);
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::apply(row, y, l); }), {"lora::apply", "4x3", "4x1"}));
+  // Empty spans.
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::apply(std::span<const float>(), y, l); }), {"4x3", "4x0"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::apply(row.transpose(), std::span<float>(), l); }), {"4x3", "0x3"}));
+  CHECK(y == std::vector<float>(4, 7));
+}
+
+TEST_CASE("a scaling that is not finite is refused, rank 0 adds nothing", "[apply]") {
+  const lora::adapter<float> l{MatrixXf::Ones(2, 3), MatrixXf::Ones(4, 2), {.alpha = 200}};
+  const MatrixXf x = MatrixXf::Ones(3, 2), before = MatrixXf::Constant(4, 2, -0.0F);
+  MatrixXf y = before;
+  CHECK(mentions(refusal<lora::value_error>([&] { lora::apply(x, y, l, lora::scaled(1e307, l)); }),
+                 {"lora::apply:", "scaling is not finite"}));
+  CHECK(same_bits(y, before));
+  const lora::adapter<float> nothing{MatrixXf(0, 3), MatrixXf(4, 0), {.alpha = 3, .rule = scaling_rule::fixed}};
+  lora::apply(x, y, nothing, nothing);
+  CHECK(same_bits(y, before));
+  lora::apply(x, y, nothing, l);
+  CHECK(y == MatrixXf::Constant(4, 2, 600));
+}
+
+TEST_CASE("y may not share memory with x or a factor", "[apply]") {
+  std::vector<float> buffer(60, 2);
+  const std::vector<float> before = buffer;
+  float* const data = buffer.data();
+  const auto refuses = [&](const char* with, const auto& x, const auto& y, const auto& l) {
+    CHECK(mentions(refusal<lora::shape_error>([&] { lora::apply(x, y, l); }),
+                   {"lora::apply:", "y is written and overlaps", with}));
+    CHECK(buffer == before);
+  };
+  const lora::adapter<float> square{MatrixXf::Ones(2, 4), MatrixXf::Ones(4, 2), {.alpha = 3}};
+  refuses(" x ", lora::col_major(data, 4, 3), lora::col_major(data, 4, 3), square);  // in place
+  refuses(" x ", lora::col_major(data, 4, 3), lora::col_major(data + 11, 4, 3), square);
+  refuses(" x ", std::span(data, 4), std::span(data + 3, 4), square);
+  refuses(" x ", lora::row_major(data, 4, 3), lora::col_major(data + 11, 4, 3), lora::scaled(0, square));
+  const auto with_factors = [&](index_t A, index_t B) {
+    return lora::adapter_view<float>{lora::row_major(data + A, 2, 4), lora::row_major(data + B, 4, 2), {.alpha = 3}};
+  };
+  refuses("lora_A", lora::col_major(data + 48, 4, 3), lora::col_major(data, 4, 3), with_factors(11, 20));
+  refuses("lora_B", lora::col_major(data + 48, 4, 3), lora::col_major(data, 4, 3), with_factors(20, 5));
+  // Beside each other, and row blocks of one matrix, are apart.
+  lora::apply(lora::col_major(data, 4, 3), lora::col_major(data + 12, 4, 3), with_factors(24, 32));
+  CHECK(std::vector(data + 12, data + 24) == std::vector<float>(12, 2 + 1.5F * 4 * 16));
+  MatrixXf both = MatrixXf::Constant(8, 3, 2);
+  lora::apply(both.topRows(4), both.bottomRows(4), square);
+  CHECK(both.topRows(4) == MatrixXf::Constant(4, 3, 2));
+  CHECK(both.bottomRows(4) == MatrixXf::Constant(4, 3, 2 + 1.5F * 16));
 }

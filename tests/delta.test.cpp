@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "lora/delta.hpp"
+#include "support/adapters.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
 #include "support/refused.hpp"
@@ -40,16 +41,9 @@ TEMPLATE_TEST_CASE("whole numbers give the exact delta", "[delta]", float, doubl
   CAPTURE(g.seed());
   for (int trial = 0; trial < 60; ++trial) {
     const index_t out = g.integer(1, 40), in = g.integer(1, 50);
-    std::vector<lora::adapter<TestType>> all;
-    test::exact_matrix expected = test::exact_matrix::Zero(out, in);
-    for (index_t n = g.integer(1, 3); n > 0; --n) {
-      const index_t rank = g.integer(1, 2 * std::max(out, in));
-      const double s = 0.25 * static_cast<double>(g.integer(-9, 9));
-      all.push_back({g.integers<TestType>(rank, in, 4),
-                     g.integers<TestType>(out, rank, 4),
-                     {.alpha = s, .rule = scaling_rule::fixed}});
-      expected += test::exact_delta(all.back());
-    }
+    const test::whole_adapters<TestType> adapters(g, out, in, 1, 4);
+    const auto& all = adapters.all;
+    const auto& expected = adapters.delta;
     CAPTURE(trial, out, in, all.size());
     const auto delta = lora::delta_weight(all);
     static_assert(std::is_same_v<typename decltype(delta)::Scalar, lora::accumulator_t<TestType>>);
@@ -132,6 +126,12 @@ TEST_CASE("adapters of different shapes, or none, are refused", "[delta]") {
   const lora::adapter<float> l{A, B, {.alpha = 3}}, other{C, B, {.alpha = 3}};
   CHECK(mentions(refusal<lora::shape_error>([&] { lora::delta_weight(l, other); }), {"lora::delta_weight", "3x4", "3x5"}));
   CHECK(mentions(refusal<lora::shape_error>([&] { lora::delta_weight(l, lora::scaled(0, other)); }), {"3x4", "3x5"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] {
+                   lora::delta_weight(std::vector{l, l, other});
+                 }),
+                 {"lora::delta_weight", "3x4", "3x5"}));
+  CHECK(mentions(refusal<lora::value_error>([&] { lora::delta_weight(l, lora::scaled(1e308, lora::scaled(10, l))); }),
+                 {"lora::delta_weight", "scaling is not finite"}));
   const std::vector<lora::adapter<float>> none;
   CHECK(mentions(refusal<lora::value_error>([&] { lora::delta_weight(none); }), {"lora::delta_weight", "no adapter"}));
 }

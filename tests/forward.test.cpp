@@ -2,12 +2,15 @@
 //
 // forward(W, x, y, l...): y := round(W x + sum of s B (A x) (+ b)). On whole numbers the result is known bit for bit.
 #include <array>
+#include <initializer_list>
 #include <limits>
 #include <span>
+#include <string>
 #include <type_traits>
 #include <vector>
 
 #include "lora/forward.hpp"
+#include "support/adapters.hpp"
 #include "support/catch.hpp"
 #include "support/mdspan.hpp"
 #include "support/random.hpp"
@@ -35,20 +38,12 @@ void check_layouts(std::uint64_t seed) {
     // Depths beyond one chunk of the packed weight and tokens beyond one block, now and then.
     const index_t out = g.integer(1, 45), in = g.one_in(6) ? g.integer(250, 600) : g.integer(1, 60);
     const index_t tokens = g.one_in(8) ? g.integer(250, 300) : g.integer(1, 20);
-    std::vector<lora::adapter<F>> all;
-    test::exact_matrix total = test::exact_matrix::Zero(out, in);
-    for (index_t n = g.integer(0, 3); n > 0; --n) {
-      const index_t rank = g.integer(1, g.one_in(4) ? 2 * std::max(out, in) : 5);
-      all.push_back({g.integers<F>(rank, in, 2),
-                     g.integers<F>(out, rank, 2),
-                     {.alpha = 0.25 * static_cast<double>(g.integer(-9, 9)), .rule = scaling_rule::fixed}});
-      total += test::exact_delta(all.back());
-    }
+    const test::whole_adapters<F> adapters(g, out, in, 0, 2);
+    const auto& all = adapters.all;
     const test::matrix<T> W = g.integers<T>(out, in, 9);
     const test::matrix<X> x = g.integers<X>(in, tokens, 2);
     const test::matrix<float> b = g.integers<float>(out, 1, 30);
-    total += test::exact(W);
-    const test::exact_matrix product = test::times(total, test::exact(x));
+    const test::exact_matrix product = test::times(test::exact(W) + adapters.delta, test::exact(x));
     const test::matrix<Y> expected = test::rounded<Y>(product);
     const test::exact_matrix plus_bias = product.colwise() + test::exact(b).col(0);
     const test::matrix<Y> with_bias = test::rounded<Y>(plus_bias);
@@ -256,4 +251,87 @@ TEST_CASE("no tokens, no features, one by one", "[forward]") {
   const MatrixXf two = MatrixXf::Constant(1, 1, 2);
   lora::forward(two, x, z, lora::adapter<float>{MatrixXf::Constant(3, 1, 2), MatrixXf::Constant(1, 3, 5), {.alpha = 1.5}});
   CHECK(z[0] == 14 + 0.5F * 30 * 7);
+}
+
+TEST_CASE("shapes that do not fit are refused, and y keeps its bits", "[forward]") {
+  const lora::adapter<float> l{MatrixXf::Ones(2, 3), MatrixXf::Ones(4, 2), {.alpha = 3}},
+      other{MatrixXf::Ones(2, 5), MatrixXf::Ones(4, 2), {.alpha = 3}};
+  const MatrixXf W = MatrixXf::Ones(4, 3);
+  const std::vector<float> b(4, 5);
+  const auto refuses = [&](index_t in, index_t x_tokens, index_t out, index_t y_tokens,
+                           std::initializer_list<const char*> words, const auto&... adapters) {
+    const MatrixXf x = MatrixXf::Ones(in, x_tokens), before = MatrixXf::Constant(out, y_tokens, 7);
+    MatrixXf y = before;
+    const auto one = [&](const auto& weight) {
+      const std::string text = refusal<lora::shape_error>([&] { lora::forward(weight, x, y, adapters...); });
+      CAPTURE(text);
+      CHECK(mentions(text, {"lora::forward:"}));
+      CHECK(mentions(text, words));
+      CHECK(same_bits(y, before));
+    };
+    one(W);
+    one(lora::with_bias(W, b));
+  };
+  refuses(4, 2, 4, 2, {"W is 4x3", "x is 4x2", "y is 4x2", "in_features rows", "out_features rows"});
+  refuses(3, 2, 3, 2, {"W is 4x3", "x is 3x2", "y is 3x2"}, l);
+  refuses(4, 2, 3, 2, {"W is 4x3", "x is 4x2", "y is 3x2"}, l);  // exchanged
+  refuses(0, 2, 4, 2, {"W is 4x3", "x is 0x2"}, l);
+  refuses(3, 2, 0, 2, {"W is 4x3", "y is 0x2"}, l);
+  refuses(3, 2, 4, 3, {"x is 3x2", "y is 4x3", "one column for each token"});
+  refuses(3, 0, 4, 1, {"x is 3x0", "y is 4x1"}, l);
+  refuses(3, 2, 4, 2, {"4x5", "4x3"}, l, lora::scaled(0.5, l), other);
+  refuses(3, 2, 4, 2, {"4x5", "4x3"}, std::vector{l, l, other});
+  refuses(3, 2, 4, 2, {"4x5", "4x3"}, lora::scaled(0, other));
+  // Empty spans.
+  std::vector<float> y(4, 7);
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(W, std::span<const float>(), y, l); }), {"x is 0x1"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(W, std::vector<float>(3), std::span<float>(), l); }),
+                 {"lora::forward", "y is 0x1"}));
+  CHECK(y == std::vector<float>(4, 7));
+}
+
+TEST_CASE("a scaling that is not finite is refused, rank 0 adds nothing", "[forward]") {
+  const lora::adapter<float> l{MatrixXf::Ones(2, 3), MatrixXf::Ones(4, 2), {.alpha = 200}};
+  const MatrixXf W = MatrixXf::Ones(4, 3), x = MatrixXf::Ones(3, 2), before = MatrixXf::Constant(4, 2, 7);
+  MatrixXf y = before;
+  CHECK(mentions(refusal<lora::value_error>([&] { lora::forward(W, x, y, l, lora::scaled(1e307, l)); }),
+                 {"lora::forward:", "scaling is not finite"}));
+  CHECK(same_bits(y, before));
+  const lora::adapter<float> nothing{MatrixXf(0, 3), MatrixXf(4, 0), {.alpha = 3, .rule = scaling_rule::fixed}};
+  lora::forward(W, x, y, nothing);
+  CHECK(y == MatrixXf::Constant(4, 2, 3));
+  lora::forward(W, x, y, l, nothing);
+  CHECK(y == MatrixXf::Constant(4, 2, 603));
+}
+
+TEST_CASE("y may not share memory with W, x, the bias or a factor", "[forward]") {
+  std::vector<float> buffer(100, 2);
+  const std::vector<float> before = buffer;
+  float* const data = buffer.data();
+  const MatrixXf apart = MatrixXf::Ones(4, 4);
+  const lora::adapter<float> l{MatrixXf::Ones(2, 4), MatrixXf::Ones(4, 2), {.alpha = 3}};
+  const auto y = lora::col_major(data, 4, 3);
+  const auto refuses = [&](const char* with, const auto& W, const auto& x, const auto&... adapters) {
+    CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(W, x, y, adapters...); }),
+                   {"lora::forward:", "y is written and overlaps", with}));
+    CHECK(buffer == before);
+  };
+  const MatrixXf x = MatrixXf::Ones(4, 3);
+  refuses(" x ", apart, y, l);
+  refuses(" x ", apart, lora::row_major(data + 11, 4, 3));
+  refuses(" W ", lora::row_major(data, 4, 4), x, l);
+  refuses(" W ", lora::col_major(data + 11, 4, 4), x);
+  refuses(" W ", lora::with_bias(lora::row_major(data + 11, 4, 4), std::span<const float>(data + 50, 4)), x);
+  refuses("the bias", lora::with_bias(apart, std::span<const float>(data + 11, 4)), x, l);
+  refuses("the bias", lora::with_bias(apart, Eigen::Map<Eigen::VectorXf, 0, Eigen::InnerStride<5>>(data + 4, 4)), x);
+  const auto with_factors = [&](index_t A, index_t B) {
+    return lora::adapter_view<float>{lora::row_major(data + A, 2, 4), lora::row_major(data + B, 4, 2), {.alpha = 3}};
+  };
+  refuses("lora_A", apart, x, l, with_factors(8, 50));
+  refuses("lora_B", apart, x, l, lora::scaled(0, with_factors(50, 8)));
+  // Side by side, everything in one buffer.
+  lora::forward(lora::with_bias(lora::row_major(data + 12, 4, 4), std::span<const float>(data + 28, 4)),
+                lora::col_major(data + 32, 4, 3), y, with_factors(44, 52));
+  CHECK(std::vector(data, data + 12) == std::vector<float>(12, 16 + 2 + 1.5F * 4 * 16));
+  CHECK(std::vector(data + 12, data + 100) == std::vector<float>(88, 2));
 }

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <array>
 #include <cmath>
+#include <initializer_list>
 #include <limits>
 #include <map>
 #include <span>
@@ -263,7 +264,8 @@ class walk {
   template <class Y>
   bool check_whole_numbers() {
     test::exact_matrix weight = test::exact(m_.W), beside = test::exact_matrix::Zero(m_.W.rows(), m_.W.cols());
-    for (const auto& [name, one] : m_.all)
+    for (const auto& named : m_.all) {
+      const entry& one = named.second;  // clang 14 captures no part of a structured binding
       std::visit(
           [&](const auto& l) {
             const test::exact_matrix delta = static_cast<long double>(one.weight) * test::exact_delta(l);
@@ -271,6 +273,7 @@ class walk {
             if (one.beside()) beside += delta;
           },
           one.adapter);
+    }
     const auto stored = test::rounded<T>(weight);
     const bool weight_good = same_bits(copied_.weight(), stored);
     CHECK(weight_good);
@@ -296,7 +299,8 @@ class walk {
 
     agreement::state where;
     std::vector<agreement::part> all;
-    for (const auto& [name, one] : m_.all) {
+    for (const auto& named : m_.all) {
+      const entry& one = named.second;
       const agreement::part part =
           std::visit([&](const auto& l) { return agreement::part_of(lora::scaled(one.weight, l)); }, one.adapter);
       if (one.inside()) where.merged.push_back(part);
@@ -754,4 +758,103 @@ TEST_CASE("const calls at the same time give the same bits", "[linear]") {
     });
   for (auto& thread : threads) thread.join();
   for (const auto& mine : seen) CHECK(mine == before);
+}
+
+TEST_CASE("what does not fit a layer is refused by name, and changes nothing", "[linear]") {
+  test::random g(909);
+  CAPTURE(g.seed());
+  const auto W = g.integers<float>(4, 6, 50);
+  const lora::adapter<float> l{g.integers<float>(3, 6, 3), g.integers<float>(4, 3, 3), {.alpha = 6}},
+      turned{g.integers<float>(3, 4, 3), g.integers<float>(6, 3, 3), {.alpha = 6}};
+  for (const bool reload : {false, true}) {
+    CAPTURE(reload);
+    const model<float> m{W, Eigen::VectorXf::Constant(4, 0.5F)};
+    auto q = reload ? m.layer(m.reload()) : m.layer();
+    q.attach("a", l);
+    q.attach("b", lora::scaled(0.5, l));
+    q.merge("a");
+    const auto before = look(q);
+    const auto refuses_shape = [&](const auto& call, std::initializer_list<const char*> words) {
+      const std::string text = refusal<lora::shape_error>(call);
+      CAPTURE(text);
+      CHECK(mentions(text, words));
+      CHECK(look(q) == before);
+    };
+    const auto refuses = [&](const auto& call, std::initializer_list<const char*> words) {
+      const std::string text = refusal<lora::value_error>(call);
+      CAPTURE(text);
+      CHECK(mentions(text, words));
+      CHECK(look(q) == before);
+    };
+    // Adapters.
+    refuses([&] { q.attach("", l); }, {"lora::linear::attach:", "name is empty"});
+    refuses([&] { q.attach("a", l); }, {"lora::linear::attach:", "\"a\" is attached already"});
+    refuses_shape([&] { q.attach("c", turned); }, {"lora::linear::attach:", "6x4", "4x6", "transpose"});
+    refuses_shape([&] { q.attach("c", lora::scaled(0, turned)); }, {"lora::linear::attach:", "6x4", "4x6"});
+    refuses([&] { q.attach("c", lora::scaled(1e308, l)); }, {"lora::linear::attach:", "not finite"});
+    // 1e200 * 1e200 is no strength, though times 1e-300 it is a scaling.
+    const lora::adapter<float> faint{l.lora_A(), l.lora_B(), {.alpha = 1e-300, .rule = scaling_rule::fixed}};
+    refuses([&] { q.attach("c", lora::scaled(1e200, lora::scaled(1e200, faint))); },
+            {"lora::linear::attach:", "weight of \"c\"", "not finite"});
+    // Strengths.
+    for (const double weight : {double{NAN}, double{INFINITY}, -double{INFINITY}, 1e308})
+      for (const char* name : {"a", "b"})
+        refuses([&] { q.set_weight(name, weight); }, {"lora::linear::set_weight:", name, "not finite"});
+    // Names: each call says what is attached. Of several names none takes effect.
+    const auto unknown = [&](const char* operation, const auto& call) {
+      refuses(call, {operation, "no adapter named \"z\"", "attached: \"a\", \"b\""});
+    };
+    unknown("lora::linear::detach:", [&] { q.detach("z"); });
+    unknown("lora::linear::set_weight:", [&] { q.set_weight("z", 0.5); });
+    unknown("lora::linear::activate:", [&] { q.activate("z"); });
+    unknown("lora::linear::deactivate:", [&] { q.deactivate("z"); });
+    unknown("lora::linear::merge:", [&] { q.merge("z"); });
+    unknown("lora::linear::merge:", [&] { q.merge("b", std::string("z")); });
+    unknown("lora::linear::unmerge:", [&] { q.unmerge("z"); });
+    unknown("lora::linear::unmerge:", [&] { q.unmerge("a", "z"); });
+    unknown("lora::linear::at:", [&] { q.at("z"); });
+    refuses([&] { q.detach(""); }, {"no adapter named \"\""});
+    CHECK_FALSE((q.contains("z") || q.contains("")));
+    const lora::linear<float> bare{W};
+    CHECK(mentions(refusal<lora::value_error>([&] { bare.at("z"); }), {"lora::linear::at:", "attached: none"}));
+  }
+}
+
+TEST_CASE("activations that do not fit a layer are refused, and y keeps its bits", "[linear]") {
+  const MatrixXf W = constant(4, 3, 1);
+  lora::linear<float> q{lora::with_bias(W, std::vector<float>(4, 5))};
+  q.attach("a", rank_one(constant(4, 1, 2), constant(1, 3, 1)));
+  for (const bool merged : {false, true}) {
+    CAPTURE(merged);
+    merged ? q.merge() : q.unmerge();
+    const auto refuses = [&](index_t in, index_t x_tokens, index_t out, index_t y_tokens,
+                             std::initializer_list<const char*> words) {
+      const MatrixXf x = constant(in, x_tokens, 1), before = constant(out, y_tokens, 7);
+      MatrixXf y = before;
+      const std::string text = refusal<lora::shape_error>([&] { q.forward(x, y); });
+      CAPTURE(text);
+      CHECK(mentions(text, {"lora::linear::forward:"}));
+      CHECK(mentions(text, words));
+      CHECK(same_bits(y, before));
+    };
+    refuses(4, 2, 4, 2, {"W is 4x3", "x is 4x2", "y is 4x2"});
+    refuses(3, 2, 3, 2, {"W is 4x3", "x is 3x2", "y is 3x2"});
+    refuses(0, 2, 4, 2, {"W is 4x3", "x is 0x2"});
+    refuses(3, 2, 0, 2, {"W is 4x3", "y is 0x2"});
+    refuses(3, 2, 4, 3, {"x is 3x2", "y is 4x3", "one column for each token"});
+    std::vector<float> y(4, 7);
+    CHECK(mentions(refusal<lora::shape_error>([&] { q.forward(std::span<const float>(), y); }),
+                   {"linear::forward", "x is 0x1"}));
+    CHECK(mentions(refusal<lora::shape_error>([&] { q.forward(std::vector<float>(3), std::span<float>()); }), {"y is 0x1"}));
+    // In place, and one element shared.
+    CHECK(mentions(refusal<lora::shape_error>([&] { q.forward(std::span(y).first(3), y); }),
+                   {"lora::linear::forward:", "y is written and overlaps x"}));
+    std::vector<float> buffer(7, 7);
+    CHECK(
+        mentions(refusal<lora::shape_error>([&] { q.forward(std::span(buffer).subspan(3, 3), std::span(buffer).first(4)); }),
+                 {"overlaps x"}));
+    CHECK((y == std::vector<float>(4, 7) && buffer == std::vector<float>(7, 7)));
+    q.forward(std::span(buffer).subspan(4, 3), std::span(buffer).first(4));  // side by side
+    CHECK(buffer == std::vector<float>{68, 68, 68, 68, 7, 7, 7});
+  }
 }

@@ -385,6 +385,10 @@ TEST_CASE("mdspan of layout_stride, whose order the caller names", "[matrix_view
   CHECK(lora::row_major(span(v.data(), mapping(extents(1, 4), {0, 1}))).cols() == 4);
   const span column(v.data(), mapping(extents(3, 1), {5, 2}));
   CHECK(&lora::row_major(column)(2, 0) == &column.at(2, 0));
+  // More rows than an index counts.
+  const extents endless(std::size_t{1} << 63, 4);
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::as_matrix(md::mdspan<float, extents>(v.data(), endless)); }),
+                 {"matrix_view", "x4", "must not be negative"}));
   // Rows closer than they are long share elements.
   CHECK(mentions(refusal<lora::shape_error>([&] {
                    lora::row_major(span(v.data(), mapping(extents(3, 4), {2, 1})));

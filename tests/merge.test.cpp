@@ -4,11 +4,14 @@
 // that must come out are known for every scalar and every layout.
 #include <array>
 #include <cmath>
+#include <initializer_list>
 #include <limits>
+#include <string>
 #include <type_traits>
 #include <vector>
 
 #include "lora/merge.hpp"
+#include "support/adapters.hpp"
 #include "support/catch.hpp"
 #include "support/mdspan.hpp"
 #include "support/random.hpp"
@@ -39,16 +42,10 @@ struct sample {
   explicit sample(test::random& g) {
     const index_t out = g.integer(1, 45), in = g.integer(1, 60);
     W = g.integers<T>(out, in, 200);
-    test::exact_matrix delta = test::exact_matrix::Zero(out, in);
-    for (index_t n = g.integer(1, 3); n > 0; --n) {
-      const index_t rank = g.integer(1, g.one_in(4) ? 2 * std::max(out, in) : 6);
-      all.push_back({g.integers<F>(rank, in, 4),
-                     g.integers<F>(out, rank, 4),
-                     {.alpha = 0.25 * static_cast<double>(g.integer(-9, 9)), .rule = scaling_rule::fixed}});
-      delta += test::exact_delta(all.back());
-    }
-    plus = test::rounded<T>(test::exact(W) + delta);
-    minus = test::rounded<T>(test::exact(W) - delta);
+    const test::whole_adapters<F> adapters(g, out, in, 1, 4);
+    all = adapters.all;
+    plus = test::rounded<T>(test::exact(W) + adapters.delta);
+    minus = test::rounded<T>(test::exact(W) - adapters.delta);
   }
 };
 
@@ -404,4 +401,110 @@ TEST_CASE("weights without elements, and of one", "[merge]") {
   MatrixXf one = constant(1, 1, 2);
   lora::merge(one, lora::adapter<float>{constant(3, 1, 2), constant(1, 3, 5), {.alpha = 1.5}});
   CHECK(one(0, 0) == 2 + 0.5F * 30);
+}
+
+namespace {
+
+/// Each of the verbs that write W, by its name in messages; merged reads W only.
+template <class W, class... L>
+void every_merge_refuses(const W& before, W& weight, std::initializer_list<const char*> words, const L&... l) {
+  const auto refuses = [&](const char* operation, const auto& call) {
+    const std::string text = refusal<lora::shape_error>(call);
+    CAPTURE(text);
+    CHECK(mentions(text, {operation}));
+    CHECK(mentions(text, words));
+    CHECK(same_bits(weight, before));
+  };
+  refuses("lora::merge:", [&] { lora::merge(weight, l...); });
+  refuses("lora::unmerge:", [&] { lora::unmerge(weight, l...); });
+  refuses("lora::merge_checked:", [&] { lora::merge_checked(weight, l...); });
+  refuses("lora::merged:", [&] { lora::merged(weight, l...); });
+}
+
+}  // namespace
+
+TEST_CASE("a weight of another shape is refused, and keeps its bits", "[merge]") {
+  const lora::adapter<float> good{constant(2, 5, 1), constant(4, 2, 1), {.alpha = 3}},
+      other{constant(2, 6, 1), constant(4, 2, 1), {.alpha = 3}};
+  const auto check = [&](auto before, std::initializer_list<const char*> words, const auto&... l) {
+    auto weight = before;
+    every_merge_refuses(before, weight, words, l...);
+  };
+  check(MatrixXf(constant(4, 6, 7)), {"delta weight is 4x5", "weight is 4x6", "out_features x in_features"}, good);
+  check(test::matrix<lora::bfloat16>(test::matrix<lora::bfloat16>::Constant(3, 5, lora::bfloat16(7))),
+        {"delta weight is 4x5", "weight is 3x5"}, good);
+  check(Eigen::Matrix<double, 4, 4>(Eigen::Matrix<double, 4, 4>::Ones()), {"4x5", "4x4"}, good);
+  check(MatrixXf(0, 5), {"4x5", "0x5"}, good);
+  check(MatrixXf(4, 0), {"4x5", "4x0"}, good);
+  // The other way round there is a hint.
+  check(MatrixXf(constant(5, 4, 7)), {"4x5", "5x4", "transpose", "fan_in_fan_out"}, good);
+  // The last one of several, also in a range, at strength 0 and with rank 0: nothing of the others is merged.
+  check(MatrixXf(constant(4, 5, 7)), {"4x6", "4x5"}, good, lora::scaled(0.5, good), other);
+  check(MatrixXf(constant(4, 5, 7)), {"4x6", "4x5"}, std::vector{good, good, other});
+  check(MatrixXf(constant(4, 5, 7)), {"4x6", "4x5"}, good, lora::scaled(0, other));
+  check(MatrixXf(constant(4, 5, 7)), {"4x6", "4x5"}, good,
+        lora::adapter<float>{MatrixXf(0, 6), MatrixXf(4, 0), {.alpha = 3, .rule = scaling_rule::fixed}});
+  // Views of every kind say the same.
+  std::vector<float> six(6, 7);
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::merge(lora::row_major(six, 2, 3), good); }), {"4x5", "2x3"}));
+  using extents = test::md::dextents<>;
+  CHECK(mentions(
+      refusal<lora::shape_error>([&] { lora::merge(test::md::mdspan<float, extents>(six.data(), extents(2, 3)), good); }),
+      {"4x5", "2x3"}));
+  CHECK(six == std::vector<float>(6, 7));
+}
+
+TEST_CASE("a scaling that is not finite is refused, and W keeps its bits", "[merge]") {
+  const lora::adapter<float> l{constant(2, 5, 1), constant(4, 2, 1), {.alpha = 200}};
+  const MatrixXf before = constant(4, 5, 7);
+  MatrixXf W = before;
+  const auto infinite = lora::scaled(1e307, l);
+  const auto refuses = [&](const char* operation, const auto& call) {
+    CHECK(mentions(refusal<lora::value_error>(call), {operation, "scaling is not finite"}));
+    CHECK(same_bits(W, before));
+  };
+  refuses("lora::merge:", [&] { lora::merge(W, l, infinite); });
+  refuses("lora::unmerge:", [&] { lora::unmerge(W, l, infinite); });
+  refuses("lora::merge_checked:", [&] { lora::merge_checked(W, l, infinite); });
+  refuses("lora::merged:", [&] { lora::merged(W, l, infinite); });
+}
+
+TEST_CASE("W may not share memory with a factor", "[merge]") {
+  // A 4 x 5 weight, lora_A 2 x 5 and lora_B 4 x 2 in one buffer; only one of the two lies in W.
+  std::vector<float> buffer(100, 2);
+  const std::vector<float> before = buffer;
+  const auto W = lora::row_major(buffer.data(), 4, 5);
+  const auto refuses = [&](const auto& weight, const float* A, const float* B, const char* factor) {
+    const lora::adapter_view<float> l{lora::row_major(A, 2, 5), lora::row_major(B, 4, 2), {.alpha = 3}};
+    const auto one = [&](const char* operation, const auto& call) {
+      CHECK(mentions(refusal<lora::shape_error>(call), {operation, "W is written and overlaps", factor}));
+      CHECK(buffer == before);
+    };
+    one("lora::merge:", [&] { lora::merge(weight, l); });
+    one("lora::unmerge:", [&] { lora::unmerge(weight, l); });
+    one("lora::merge_checked:", [&] { lora::merge_checked(weight, l); });
+    one("lora::merge:", [&] { lora::merge(weight, std::vector{lora::scaled(0, l)}); });
+  };
+  const float* const data = buffer.data();
+  refuses(W, data, data + 50, "lora_A");
+  refuses(W, data + 19, data + 50, "lora_A");  // one element
+  refuses(W, data + 50, data + 12, "lora_B");
+  refuses(lora::col_major(buffer.data(), 4, 5), data + 19, data + 50, "lora_A");
+  refuses(lora::row_major(buffer.data(), 5, 4).transpose(), data + 50, data + 19, "lora_B");
+  refuses(Eigen::Map<MatrixXf>(buffer.data() + 12, 4, 5), data + 3, data + 50, "lora_A");
+  // Beside it, and between its rows, is no overlap: merged reads both at once, so it may be asked for the numbers.
+  const lora::adapter_view<float> beside{lora::row_major(data + 20, 2, 5), lora::row_major(data + 30, 4, 2), {.alpha = 3}};
+  const MatrixXf expected = lora::merged(W, beside);
+  lora::merge(W, beside);
+  CHECK(lora::merged(W) == expected);
+  test::matrix<float> wide = test::matrix<float>::Constant(4, 12, 2);  // W | lora_A above nothing
+  const auto left = lora::as_matrix(wide).middle_cols(0, 5);
+  const lora::adapter_view<float> right{
+      lora::as_matrix(wide).block(1, 6, 2, 5), lora::row_major(data + 30, 4, 2), {.alpha = 3}};
+  lora::merge(left, right);
+  CHECK(wide.leftCols(5) == constant(4, 5, 2 + 1.5F * 8));
+  CHECK(wide.rightCols(7) == constant(4, 7, 2));
+  // merged writes elsewhere.
+  const lora::adapter_view<float> inside{lora::row_major(data, 2, 5), lora::row_major(data + 30, 4, 2), {.alpha = 3}};
+  CHECK_NOTHROW(lora::merged(W, inside));
 }

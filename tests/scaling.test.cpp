@@ -58,5 +58,7 @@ TEST_CASE("an alpha that is not finite is refused under every rule", "[scaling]"
     for (const auto rule : {scaling_rule::standard, scaling_rule::rank_stabilized, scaling_rule::fixed})
       CHECK(mentions(refusal<lora::value_error>([&] { resolve({.alpha = alpha, .rule = rule}, 4); }),
                      {"lora::scaling", "alpha", "not finite"}));
+  // A long double beyond double.
+  CHECK(mentions(refusal<lora::value_error>([&] { resolve({.alpha = 1e4000L}, 4); }), {"lora::scaling", "not finite"}));
   CHECK(resolve({.alpha = std::numeric_limits<double>::max()}, 1) == std::numeric_limits<double>::max());
 }

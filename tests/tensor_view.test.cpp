@@ -87,4 +87,12 @@ TEST_CASE("tensors that do not fit are refused", "[tensor_view]") {
   const lora::tensor_view<float, 2> t(v, {4, 6});
   CHECK(mentions(refusal<lora::shape_error>([&] { t.slice(4); }), {"tensor_view::slice", "4", "[4, 6]"}));
   CHECK(mentions(refusal<lora::shape_error>([&] { t.slice(-1); }), {"-1", "[4, 6]"}));
+  const std::span<float> nothing;
+  CHECK(
+      mentions(refusal<lora::shape_error>([&] { lora::tensor_view<float, 1>(nothing, {1}); }), {"tensor_view", "[1]", "0"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::tensor_view<float, 1>(v, {-3}); }), {"[-3]", "negative"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] {
+                   lora::tensor_view<float, 2>(v, {0, 6}).slice(0);
+                 }),
+                 {"tensor_view::slice", "0 is not", "[0, 6]"}));
 }

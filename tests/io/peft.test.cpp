@@ -6,12 +6,16 @@
 
 #include <chrono>
 #include <cmath>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
 #include "io/build.hpp"
 #include "lora/delta.hpp"
+#include "support/bits.hpp"
 #include "support/catch.hpp"
+#include "support/outside.hpp"
+#include "support/refused.hpp"
 
 namespace {
 
@@ -334,7 +338,11 @@ TEST_CASE("expressions that are not supported are refused by name", "[peft][patt
     config_refused(config("\"rank_pattern\":{\"" + std::string(key) + "\":1}"), {"rank_pattern", says});
   config_refused(config("\"alpha_pattern\":{\"" + std::string(40, '(') + "a" + std::string(40, ')') + "\":1}"), {"nested"});
   config_refused(config("\"alpha_pattern\":{\"(" + std::string(5000, 'a') + ")\":1}"), {"longer than 4096"});
-  CHECK_THROWS_AS(fits("(?=a)", "a"), lora::value_error);
+  // A table built by hand: nothing is added.
+  peft::pattern_table<int> table;
+  CHECK(test::mentions(test::refusal<lora::value_error>([&] { table.add("(?=a)", 1); }),
+                       {"peft::pattern_table", "\"(?=a)\"", "(?"}));
+  CHECK(table.empty());
 }
 
 TEST_CASE("a hostile pattern neither hangs nor recurses", "[peft][patterns]") {
@@ -359,9 +367,17 @@ TEST_CASE("patterns and modules may not multiply without bound", "[peft][pattern
 }
 
 TEST_CASE("targets that a name does not decide are refused", "[peft][targets]") {
-  CHECK_THROWS_AS(peft::matches_target(parse(config()), "q"), lora::value_error);
-  CHECK_THROWS_AS(peft::matches_target(parse(config("\"target_modules\":\"All-Linear\"")), "q"), lora::value_error);
-  CHECK_THROWS_AS(peft::matches_target(parse(config("\"target_modules\":\"(?!x)q\"")), "q"), lora::value_error);
+  const auto undecided = [](const std::string& more, std::initializer_list<const char*> words) {
+    const auto c = parse(config(more));
+    const std::string text = test::refusal<lora::value_error>([&] { (void)peft::matches_target(c, "q"); });
+    INFO(text);
+    CHECK(test::mentions(text, {"peft::matches_target"}));
+    CHECK(test::mentions(text, words));
+  };
+  undecided("", {"target_modules is null"});
+  undecided("\"target_modules\":\"All-Linear\"", {"all-linear"});
+  undecided("\"target_modules\":\"(?!x)q\"", {"target_modules \"(?!x)q\"", "not supported"});
+  undecided("\"target_modules\":[\"q\"],\"exclude_modules\":\"(?!x)q\"", {"exclude_modules \"(?!x)q\"", "not supported"});
   CHECK_FALSE(peft::matches_target(parse(config("\"target_modules\":[]")), "q"));
   CHECK_FALSE(
       peft::matches_target(parse(config("\"target_modules\":[\"q\"],\"modules_to_save\":[\"score\"]")), "a.score.q"));
@@ -598,9 +614,40 @@ TEST_CASE("an orientation that does not fit is an error that says so", "[peft][m
   CHECK(other.isZero());
   CHECK(W.isZero());
   CHECK(has(message([&] { (void)in_out.at("m").plain(); }), "m as in_features x out_features (fan_in_fan_out)"));
+  CHECK(has(message([&] { (void)lora::scaled(INFINITY, lora::scaled(2, out_in.at("m"))); }), "lora::scaled: the weight"));
   CHECK_THROWS_AS(in_out.at("m").plain(), lora::value_error);
   CHECK_THROWS_AS(lora::merge(W, out_in.at("m")), lora::shape_error);
   CHECK_THROWS_AS(lora::scaled(std::nan(""), out_in.at("m")), lora::value_error);
+}
+
+TEST_CASE("entries that do not fit are refused by every merge, and W keeps its bits", "[peft][merge]") {
+  const auto out_in = assemble(config(), small());
+  const auto& fits = out_in.at("m");
+  const auto other = assemble(
+      config(),
+      build::file().add("base_model.model.n.lora_A.weight", {2, 5}).add("base_model.model.n.lora_B.weight", {3, 2}));
+  const auto in_out = assemble(config("\"fan_in_fan_out\":true"), small());
+  const Eigen::MatrixXf before = Eigen::MatrixXf::Constant(3, 4, 7);
+  Eigen::MatrixXf W = before;
+  const auto every_merge_refuses = [&]<class Error>(Error, std::initializer_list<const char*> words, const auto& last) {
+    const auto refuses = [&](const char* operation, const auto& call) {
+      const std::string text = test::refusal<Error>(call);
+      INFO(text);
+      CHECK(test::mentions(text, {operation}));
+      CHECK(test::mentions(text, words));
+      CHECK(test::same_bits(W, before));
+    };
+    refuses("lora::merge:", [&] { lora::merge(W, fits, last); });
+    refuses("lora::unmerge:", [&] { lora::unmerge(W, fits, last); });
+    refuses("lora::merge_checked:", [&] { lora::merge_checked(W, fits, last); });
+    refuses("lora::merge", [&] { (void)lora::merged(W, fits, last); });
+  };
+  const lora::shape_error shape("");
+  const lora::value_error value("");
+  every_merge_refuses(shape, {"the weight of n is 3x4", "the adapter is for 3x5"}, other.at("n"));
+  every_merge_refuses(shape, {"n is 3x4", "3x5"}, lora::scaled(0, other.at("n")));
+  every_merge_refuses(value, {"fan_in_fan_out", "m and m", "one weight is stored one way"}, in_out.at("m"));
+  every_merge_refuses(value, {"scaling is not finite"}, lora::scaled(1e308, fits));
 }
 
 // ---- files of other projects
@@ -608,14 +655,8 @@ TEST_CASE("an orientation that does not fit is an error that says so", "[peft][m
 
 namespace {
 
-const std::filesystem::path outside = LORA_OUTSIDE_DIR;
-
-bool have_outside() {
-  if (std::filesystem::is_directory(outside)) return true;
-  WARN("skipped: there is no " << outside.string());
-  CHECK_FALSE(std::filesystem::exists(outside));
-  return false;
-}
+using test::have_outside;
+using test::outside;
 
 /// Reference values are printed with nine digits, so they are half a unit of the ninth away from the number.
 void check_nine_digits(double value, double printed) {

@@ -8,11 +8,14 @@
 
 #include <algorithm>
 #include <array>
+#include <initializer_list>
 #include <string>
 #include <vector>
 
 #include "io/build.hpp"
 #include "support/catch.hpp"
+#include "support/outside.hpp"
+#include "support/refused.hpp"
 
 namespace {
 
@@ -20,6 +23,7 @@ namespace st = lora::safetensors;
 using build::has;
 using build::refused;
 using build::safetensors;
+using test::mentions;
 
 /// Keeps the bytes that a parsed file looks at.
 struct parsed {
@@ -112,6 +116,13 @@ TEST_CASE("a missing tensor is named with its neighbours", "[safetensors]") {
     CHECK(has(e.what(), "\"b.d\""));
     CHECK(has(e.what(), "near: \"b.c\""));
   }
+  // Each way of asking for it.
+  const auto missing = [](const auto& ask) { return test::refusal<lora::value_error>(ask); };
+  const std::initializer_list<const char*> says{"safetensors::file::at", "test.safetensors", "\"x\""};
+  CHECK(mentions(missing([&] { (void)p.file.tensor<float, 2>("x"); }), says));
+  CHECK(mentions(missing([&] { (void)p.file.copy<float>("x"); }), says));
+  CHECK(mentions(missing([&] { (void)p.file.copy<std::uint8_t>(""); }), {"no tensor \"\""}));
+  CHECK(mentions(missing([] { (void)parsed(safetensors("{}", 0)).file.at("x"); }), {"\"x\"", "it is empty"}));
 }
 
 // ---- the rules of the format, numbered as in docs/formats.md
@@ -460,6 +471,7 @@ TEST_CASE("tensors are viewed where they lie", "[safetensors]") {
   CHECK(static_cast<float>(f.tensor<lora::bfloat16, 2>("b").data()[0]) == 1.0F);
   refused([&] { (void)f.tensor<double, 2>("m"); }, {"\"m\"", "expected F64", "F32 [2, 3]", "copy<T>()"});
   refused([&] { (void)f.tensor<float, 1>("m"); }, {"\"m\"", "1 dimensions"});
+  refused([&] { (void)f.tensor<lora::float16, 2>("b"); }, {"\"b\"", "expected F16", "BF16 [1, 2]"});
 }
 
 TEST_CASE("copies widen exactly and never narrow", "[safetensors]") {
@@ -489,6 +501,19 @@ TEST_CASE("copies widen exactly and never narrow", "[safetensors]") {
   refused([&] { (void)f.copy<lora::bfloat16>("h"); }, {"\"h\""});
   refused([&] { (void)f.copy<float>("i"); }, {"\"i\"", "I64 [2]"});
   refused([&] { (void)f.copy<std::int32_t>("i"); }, {"\"i\"", "expected I32"});
+}
+
+TEST_CASE("tensors without elements are viewed and copied", "[safetensors]") {
+  const parsed p(build::file().add("t", {0, 3}).add<std::int64_t>("i", "I64", {2, 0}, {}).text());
+  const auto t = p.file.tensor<float, 2>("t");
+  CHECK((t.size() == 0 && t.matrix().rows() == 0 && t.matrix().cols() == 3));
+  CHECK(p.file.copy<double>("t").empty());
+  CHECK(p.file.copy<std::int64_t>("i").empty());
+  refused([&] { (void)p.file.tensor<float, 2>("i"); }, {"\"i\"", "expected F32", "I64 [2, 0]"});
+}
+
+TEST_CASE("bytes of no length at all are refused under their name", "[safetensors]") {
+  refused([] { (void)st::parse({}, "nothing"); }, {"nothing", "byte 0", "0 bytes in all"});
 }
 
 TEST_CASE("unaligned tensors are refused as views and readable as copies", "[safetensors]") {
@@ -553,15 +578,8 @@ TEST_CASE("read() refuses what is not a readable file", "[safetensors]") {
 
 namespace {
 
-const std::filesystem::path outside = LORA_OUTSIDE_DIR;
-
-/// False with a message when the data is not there.
-bool have_outside() {
-  if (std::filesystem::is_directory(outside)) return true;
-  WARN("skipped: there is no " << outside.string());
-  CHECK_FALSE(std::filesystem::exists(outside));
-  return false;
-}
+using test::have_outside;
+using test::outside;
 
 template <class T>
 void check_six(const st::file& f, const std::string& name) {

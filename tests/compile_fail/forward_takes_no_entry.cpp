@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// expect: constraints not satisfied
+#include "lora/lora.hpp"
+
+#include "lora/io/peft_entry.hpp"
+
+void use(const Eigen::MatrixXf& W, const Eigen::MatrixXf& x, Eigen::MatrixXf& y, const lora::peft::entry<float>& e) {
+#ifdef LORA_MUST_FAIL
+  lora::forward(W, x, y, e);  // its orientation would be ignored
+#else
+  lora::forward(W, x, y, e.plain());
+#endif
+}

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+// expect: constraints? (not satisfied|failure) .*linear
+#include "lora/lora.hpp"
+
+#ifdef LORA_MUST_FAIL
+using stored = Eigen::bfloat16;
+#else
+using stored = lora::bfloat16;
+#endif
+lora::linear<stored> make(const Eigen::Matrix<Eigen::bfloat16, Eigen::Dynamic, Eigen::Dynamic>& W) {
+  return lora::linear<stored>(W);
+}

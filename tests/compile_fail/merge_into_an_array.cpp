@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+// expect: constraints not satisfied
+#include "lora/lora.hpp"
+
+void use(Eigen::ArrayXXf& W, const lora::adapter<float>& l) {
+#ifdef LORA_MUST_FAIL
+  lora::merge(W, l);
+#else
+  lora::merge(W.matrix(), l);
+#endif
+}

@@ -1,0 +1,11 @@
+// SPDX-License-Identifier: Apache-2.0
+// expect: constraints not satisfied
+#include "lora/lora.hpp"
+
+void use(Eigen::MatrixXf& W, const lora::adapter<float>& l) {
+#ifdef LORA_MUST_FAIL
+  lora::merge(l, W);
+#else
+  lora::merge(W, l);
+#endif
+}

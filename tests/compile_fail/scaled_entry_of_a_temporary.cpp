@@ -1,0 +1,16 @@
+// SPDX-License-Identifier: Apache-2.0
+// expect: deleted
+#include "lora/lora.hpp"
+
+#include "lora/io/peft_entry.hpp"
+
+lora::peft::entry<float> make();
+
+double weight() {
+#ifdef LORA_MUST_FAIL
+  return lora::scaled(0.5, make()).weight();
+#else
+  const auto e = make();
+  return lora::scaled(0.5, e).weight();
+#endif
+}

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+// expect: constraints? (not satisfied|failure) .*tensor_view
+#include "lora/lora.hpp"
+
+#ifdef LORA_MUST_FAIL
+using element = int;
+#else
+using element = float;
+#endif
+lora::tensor_view<element, 2> make(std::span<element> values) { return {values, {2, 3}}; }

@@ -1,0 +1,14 @@
+// SPDX-License-Identifier: Apache-2.0
+// expect: (cannot bind non-const lvalue reference|expects an lvalue)
+#include "lora/lora.hpp"
+
+std::vector<float> load();
+
+float first() {
+#ifdef LORA_MUST_FAIL
+  return lora::row_major(load(), 2, 3)(0, 0);
+#else
+  const auto values = load();
+  return lora::row_major(values, 2, 3)(0, 0);
+#endif
+}
