@@ -1,0 +1,128 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Numbers of other projects: how their files are read, how ours are compared with them, and how far PEFT's own arithmetic may be
+// from exact.
+#pragma once
+
+#include <Eigen/Core>
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <fstream>
+#include <limits>
+#include <nlohmann/json.hpp>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "agreement.hpp"
+#include "lora/io/safetensors.hpp"
+#include "support/bits.hpp"
+#include "support/catch.hpp"
+
+namespace golden {
+
+namespace fs = std::filesystem;
+using json = nlohmann::ordered_json;  // a pattern table is looked up in its order
+using agreement::formats;
+using agreement::part;
+using agreement::state;
+using Eigen::MatrixXd;
+using Eigen::VectorXd;
+
+inline fs::path outside(const fs::path& below) { return fs::path(LORA_OUTSIDE_DIR) / below; }
+
+inline json read_json(const fs::path& path) {
+  std::ifstream stream(path);
+  if (!stream) throw std::runtime_error(path.string() + ": cannot be opened");
+  return json::parse(stream);
+}
+
+/// A tensor as it lies in the file: its last dimension along a row. Activations are its transpose, a token in a column.
+template <class T>
+test::matrix<T> tensor(const lora::safetensors::file& file, const std::string& name) {
+  const auto values = file.copy<T>(name);
+  const auto& shape = file.at(name).shape;
+  const auto cols = shape.empty() ? 1 : static_cast<Eigen::Index>(shape.back());
+  return Eigen::Map<const test::matrix<T>>(values.data(), static_cast<Eigen::Index>(values.size()) / cols, cols);
+}
+
+/// Largest |got - want| / allowed over the elements; infinite when anything is not a number.
+inline double share(const MatrixXd& got, const MatrixXd& want, const MatrixXd& allowed) {
+  constexpr double infinity = std::numeric_limits<double>::infinity();
+  if (got.rows() != want.rows() || got.cols() != want.cols() || allowed.rows() != want.rows() ||
+      allowed.cols() != want.cols() || !allowed.allFinite())
+    return infinity;
+  double largest = 0;
+  for (Eigen::Index k = 0; k < got.size(); ++k) {
+    const double difference = std::abs(got(k) - want(k));
+    if (difference == 0) continue;
+    const double ratio = difference / allowed(k);
+    if (!(ratio <= largest)) largest = std::isnan(ratio) ? infinity : ratio;
+  }
+  return largest;
+}
+/// The same for one tolerance, or |got - want| <= atol + rtol |want| as case.json states it.
+inline double share(const MatrixXd& got, const MatrixXd& want, double allowed) {
+  return share(got, want, MatrixXd::Constant(want.rows(), want.cols(), allowed));
+}
+inline double share(const MatrixXd& got, const MatrixXd& want, const json& entry) {
+  return share(got, want, (entry.at("rtol").get<double>() * want.array().abs() + entry.at("atol").get<double>()).matrix());
+}
+
+/// Largest |a - b|; infinite when anything is not a number.
+inline double distance(const MatrixXd& a, const MatrixXd& b) { return share(a, b, 1.0); }
+
+inline std::vector<std::string> split(const std::string& text, char at) {
+  std::vector<std::string> result;
+  for (std::size_t from = 0; from <= text.size();) {
+    const auto end = std::min(text.find(at, from), text.size());
+    result.push_back(text.substr(from, end - from));
+    from = end + 1;
+  }
+  return result;
+}
+
+template <class T>
+formats all_in() {
+  return agreement::formats_of<T, T, T>();
+}
+
+/// sum of |s| |B| |A|
+inline MatrixXd magnitude(const std::vector<part>& parts, Eigen::Index out, Eigen::Index in) {
+  MatrixXd d = MatrixXd::Zero(out, in);
+  for (const part& p : parts) d += std::abs(p.s) * p.B.cwiseAbs() * p.A.cwiseAbs();
+  return d;
+}
+/// W + sum of s B A, in double.
+inline MatrixXd exact_sum(const MatrixXd& W, const std::vector<part>& parts) {
+  MatrixXd sum = MatrixXd::Zero(W.rows(), W.cols());
+  for (const part& p : parts) sum += p.s * p.B * p.A;
+  return W + sum;
+}
+
+/// PEFT merges one adapter after the other and rounds each sum to the weight's format. One such step keeps the bound of our
+/// merge: s B A is a product of r terms, s is rounded and multiplied once, W is added once (gamma_{r+3}).
+inline MatrixXd one_by_one_bound(const MatrixXd& W, const std::vector<part>& parts, const formats& f) {
+  MatrixXd largest = W.cwiseAbs(), bound = MatrixXd::Zero(W.rows(), W.cols());
+  for (const part& p : parts) {
+    bound += agreement::merge_bound(largest + bound, {p}, f);
+    largest += magnitude({p}, W.rows(), W.cols());
+  }
+  return bound;
+}
+
+/// PEFT's linear layer: y = W x + b, then for each mixed adapter y += s B (A x), each rounded. A term of the base meets
+/// n + 1 roundings and one more for each adapter, no more than the n + R + 1 of ours; a term of adapter i n + r_i + 2 and one
+/// for itself and each that follows, no more than n + R + 3; but the bias, which may start the chain, as many as a term of
+/// the base. What is merged was merged one by one.
+inline MatrixXd peft_bound(const MatrixXd& W, const VectorXd& bias, const state& where, const MatrixXd& x,
+                           const formats& f) {
+  const auto steps = agreement::gamma(W.cols() + agreement::total_rank(where.mixed) + 1, f.accumulator.u);
+  const MatrixXd more = one_by_one_bound(W, where.merged, f) - agreement::merge_bound(W, where.merged, f);
+  MatrixXd bound = agreement::error_bound(W, bias, where, x, f) + (1 + steps) * more.cwiseAbs() * x.cwiseAbs();
+  if (bias.size() != 0) bound.colwise() += steps * bias.cwiseAbs();
+  return bound;
+}
+
+}  // namespace golden
