@@ -18,10 +18,14 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/concepts.hpp
   include/lora/delta.hpp
   include/lora/detail/convert.hpp
+  include/lora/detail/factors.hpp
+  include/lora/detail/memory.hpp
+  include/lora/detail/mix.hpp
   include/lora/detail/operands.hpp
   include/lora/detail/overlap.hpp
   include/lora/detail/panels.hpp
   include/lora/detail/parallel.hpp
+  include/lora/detail/plan.hpp
   include/lora/detail/product.hpp
   include/lora/detail/simd.hpp
   include/lora/detail/tile.hpp
@@ -33,10 +37,13 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/lora.hpp
   include/lora/matrix_view.hpp
   include/lora/merge.hpp
+  include/lora/packed_adapter.hpp
+  include/lora/packed_weight.hpp
   include/lora/scaled.hpp
   include/lora/scaling.hpp
   include/lora/tensor_view.hpp
-  include/lora/version.hpp)
+  include/lora/version.hpp
+  include/lora/workspace.hpp)
 
 find_package(nlohmann_json 3.10 QUIET)
 if(nlohmann_json_FOUND)

@@ -4,6 +4,7 @@
 // every verb shares.
 #pragma once
 
+#include <iterator>
 #include <string>
 #include <type_traits>
 
@@ -19,18 +20,18 @@ namespace lora::inline LORA_DETAIL_ABI::detail {
 template <class L>
 concept adapters = low_rank<L> || low_rank_range<L>;
 
-/// visit(l) for one adapter, or for each of a range.
-template <class Visit, adapters L>
+/// visit(l) for one adapter (packed or not), or for each of a range.
+template <class Visit, class L>
 void visit_adapters(const Visit& visit, const L& l) {
-  if constexpr (low_rank<L>) {
-    visit(l);
-  } else {
+  if constexpr (!low_rank<L> && requires { std::begin(l); }) {
     for (const auto& each : l) visit(each);
+  } else {
+    visit(l);
   }
 }
 
 /// A callable that visits every adapter of an argument list, in order. It refers to the arguments.
-template <adapters... L>
+template <class... L>
 auto each_of(const L&... l) {
   return [&l...](const auto& visit) { (visit_adapters(visit, l), ...); };
 }
@@ -89,9 +90,21 @@ auto input_view(const X& x) {
     return as_matrix(x);
 }
 
-/// Throws unless the adapter changes an out_features x in_features weight by a finite multiple.
+/// Throws unless a delta weight of adapter_out x adapter_in with this scaling fits the weight.
+inline void check_fit(const char* operation, index_t adapter_out, index_t adapter_in, double scaling, index_t out_features,
+                      index_t in_features) {
+  if (adapter_out != out_features || adapter_in != in_features)
+    raise_shape(operation,
+                "the adapter's delta weight is " + shape_text(adapter_out, adapter_in) + " but the weight is " +
+                    shape_text(out_features, in_features) + " (out_features x in_features)" +
+                    (adapter_out == in_features && adapter_in == out_features
+                         ? "; a weight stored in_features x out_features (Conv1D, fan_in_fan_out) is passed as its transpose"
+                         : ""));
+  if (!is_finite(scaling)) raise_value(operation, "the adapter's scaling is not finite");
+}
+
 template <low_rank L>
-void check_adapter(const char* operation, const L& l, index_t out_features, index_t in_features) {
+void check_factors(const char* operation, const L& l, index_t out_features, index_t in_features) {
   const auto& lora_A = l.lora_A();
   const auto& lora_B = l.lora_B();
   const auto a = as_matrix(lora_A);
@@ -99,18 +112,20 @@ void check_adapter(const char* operation, const L& l, index_t out_features, inde
   if (a.rows() != b.cols() || a.rows() != static_cast<index_t>(l.rank()))
     raise_shape(operation, "the adapter says rank " + std::to_string(l.rank()) + " but lora_A is " +
                                shape_text(a.rows(), a.cols()) + " and lora_B is " + shape_text(b.rows(), b.cols()));
-  if (b.rows() != out_features || a.cols() != in_features)
-    raise_shape(operation,
-                "the adapter's delta weight is " + shape_text(b.rows(), a.cols()) + " but the weight is " +
-                    shape_text(out_features, in_features) + " (out_features x in_features)" +
-                    (b.rows() == in_features && a.cols() == out_features
-                         ? "; a weight stored in_features x out_features (Conv1D, fan_in_fan_out) is passed as its transpose"
-                         : ""));
-  if (!is_finite(static_cast<double>(l.scaling()))) raise_value(operation, "the adapter's scaling is not finite");
+  check_fit(operation, b.rows(), a.cols(), static_cast<double>(l.scaling()), out_features, in_features);
+}
+
+/// Throws unless the adapter, packed or not, changes an out_features x in_features weight by a finite multiple.
+template <class L>
+void check_adapter(const char* operation, const L& l, index_t out_features, index_t in_features) {
+  if constexpr (!low_rank<L>)
+    check_fit(operation, l.out_features(), l.in_features(), l.scaling(), out_features, in_features);
+  else
+    check_factors(operation, l, out_features, in_features);
 }
 
 /// Whether the adapter takes part: at scaling 0 its factors are not read.
-template <low_rank L>
+template <class L>
 bool is_read(const L& l) {
   return static_cast<double>(l.scaling()) != 0.0;
 }
@@ -129,11 +144,13 @@ index_t checked_total_rank(const char* operation, const Each& each, index_t out_
 /// Refuses an output that shares memory with a factor.
 template <class Each, class V>
 void refuse_factor_overlap(const char* operation, const char* written, const V& output, const Each& each) {
-  each([&](const auto& l) {
-    const auto& lora_A = l.lora_A();
-    const auto& lora_B = l.lora_B();
-    refuse_overlap(operation, written, output, "lora_A", as_matrix(lora_A));
-    refuse_overlap(operation, written, output, "lora_B", as_matrix(lora_B));
+  each([&]<class L>(const L& l) {
+    if constexpr (low_rank<L>) {
+      const auto& lora_A = l.lora_A();
+      const auto& lora_B = l.lora_B();
+      refuse_overlap(operation, written, output, "lora_A", as_matrix(lora_A));
+      refuse_overlap(operation, written, output, "lora_B", as_matrix(lora_B));
+    }
   });
 }
 
