@@ -14,7 +14,9 @@ target_compile_features(lora_lora INTERFACE cxx_std_20)
 target_link_libraries(lora_lora INTERFACE Eigen3::Eigen)
 target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DIR}/include" FILES
   include/lora/adapter.hpp
+  include/lora/advise.hpp
   include/lora/apply.hpp
+  include/lora/batch.hpp
   include/lora/concepts.hpp
   include/lora/delta.hpp
   include/lora/detail/convert.hpp
@@ -33,6 +35,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/error.hpp
   include/lora/float16.hpp
   include/lora/forward.hpp
+  include/lora/limits.hpp
   include/lora/linear.hpp
   include/lora/lora.hpp
   include/lora/matrix_view.hpp

@@ -2,6 +2,7 @@
 //
 // forward(W, x, y, l...)                  y := round(W * x + sum of s * lora_B * (lora_A * x))
 // forward(with_bias(W, b), x, y, l...)    y := round(W * x + sum of s * lora_B * (lora_A * x) + b)
+// forward(W, x, y, batch)                 the same with adapters that differ from token to token (batch.hpp)
 // forward(space, ...)                     the same with scratch that the caller keeps (workspace.hpp)
 //
 // A layer with its adapters mixed in, unmerged, in one product: the ranks are R more steps of the base product's chains.
@@ -23,6 +24,7 @@
 #include <type_traits>
 
 #include "lora/apply.hpp"
+#include "lora/batch.hpp"
 #include "lora/packed_weight.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
@@ -84,22 +86,58 @@ auto with_bias(const packed_weight<T>& W, const V& b) {
 
 namespace detail {
 
-/// forward over a source of W: bias is a column view, or null.
-template <class Acc, class T, class B, class X, class Y, class Each>
+/// The parts that every token gets.
+template <class Each>
+struct same_for_all {
+  const Each& each;
+
+  void check(const char* operation, index_t out_features, index_t in_features, index_t) const {
+    checked_total_rank(operation, each, out_features, in_features);
+  }
+  template <class Acc, class T>
+  void run(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<Acc, T>& W,
+           const pack_token_function<Acc>& pack_X, const finish_function<Acc>& finish) const {
+    mix<Acc>(space, out_features, in_features, tokens, W, each, pack_X, finish);
+  }
+};
+/// The parts of a batch.
+template <class F>
+struct by_token {
+  const batch<F>& who;
+
+  void check(const char* operation, index_t out_features, index_t in_features, index_t tokens) const {
+    if (who.tokens() != tokens)
+      raise_shape(operation, "the batch names adapters for " + std::to_string(who.tokens()) + " tokens but x has " +
+                                 std::to_string(tokens));
+    for (const auto* l : who.used()) check_adapter(operation, *l, out_features, in_features);
+  }
+  template <class Acc, class T>
+  void run(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<Acc, T>& W,
+           const pack_token_function<Acc>& pack_X, const finish_function<Acc>& finish) const {
+    const auto each = [this](const auto& visit) {
+      for (const auto* l : who.used()) visit(*l);
+    };
+    const part_list<Acc, decltype(each)> list(each, out_features, in_features);
+    mix<Acc>(space, out_features, in_features, tokens, W, list, who.parts(), who.most_rank(), pack_X, finish);
+  }
+};
+
+/// forward over a source of W: bias is a column view, or null; parts is one of the two above.
+template <class Acc, class T, class B, class X, class Y, class Parts>
 void forward_views(const char* operation, workspace& space, index_t out_features, index_t in_features,
-                   const weight_source<Acc, T>& W, const B* bias, const X& x, const Y& y, const Each& each) {
+                   const weight_source<Acc, T>& W, const B* bias, const X& x, const Y& y, const Parts& parts) {
   if (x.rows() != in_features || y.rows() != out_features)
     raise_shape(operation, "W is " + shape_text(out_features, in_features) + " (out_features x in_features), x is " +
                                shape_text(x.rows(), x.cols()) + " and y is " + shape_text(y.rows(), y.cols()) +
                                ": x needs in_features rows, y out_features rows, both one column for each token");
-  checked_total_rank(operation, each, out_features, in_features);
+  parts.check(operation, out_features, in_features, x.cols());
   check_activations(operation, x, y);
   if (bias != nullptr) refuse_overlap(operation, "y", y, "the bias", *bias);
-  refuse_factor_overlap(operation, "y", y, each);
   using value = typename Y::value_type;
   const auto pack_X = token_packer<Acc>(x);
   const auto write = [&](const auto& store) {
-    mix<Acc>(space, out_features, in_features, x.cols(), W, each, pack_X, token_writer<Acc>(y, store));
+    parts.run(space, out_features, in_features, x.cols(), W, pack_token_function<Acc>(pack_X),
+              finish_function<Acc>(token_writer<Acc>(y, store)));
   };
   if (bias == nullptr)
     write([](value& out, Acc sum, index_t) { out = narrow<value>(sum); });
@@ -140,36 +178,61 @@ concept base = base_weight<M> || is_biased<bare<M>>;
 
 }  // namespace detail
 
+namespace detail {
+
+/// forward with everything found out but the accumulator: Operands are what it depends on besides x and y.
+template <class... Operands, class M, class X, class Y, class Parts, class Each>
+void forward_call(workspace& space, const M& W, const X& x, Y& y, const Parts& parts, const Each& factors) {
+  decltype(auto) input = in_memory(x);
+  const auto from = input_view(input);
+  const auto to = output_view(y);
+  const auto run = [&]<class Acc, class B>(std::type_identity<Acc>, const auto& weight, const B* bias) {
+    if constexpr (!is_packed_weight<bare<decltype(weight)>>) refuse_overlap("forward", "y", to, "W", weight);
+    refuse_factor_overlap("forward", "y", to, factors);
+    with_source<Acc>(weight, [&](const auto& source, index_t out, index_t in) {
+      forward_views("forward", space, out, in, source, bias, from, to, parts);
+    });
+  };
+  if constexpr (is_biased<M>) {
+    using acc = accumulator_t<decltype(W.weight), decltype(W.bias), X, Y, Operands...>;
+    run(std::type_identity<acc>(), weight_of_call(W.weight), &W.bias);
+  } else {
+    const auto& weight = weight_of_call(W);
+    run(std::type_identity<accumulator_t<M, X, Y, Operands...>>(), weight, static_cast<const decltype(from)*>(nullptr));
+  }
+}
+
+}  // namespace detail
+
 /// y := round(W * x (+ b) + sum of s * lora_B * (lora_A * x)); W is a matrix, a packed_weight, or with_bias(either, b). See
 /// the top of this file.
 template <class M, class X, class Y, class... L>
   requires detail::base<M> && activations<X> && activations<Y> && (detail::mixables<L> && ...)
 void forward(workspace& space, const M& W, const X& x, Y&& y, const L&... l) {
   detail::refuse_temporary<Y>();
-  decltype(auto) input = detail::in_memory(x);
-  const auto from = detail::input_view(input);
-  const auto to = detail::output_view(y);
   const auto each = detail::each_of(l...);
-  const auto run = [&]<class Acc, class B>(std::type_identity<Acc>, const auto& weight, const B* bias) {
-    if constexpr (!detail::is_packed_weight<detail::bare<decltype(weight)>>)
-      detail::refuse_overlap("forward", "y", to, "W", weight);
-    detail::with_source<Acc>(weight, [&](const auto& source, index_t out, index_t in) {
-      detail::forward_views("forward", space, out, in, source, bias, from, to, each);
-    });
-  };
-  if constexpr (detail::is_biased<M>) {
-    using acc = accumulator_t<decltype(W.weight), decltype(W.bias), X, Y, L...>;
-    run(std::type_identity<acc>(), detail::weight_of_call(W.weight), &W.bias);
-  } else {
-    const auto& weight = detail::weight_of_call(W);
-    run(std::type_identity<accumulator_t<M, X, Y, L...>>(), weight, static_cast<const decltype(from)*>(nullptr));
-  }
+  detail::forward_call<L...>(space, W, x, y, detail::same_for_all<decltype(each)>{each}, each);
 }
 template <class M, class X, class Y, class... L>
   requires detail::base<M> && activations<X> && activations<Y> && (detail::mixables<L> && ...)
 void forward(const M& W, const X& x, Y&& y, const L&... l) {
   workspace space;
   forward(space, W, x, std::forward<Y>(y), l...);
+}
+
+/// The same with adapters that differ from token to token: y_t := round(W x_t (+ b) + sum over token t's entries of
+/// weight * s * lora_B * (lora_A * x_t)). Throws shape_error also when the batch has another number of tokens than x.
+template <class M, class X, class Y, class F>
+  requires detail::base<M> && activations<X> && activations<Y>
+void forward(workspace& space, const M& W, const X& x, Y&& y, const batch<F>& who) {
+  detail::refuse_temporary<Y>();
+  detail::forward_call<batch<F>>(space, W, x, y, detail::by_token<F>{who}, [](const auto&) {});
+}
+template <class M, class X, class Y, class F>
+  requires detail::base<M> && activations<X> && activations<Y>
+void forward(const M& W, const X& x, Y&& y, const batch<F>& who) {
+  workspace space;
+  forward(space, W, x, std::forward<Y>(y), who);
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

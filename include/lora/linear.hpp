@@ -230,7 +230,8 @@ class linear {
     const auto* bias = has_bias() ? &column : nullptr;
     const auto run = [&]<class Acc>(std::type_identity<Acc>) {
       detail::with_source<Acc>(packed(), [&](const auto& source, index_t out, index_t in) {
-        detail::forward_views("linear::forward", space, out, in, source, bias, from, to, beside);
+        detail::forward_views("linear::forward", space, out, in, source, bias, from, to,
+                              detail::same_for_all<decltype(beside)>{beside});
       });
     };
     if (needs_double<acc>(beside))

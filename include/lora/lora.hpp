@@ -4,12 +4,15 @@
 #pragma once
 
 #include "lora/adapter.hpp"
+#include "lora/advise.hpp"
 #include "lora/apply.hpp"
+#include "lora/batch.hpp"
 #include "lora/concepts.hpp"
 #include "lora/delta.hpp"
 #include "lora/error.hpp"
 #include "lora/float16.hpp"
 #include "lora/forward.hpp"
+#include "lora/limits.hpp"
 #include "lora/linear.hpp"
 #include "lora/matrix_view.hpp"
 #include "lora/merge.hpp"

@@ -154,22 +154,31 @@ auto panel_converter(const P& W) {
   };
 }
 
-/// The whole product. who says which of the parts each token gets; everything was checked. May throw std::bad_alloc, with
-/// nothing written.
+/// The whole product: each visits the parts, who says which of them a token gets, rank_of_token is the most that one token
+/// has. Everything was checked. May throw std::bad_alloc, with nothing written.
+template <class Acc, class T, class Each>
+void mix(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<Acc, T>& W,
+         const part_list<Acc, Each>& parts, const token_parts& who, index_t rank_of_token,
+         const pack_token_function<Acc>& pack_X, const finish_function<Acc>& finish) {
+  if (tokens == 0 || out_features == 0) return;
+  part_list<Acc, Each> list(parts);
+  plan<Acc> plan_of_tokens(tokens, who, rank_of_token);
+  product<Acc, T> task(out_features, in_features, W, plan_of_tokens);
+  layout places;
+  list.claim(places);
+  plan_of_tokens.claim(places);
+  task.claim(places);
+  std::byte* const memory = space.require(places.size());
+  plan_of_tokens.make(memory, list.make(memory));
+  task.run(memory, pack_X, finish);
+}
+/// The same with every part for every token.
 template <class Acc, class T, class Each>
 void mix(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<Acc, T>& W,
          const Each& each, const pack_token_function<Acc>& pack_X, const finish_function<Acc>& finish) {
-  if (tokens == 0 || out_features == 0) return;
-  part_list<Acc, Each> list(each, out_features, in_features);
-  plan<Acc> who(tokens, token_parts{.parts = list.count()}, list.rank());
-  product<Acc, T> task(out_features, in_features, W, who);
-  layout places;
-  list.claim(places);
-  who.claim(places);
-  task.claim(places);
-  std::byte* const memory = space.require(places.size());
-  who.make(memory, list.make(memory));
-  task.run(memory, pack_X, finish);
+  const part_list<Acc, Each> list(each, out_features, in_features);
+  mix<Acc>(space, out_features, in_features, tokens, W, list, token_parts{.parts = list.count()}, list.rank(), pack_X,
+           finish);
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail
