@@ -16,6 +16,7 @@
 #include <bit>
 #include <cstddef>
 #include <string>
+#include <utility>
 
 #include "lora/detail/memory.hpp"
 #include "lora/detail/operands.hpp"
@@ -35,6 +36,20 @@ class packed_weight {
   using value_type = T;
 
   packed_weight() = default;
+  packed_weight(const packed_weight&) = default;
+  packed_weight& operator=(const packed_weight&) = default;
+  /// Leaves 0 x 0 behind.
+  packed_weight(packed_weight&& other) noexcept
+      : out_features_(std::exchange(other.out_features_, 0)),
+        in_features_(std::exchange(other.in_features_, 0)),
+        elements_(std::move(other.elements_)) {}
+  packed_weight& operator=(packed_weight&& other) noexcept {
+    out_features_ = std::exchange(other.out_features_, 0);
+    in_features_ = std::exchange(other.in_features_, 0);
+    elements_ = std::move(other.elements_);
+    return *this;
+  }
+  ~packed_weight() = default;
   /// All zero.
   packed_weight(index_t out_features, index_t in_features)
       : out_features_(out_features), in_features_(in_features), elements_(count() * panel()) {

@@ -5,7 +5,9 @@
 #pragma once
 
 #include <iterator>
+#include <ranges>
 #include <string>
+#include <string_view>
 #include <type_traits>
 
 #include "lora/concepts.hpp"
@@ -59,10 +61,14 @@ auto output_view(M& m) {
   }
 }
 
+/// A container of scalars, not a span.
+template <class V>
+concept owning_range = scalar_range<V> && !std::ranges::borrowed_range<bare<V>>;
+
 /// Refuses an output whose result would vanish with the full expression.
 template <class M>
 constexpr void refuse_temporary() {
-  static_assert(std::is_lvalue_reference_v<M> || !eigen_owner<M>,
+  static_assert(std::is_lvalue_reference_v<M> || !(eigen_owner<M> || owning_range<M>),
                 "lora: the matrix to write is a temporary that owns its elements, so the result would be lost: give it a "
                 "name first");
 }
@@ -90,12 +96,15 @@ auto input_view(const X& x) {
     return as_matrix(x);
 }
 
-/// Throws unless a delta weight of adapter_out x adapter_in with this scaling fits the weight.
+/// Throws unless a delta weight of adapter_out x adapter_in with this scaling fits the weight (or, where there is none, y
+/// and x).
 inline void check_fit(const char* operation, index_t adapter_out, index_t adapter_in, double scaling, index_t out_features,
                       index_t in_features) {
+  const bool has_weight = std::string_view(operation) != "apply";
   if (adapter_out != out_features || adapter_in != in_features)
     raise_shape(operation,
-                "the adapter's delta weight is " + shape_text(adapter_out, adapter_in) + " but the weight is " +
+                "the adapter's delta weight is " + shape_text(adapter_out, adapter_in) +
+                    (has_weight ? " but the weight is " : " but y and x are for one of ") +
                     shape_text(out_features, in_features) + " (out_features x in_features)" +
                     (adapter_out == in_features && adapter_in == out_features
                          ? "; a weight stored in_features x out_features (Conv1D, fan_in_fan_out) is passed as its transpose"
