@@ -228,9 +228,10 @@ auto col_major(const M& m) {
 template <class M>
   requires matrix_like<M>
 auto as_matrix(M&& m) {
-  static_assert(std::is_lvalue_reference_v<M> || !detail::eigen_owner<M>,
-                "lora::as_matrix: the matrix is a temporary that owns its elements, and the view would outlive it: give it a "
-                "name first");
+  static_assert(
+      std::is_lvalue_reference_v<M> || !detail::eigen_owner<M>,
+      "lora::as_matrix: the matrix is a temporary that owns its elements, and the view would outlive it: give it a "
+      "name first");
   if constexpr (detail::eigen_matrix<M>) {
     static_assert(detail::eigen_strided<M>,
                   "lora: this Eigen expression is not a matrix in memory with adjacent elements (an arithmetic expression "

@@ -41,26 +41,31 @@ class packed_adapter {
     detail::check_adapter("packed_adapter", l, out_features_, in_features_);
     rank_ = static_cast<index_t>(l.rank());
     scaling_ = static_cast<double>(l.scaling());
-    A_ = detail::array<F>(where().A_size());
-    B_ = detail::array<F>(where().B_size());
-    detail::pack_factors<acc>(where(), l, A_.data(), B_.data());
+    // Both in one block: together they fill huge pages sooner.
+    panels_ = detail::array<F>(B_begin() + where().B_size());
+    detail::pack_factors<acc>(where(), l, panels_.data(), panels_.data() + B_begin());
   }
 
   index_t rank() const { return rank_; }
   double scaling() const { return scaling_; }
   index_t out_features() const { return out_features_; }
   index_t in_features() const { return in_features_; }
-  std::size_t bytes() const { return static_cast<std::size_t>(A_.size() + B_.size()) * sizeof(F); }
+  std::size_t bytes() const { return static_cast<std::size_t>(panels_.size()) * sizeof(F); }
 
   /// The panels, for the library's own verbs.
-  const F* A_panels() const { return A_.data(); }
-  const F* B_panels() const { return B_.data(); }
+  const F* A_panels() const { return panels_.data(); }
+  const F* B_panels() const { return panels_.data() + B_begin(); }
   detail::factor_layout<acc, F> where() const { return {out_features_, in_features_, rank_}; }
 
  private:
+  index_t B_begin() const {
+    constexpr index_t line = static_cast<index_t>(detail::memory_alignment / sizeof(F));
+    return detail::pieces(where().A_size(), line) * line;
+  }
+
   index_t out_features_ = 0, in_features_ = 0, rank_ = 0;
   double scaling_ = 0;
-  detail::array<F> A_, B_;
+  detail::array<F> panels_;
 };
 
 template <low_rank L>

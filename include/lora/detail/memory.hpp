@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Memory for panels and scratch: aligned for the widest vector, not initialized, and backed by huge pages where it is large
-// and the system has them (a weight of 64 MiB is 16,000 small pages and 32 huge ones, and the table that translates them
-// holds a few thousand).
+// Memory for panels and scratch: aligned for the widest vector, not initialized, and backed by huge pages where it has
+// half of one or more and the system has them (a weight of 64 MiB is 16,000 small pages and 32 huge ones, and the table that
+// translates them holds a few thousand).
 #pragma once
 
 #include <cstddef>
@@ -43,11 +43,14 @@ class array {
   array() = default;
   explicit array(index_t size) : size_(size) {
     if (size == 0) return;
-    const std::size_t bytes = static_cast<std::size_t>(size) * sizeof(T);
-    // Large memory starts on a huge page of its own.
-    const std::align_val_t alignment{bytes >= 2 * huge_page ? huge_page : memory_alignment};
+    std::size_t bytes = static_cast<std::size_t>(size) * sizeof(T);
+    std::align_val_t alignment{memory_alignment};
+    if (bytes >= huge_page / 2) {  // whole huge pages, at most one more than needed
+      alignment = std::align_val_t{huge_page};
+      bytes = (bytes + huge_page - 1) / huge_page * huge_page;
+    }
     data_ = owner(static_cast<T*>(::operator new(bytes, alignment)), free_memory{alignment});
-    if (bytes >= 2 * huge_page) advise_huge_pages(data_.get(), bytes);
+    if (bytes >= huge_page) advise_huge_pages(data_.get(), bytes);
   }
   array(const array& other) : array(other.size_) {
     if (size_ != 0) std::memcpy(data(), other.data(), static_cast<std::size_t>(size_) * sizeof(T));

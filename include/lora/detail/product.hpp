@@ -100,6 +100,8 @@ class product {
 
  private:
   static constexpr index_t width = tile_cols<Acc>;
+  /// Below so many tiles a panel of 16 bits is widened anew for each.
+  static constexpr index_t few_tiles = 4;
   /// Runs that pass one chunk of lora_A together.
   static constexpr index_t runs_together = 4;
   struct block {
@@ -143,35 +145,49 @@ class product {
     });
   }
 
-  /// Runs begin ... end - 1 (by part) of one part, one panel of its ranks.
+  /// Runs begin ... end - 1 (by part) of one part, one panel of its ranks. A single run of one or two rows takes two panels
+  /// at once: one has too few chains to keep the multipliers busy.
   void shrink(const block& tiles, index_t begin, index_t end, index_t panel, Acc* sums) const {
     const part<Acc>& l = tokens_.part_of(tokens_.run_by_part(begin));
     if (panel * width >= l.rank) return;
     with_elements<Acc>(l.A, l.format, [&]<class F>(const F* A) {
       const factor_layout<Acc, F> where{out_, in_, l.rank};
+      const bool few = end - begin == 1 && tokens_.run_by_part(begin).rows <= 2;
+      const index_t first = few ? panel / 2 * 2 : panel;
+      const bool paired = few && first * width + width < l.rank && where.A_width(first + 1) == width;
+      if (paired && panel != first) return;
       const F* const from = A + panel * where.A_panel();
       std::fill_n(sums, (end - begin) * tile_rows * width, Acc(0));
-      if (where.A_width(panel) == width)
-        multiply_runs<2>(tiles, begin, end, from, sums);
+      if (paired)
+        multiply_runs<4>(tiles, begin, end, from, where.A_panel(), sums);
+      else if (where.A_width(panel) == width)
+        multiply_runs<2>(tiles, begin, end, from, 0, sums);
       else
-        multiply_runs<1>(tiles, begin, end, from, sums);
+        multiply_runs<1>(tiles, begin, end, from, 0, sums);
+      const index_t ranks = std::min(width * (paired ? 2 : 1), l.rank - panel * width);
       for (index_t r = begin; r < end; ++r)
-        keep_U(tokens_.run_by_part(r), panel * width, std::min(width, l.rank - panel * width), where.A_width(panel),
+        keep_U(tokens_.run_by_part(r), panel * width, ranks, paired ? 2 * width : where.A_width(panel),
                sums + (r - begin) * tile_rows * width);
     });
   }
 
   template <int Vectors, class F>
-  void multiply_runs(const block& tiles, index_t begin, index_t end, const F* A, Acc* sums) const {
-    constexpr index_t panel_width = Vectors * simd<Acc>::width;
+  void multiply_runs(const block& tiles, index_t begin, index_t end, const F* A, index_t next_panel, Acc* sums) const {
+    constexpr index_t panel_width = std::min(Vectors, 2) * simd<Acc>::width;
     const index_t step = end - begin == 1 ? in_ : depth_chunk;
     for (index_t k = 0; k < in_; k += step)
       for (index_t r = begin; r < end; ++r) {
         const detail::run& rows = tokens_.run_by_part(r);
         const index_t stride = tokens_.rows(rows.tile);
-        multiply<true, Vectors>(static_cast<int>(rows.rows), sums + (r - begin) * tile_rows * width, panel_width,
-                                X_of(tiles, rows.tile) + k * stride + rows.first_row, stride,
-                                A + panel_offset<F>(0, k, panel_width), 0, std::min(step, in_ - k));
+        const Acc* const left = X_of(tiles, rows.tile) + k * stride + rows.first_row;
+        const F* const right = A + panel_offset<F>(0, k, panel_width);
+        const index_t depth = std::min(step, in_ - k);
+        if constexpr (Vectors == 4)
+          multiply<true, 4, Acc, F, 2>(static_cast<int>(rows.rows), sums, 2 * width, left, stride, right, next_panel, depth,
+                                       ahead_of<4, Acc>(right));
+        else
+          multiply<true, Vectors>(static_cast<int>(rows.rows), sums + (r - begin) * tile_rows * width, panel_width, left,
+                                  stride, right, 0, depth, ahead_of<Vectors, Acc>(right));
       }
   }
 
@@ -212,6 +228,8 @@ class product {
         const T* const right = W_.panels == nullptr ? chunk : weight_at(p, k);
         if (W_.panels == nullptr) W_.pack(p, k, depth, chunk);
         multiply_tiles(tiles, k, depth, right, W_.panels == nullptr ? nullptr : right + depth * width, sums);
+      } else if (tiles.end - tiles.begin < few_tiles) {
+        multiply_tiles(tiles, k, depth, weight_at(p, k), weight_at(p, k) + panel_size<T>(depth, width), sums);
       } else {
         widen_chunk(weight_at(p, k), depth, chunk);
         multiply_tiles(tiles, k, depth, chunk, weight_at(p, k) + panel_size<T>(depth, width), sums);
@@ -227,32 +245,34 @@ class product {
   void multiply_one_tile(const block& tiles, index_t p, index_t count, index_t k, index_t depth, Acc* sums) const {
     const auto rows = static_cast<int>(tokens_.rows(tiles.begin));
     const Acc* const left = X_of(tiles, tiles.begin) + k * rows;
+    const T* const right = weight_at(p, k);
     if (count == 1)
-      multiply<true, 2>(rows, sums, width, left, rows, weight_at(p, k), 0, depth);
-    else if (rows == 1)
-      multiply_rows<true, 1, 4>(sums, 2 * width, left, 1, weight_at(p, k), panel_size<T>(in_, width), depth);
+      multiply<true, 2>(rows, sums, width, left, rows, right, 0, depth, ahead_of<2, Acc>(right));
     else
-      multiply_rows<true, 2, 4>(sums, 2 * width, left, 2, weight_at(p, k), panel_size<T>(in_, width), depth);
+      multiply<true, 4, Acc, T, 2>(rows, sums, 2 * width, left, rows, right, panel_size<T>(in_, width), depth,
+                                   ahead_of<4, Acc>(right));
   }
 
-  /// All tiles by one chunk. `next` is what the next chunk is made of: with few tiles the first one fetches ahead as it
-  /// reads; with many each fetches its share before it begins.
-  template <class N>
-  void multiply_tiles(const block& tiles, index_t k, index_t depth, const Acc* right, const N* next, Acc* sums) const {
-    const index_t count = tiles.end - tiles.begin;
-    const bool few = std::is_same_v<N, Acc> && next != nullptr && count < 4;
-    const index_t bytes = next == nullptr || few ? 0 : depth * width * static_cast<index_t>(sizeof(N));
+  /// All tiles by one chunk, a part of a panel or one that was widened. `next` is what the next chunk is made of, null where
+  /// that is not known; every tile fetches its share of it: while it multiplies, or before, where the shares are small.
+  template <class R, class N>
+  void multiply_tiles(const block& tiles, index_t k, index_t depth, const R* right, const N* next, Acc* sums) const {
+    const index_t count = tiles.end - tiles.begin, line = static_cast<index_t>(memory_alignment);
+    const index_t bytes = next == nullptr ? 0 : depth * width * static_cast<index_t>(sizeof(N));
+    const bool few = count < few_tiles;
     for (index_t t = tiles.begin; t < tiles.end; ++t) {
-      const index_t n = t - tiles.begin, line = static_cast<index_t>(memory_alignment);
-      for (index_t b = bytes * n / count / line * line; b < bytes * (n + 1) / count; b += line)
-        prefetch(reinterpret_cast<const char*>(next) + b);
-      const index_t rows = tokens_.rows(t);
+      const index_t n = t - tiles.begin;
+      const auto rows = static_cast<int>(tokens_.rows(t));
       Acc* const tile_sums = sums_of(tiles, t, 1, sums);
       const Acc* const left = X_of(tiles, t) + k * rows;
-      if (few && n == 0)
-        multiply<true, 2>(static_cast<int>(rows), tile_sums, width, left, rows, right, 0, depth);
-      else
-        multiply<false, 2>(static_cast<int>(rows), tile_sums, width, left, rows, right, 0, depth);
+      const auto* const share = reinterpret_cast<const char*>(next) + bytes * n / count / line * line;
+      if (few && bytes != 0) {
+        multiply<true, 2>(rows, tile_sums, width, left, rows, right, 0, depth,
+                          fetching{share, pieces(bytes, count * pieces(depth, depth_group<R>))});
+      } else {
+        for (index_t b = 0; b < bytes / count; b += line) prefetch(share + b);
+        multiply<false, 2>(rows, tile_sums, width, left, rows, right, 0, depth);
+      }
     }
   }
 
@@ -281,7 +301,8 @@ class product {
           for (index_t c = 0; c < count; ++c)
             multiply<true, 2>(static_cast<int>(rows.rows),
                               sums_of(tiles, t, count, sums) + rows.first_row * stride + c * width, stride, U_ + rows.U,
-                              rows.rows, B + (p + c) * where.B_panel(), 0, l.rank);
+                              rows.rows, B + (p + c) * where.B_panel(), 0, l.rank,
+                              ahead_of<2, Acc>(B + (p + c) * where.B_panel()));
         });
       }
   }

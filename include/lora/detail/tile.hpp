@@ -8,6 +8,7 @@
 // panels (see panels.hpp): at each depth the elements of tile_cols outputs side by side, bfloat16 in pairs of depths.
 #pragma once
 
+#include <algorithm>
 #include <type_traits>
 
 #include "lora/concepts.hpp"
@@ -20,7 +21,13 @@ namespace lora::inline LORA_DETAIL_ABI::detail {
 template <class T>
 inline constexpr int depth_group = std::is_same_v<T, bfloat16> ? 2 : 1;
 
-/// How far ahead of the multiply-adds a panel that comes from memory is fetched, in bytes.
+/// What a tile fetches from memory while it multiplies: a line where `next` points at each step of the depth, which then
+/// moves on by `step` bytes. Spread like this, memory and multipliers work at the same time; in one burst they take turns.
+struct fetching {
+  const char* next = nullptr;
+  index_t step = 0;
+};
+/// How far ahead of the multiply-adds a panel that goes through one tile is fetched, in bytes.
 inline constexpr index_t fetch_ahead = 8192;
 
 /// One depth: sum[i][j] += left[i] * right[j].
@@ -53,17 +60,18 @@ LORA_DETAIL_INLINE void read_panel(const T* right, index_t next_panel, typename 
 }
 
 /// sum[i][j] continued by `depth` steps. Vectors: 1 for a panel of half width, 2 for a panel, 4 for two neighbouring panels
-/// that are `next_panel` elements apart. FromMemory: fetch the panel ahead of its use.
-template <bool FromMemory, int Rows, int Vectors, class Acc, class T>
+/// that are `next_panel` elements apart, of which both are fetched.
+template <bool Fetch, int Rows, int Vectors, class Acc, class T>
 LORA_DETAIL_INLINE void advance(typename simd<Acc>::vector (&sum)[Rows][Vectors], const Acc* left, index_t left_stride,
-                                const T* right, index_t next_panel, index_t depth) {
+                                const T* right, index_t next_panel, index_t depth, fetching fetch = {}) {
   constexpr int group = depth_group<T>;
   constexpr int row = (Vectors < 2 ? 1 : 2) * simd<Acc>::width;  // elements of one panel at one depth
   typename simd<Acc>::vector values[Vectors];
   for (; depth >= group; depth -= group) {
-    if constexpr (FromMemory) {
-      prefetch(reinterpret_cast<const char*>(right) + fetch_ahead);
-      if constexpr (Vectors == 4) prefetch(reinterpret_cast<const char*>(right + next_panel) + fetch_ahead);
+    if constexpr (Fetch) {
+      prefetch(fetch.next);
+      if constexpr (Vectors == 4) prefetch(fetch.next + next_panel * static_cast<index_t>(sizeof(T)));
+      fetch.next += fetch.step;
     }
     read_panel<false, Vectors, Acc>(right, next_panel, values);
     advance_once<Rows, Vectors, Acc>(sum, left, values);
@@ -83,9 +91,9 @@ LORA_DETAIL_INLINE void advance(typename simd<Acc>::vector (&sum)[Rows][Vectors]
 }
 
 /// Accumulators in memory, row i at sums + i * sums_stride, continued by `depth` steps.
-template <bool FromMemory, int Rows, int Vectors, class Acc, class T>
+template <bool Fetch, int Rows, int Vectors, class Acc, class T>
 void multiply_rows(Acc* sums, index_t sums_stride, const Acc* left, index_t left_stride, const T* right, index_t next_panel,
-                   index_t depth) {
+                   index_t depth, fetching fetch = {}) {
   using v = simd<Acc>;
   typename v::vector sum[Rows][Vectors];
   LORA_DETAIL_UNROLL
@@ -93,7 +101,7 @@ void multiply_rows(Acc* sums, index_t sums_stride, const Acc* left, index_t left
     LORA_DETAIL_UNROLL
     for (int j = 0; j < Vectors; ++j) sum[i][j] = v::load(sums + i * sums_stride + j * v::width);
   }
-  advance<FromMemory, Rows, Vectors, Acc>(sum, left, left_stride, right, next_panel, depth);
+  advance<Fetch, Rows, Vectors, Acc>(sum, left, left_stride, right, next_panel, depth, fetch);
   LORA_DETAIL_UNROLL
   for (int i = 0; i < Rows; ++i) {
     LORA_DETAIL_UNROLL
@@ -101,14 +109,21 @@ void multiply_rows(Acc* sums, index_t sums_stride, const Acc* left, index_t left
   }
 }
 
-/// The same with the number of rows chosen at run time, 1 ... tile_rows.
-template <bool FromMemory, int Vectors, class Acc, class T, int Rows = tile_rows>
+/// The same with the number of rows chosen at run time, 1 ... Rows.
+template <bool Fetch, int Vectors, class Acc, class T, int Rows = tile_rows>
 void multiply(int rows, Acc* sums, index_t sums_stride, const Acc* left, index_t left_stride, const T* right,
-              index_t next_panel, index_t depth) {
+              index_t next_panel, index_t depth, fetching fetch = {}) {
   if (rows == Rows)
-    multiply_rows<FromMemory, Rows, Vectors>(sums, sums_stride, left, left_stride, right, next_panel, depth);
+    multiply_rows<Fetch, Rows, Vectors>(sums, sums_stride, left, left_stride, right, next_panel, depth, fetch);
   else if constexpr (Rows > 1)
-    multiply<FromMemory, Vectors, Acc, T, Rows - 1>(rows, sums, sums_stride, left, left_stride, right, next_panel, depth);
+    multiply<Fetch, Vectors, Acc, T, Rows - 1>(rows, sums, sums_stride, left, left_stride, right, next_panel, depth, fetch);
+}
+
+/// The panel itself, some way ahead.
+template <int Vectors, class Acc, class T>
+fetching ahead_of(const T* right) {
+  constexpr index_t step = depth_group<T> * std::min(Vectors, 2) * simd<Acc>::width * static_cast<index_t>(sizeof(T));
+  return {reinterpret_cast<const char*>(right) + fetch_ahead, step};
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail
