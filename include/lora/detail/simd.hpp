@@ -73,9 +73,9 @@ struct simd<float> {
   /// Whether the magnitude of any lane, read as bits, is above a limit.
   static bool exceeds(vector a, vector b, std::uint32_t limit) {
     const __m512i magnitude = _mm512_set1_epi32(0x7fff'ffff);
-    const __m512i most = _mm512_max_epu32(_mm512_and_si512(_mm512_castps_si512(a), magnitude),
+    const __m512i most = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(a), magnitude),
                                           _mm512_and_si512(_mm512_castps_si512(b), magnitude));
-    return _mm512_cmpgt_epu32_mask(most, _mm512_set1_epi32(static_cast<int>(limit))) != 0;
+    return _mm512_cmpgt_epi32_mask(most, _mm512_set1_epi32(static_cast<int>(limit))) != 0;
   }
   /// The largest and smallest magnitude, as bits, of the lanes seen.
   struct range {
@@ -131,9 +131,9 @@ struct simd<double> {
   }
   static bool exceeds(vector a, vector b, std::uint64_t limit) {
     const __m512i magnitude = _mm512_set1_epi64(0x7fff'ffff'ffff'ffff);
-    const __m512i most = _mm512_max_epu64(_mm512_and_si512(_mm512_castpd_si512(a), magnitude),
+    const __m512i most = _mm512_max_epi64(_mm512_and_si512(_mm512_castpd_si512(a), magnitude),
                                           _mm512_and_si512(_mm512_castpd_si512(b), magnitude));
-    return _mm512_cmpgt_epu64_mask(most, _mm512_set1_epi64(static_cast<long long>(limit))) != 0;
+    return _mm512_cmpgt_epi64_mask(most, _mm512_set1_epi64(static_cast<long long>(limit))) != 0;
   }
   struct range {
     __m512i most = _mm512_setzero_si512(), least = _mm512_set1_epi64(0x7fff'ffff'ffff'ffff);
