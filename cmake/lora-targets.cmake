@@ -14,14 +14,20 @@ target_compile_features(lora_lora INTERFACE cxx_std_20)
 target_link_libraries(lora_lora INTERFACE Eigen3::Eigen)
 target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DIR}/include" FILES
   include/lora/adapter.hpp
+  include/lora/advise.hpp
   include/lora/apply.hpp
+  include/lora/batch.hpp
   include/lora/concepts.hpp
   include/lora/delta.hpp
   include/lora/detail/convert.hpp
+  include/lora/detail/factors.hpp
+  include/lora/detail/memory.hpp
+  include/lora/detail/mix.hpp
   include/lora/detail/operands.hpp
   include/lora/detail/overlap.hpp
   include/lora/detail/panels.hpp
   include/lora/detail/parallel.hpp
+  include/lora/detail/plan.hpp
   include/lora/detail/product.hpp
   include/lora/detail/simd.hpp
   include/lora/detail/tile.hpp
@@ -29,14 +35,18 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/error.hpp
   include/lora/float16.hpp
   include/lora/forward.hpp
+  include/lora/limits.hpp
   include/lora/linear.hpp
   include/lora/lora.hpp
   include/lora/matrix_view.hpp
   include/lora/merge.hpp
+  include/lora/packed_adapter.hpp
+  include/lora/packed_weight.hpp
   include/lora/scaled.hpp
   include/lora/scaling.hpp
   include/lora/tensor_view.hpp
-  include/lora/version.hpp)
+  include/lora/version.hpp
+  include/lora/workspace.hpp)
 
 find_package(nlohmann_json 3.10 QUIET)
 if(nlohmann_json_FOUND)

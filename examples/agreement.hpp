@@ -102,12 +102,11 @@ inline Eigen::MatrixXd error_bound(const Eigen::MatrixXd& W, const Eigen::Vector
   stored += weight_error;
   const Eigen::MatrixXd through_weight = stored * ax;
   Eigen::MatrixXd through_factors = Eigen::MatrixXd::Zero(W.rows(), x.cols());
-  Eigen::VectorXd sum_sB = Eigen::VectorXd::Zero(W.rows());
-  Eigen::RowVectorXd sum_Ax = Eigen::RowVectorXd::Zero(x.cols());
+  Eigen::VectorXd sum_sB = Eigen::VectorXd::Zero(W.rows()), sum_B = Eigen::VectorXd::Zero(W.rows());
   for (const part& p : where.mixed) {
     const Eigen::MatrixXd Ax = p.A.cwiseAbs() * ax;
     through_factors += std::abs(p.s) * p.B.cwiseAbs() * Ax;
-    sum_Ax += Ax.colwise().sum();
+    sum_B += p.B.cwiseAbs().rowwise().sum();
     sum_sB += std::abs(p.s) * p.B.cwiseAbs().rowwise().sum();
   }
   const Eigen::Index n = W.cols(), R = total_rank(where.mixed);
@@ -118,10 +117,9 @@ inline Eigen::MatrixXd error_bound(const Eigen::MatrixXd& W, const Eigen::Vector
     magnitude.colwise() += bias.cwiseAbs();
     e.colwise() += u * bias.cwiseAbs();
   }
-  // Results below the normal range: half a step for each operation; those of A x are multiplied by s B, those of the fold
-  // of s into B by A x.
-  e.colwise() += f.accumulator.eta * static_cast<double>(n + R + 2) * (sum_sB.array() + 1).matrix();
-  e.rowwise() += f.accumulator.eta * sum_Ax;
+  // Results below the normal range: half a step for each operation; those of A x are multiplied by s B, that of s times
+  // A x by B.
+  e.colwise() += f.accumulator.eta * (static_cast<double>(n + R + 2) * (sum_sB.array() + 1).matrix() + sum_B);
   e += f.output.u * (magnitude + e);
   e.array() += f.output.eta / 2;
   return e;

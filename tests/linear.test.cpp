@@ -491,9 +491,9 @@ TEMPLATE_TEST_CASE("the base keeps every bit, NaN and -0 too", "[linear]", float
     CHECK(same_bits(q.weight(), W));
     q.attach("one", rank_one(Eigen::Vector3f(0, 1, 0), constant(1, 6, 1)));
     q.merge();
-    CHECK(test::bytes(q.weight().middle_rows(0, 1)) == test::bytes(W.row(0)));
+    CHECK(test::bytes(q.weight().row(0)) == test::bytes(W.row(0)));
     CHECK(test::value(q.weight()(1, 0)) == 1);
-    CHECK(test::bytes(q.weight().middle_rows(2, 1)) == test::bytes(W.row(2)));
+    CHECK(test::bytes(q.weight().row(2)) == test::bytes(W.row(2)));
     q.unmerge();
     CHECK(same_bits(q.weight(), W));
   };
@@ -734,7 +734,7 @@ TEMPLATE_TEST_CASE("an allocation that fails changes nothing", "[linear]", float
     REQUIRE(same_bits(y, y_before));
     ++n;
   }
-  CHECK(n > 1);
+  CHECK(n == 1);  // one block for everything
   CHECK_FALSE(same_bits(y, y_before));
 }
 

@@ -1,22 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // apply(x, y, l...)       y := round(y + sum of s * lora_B * (lora_A * x))
+// apply(space, x, y, l...)                the same with scratch that the caller keeps (workspace.hpp)
 //
 // The adapters' part alone, for an engine that has its own (quantized, BLAS, oneDNN) base product: compute y = W * x, then
 // apply. The base weight is not touched, and adapters and weights may change between two calls.
 //   shapes   x in_features x tokens, y out_features x tokens; tokens are columns (a row-major PyTorch activation
 //            [tokens, features] is col_major(data, features, tokens)); a vector, std::vector or std::span is one token.
+//   adapters any number of low_rank types, packed_adapter (nothing is packed in the call), and ranges of them.
 //   rounding once, to y's scalar: U = lora_A * x and the sum over the stacked ranks are chains of multiply-adds from zero
-//            in float (double if x, y or any factor is double); then y is added.
+//            in float (double if x, y or any factor is double), U times s in between; then y is added.
 //   error    |result - exact| <= u_y |exact| + (1+u_y) (u |y| + gamma_{in+R+2} sum |s| |lora_B| |lora_A| |x|) + eta_y/2; the
 //            names are those of docs/numerics.md.
-//   cost     2 R (in + out) FLOPs per token; y is read and written once; allocates R (in + out) + in * tokens accumulators
-//            (tokens in blocks of at most 256).
+//   cost     2 R (in + out) FLOPs per token; y is read and written once, tile by tile; scratch: in * tokens accumulators
+//            (tokens in blocks of at most 128) and, for adapters that are not packed, R (in + out) more.
 //   aliasing y must not overlap x or a factor: shape_error. An x that is an Eigen expression is evaluated first.
-//   throws   shape_error, value_error (scaling not finite), before anything is written.
+//   throws   shape_error, value_error (scaling not finite), before anything is written; std::bad_alloc.
 #pragma once
 
-#include "lora/detail/product.hpp"
+#include "lora/detail/mix.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
 namespace detail {
@@ -34,21 +36,29 @@ void check_activations(const char* operation, const X& x, const Y& y) {
 
 /// y := round(y + sum of s * lora_B * (lora_A * x)); see the top of this file.
 template <class X, class Y, class... L>
-  requires activations<X> && activations<Y> && (detail::adapters<L> && ...)
-void apply(const X& x, Y&& y, const L&... l) {
+  requires activations<X> && activations<Y> && (detail::mixables<L> && ...)
+void apply(workspace& space, const X& x, Y&& y, const L&... l) {
   detail::refuse_temporary<Y>();
   decltype(auto) input = detail::in_memory(x);
   const auto from = detail::input_view(input);
   const auto to = detail::output_view(y);
   using acc = accumulator_t<X, Y, L...>;
   const auto each = detail::each_of(l...);
-  const detail::stacked_factors<acc> factors("apply", each, to.rows(), from.rows());
+  const index_t rank = detail::checked_total_rank("apply", each, to.rows(), from.rows());
   detail::check_activations("apply", from, to);
   detail::refuse_factor_overlap("apply", "y", to, each);
-  if (factors.rank == 0) return;
-  detail::run_product<acc>(from, to, nullptr, factors, [](auto& y_element, acc sum, index_t) {
-    y_element = detail::narrow<detail::bare<decltype(y_element)>>(detail::widen<acc>(y_element) + sum);
-  });
+  if (rank == 0) return;
+  using value = typename decltype(to)::value_type;
+  const auto pack_X = detail::token_packer<acc>(from);
+  const auto write = detail::token_writer<acc>(
+      to, [](value& out, acc sum, index_t) { out = detail::narrow<value>(detail::widen<acc>(out) + sum); });
+  detail::mix<acc>(space, to.rows(), from.rows(), to.cols(), detail::weight_source<acc, acc>{}, each, pack_X, write);
+}
+template <class X, class Y, class... L>
+  requires activations<X> && activations<Y> && (detail::mixables<L> && ...)
+void apply(const X& x, Y&& y, const L&... l) {
+  workspace space;
+  apply(space, x, std::forward<Y>(y), l...);
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

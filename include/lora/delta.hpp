@@ -18,6 +18,37 @@
 #include "lora/detail/update.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
+namespace detail {
+
+/// Sink: the delta itself, row by row of the update.
+template <class Update, class Acc>
+class delta_sink {
+ public:
+  static constexpr bool by_columns = false;
+
+  delta_sink(Acc* destination, index_t stride) : destination_(destination), stride_(stride) {}
+
+  void fetch(index_t, index_t) const {}
+  LORA_DETAIL_INLINE bool plain(index_t row, index_t col, const typename Update::tile& delta) const {
+    tally none;
+    full(none, row, col, delta);
+    return true;
+  }
+  LORA_DETAIL_INLINE void full(tally&, index_t row, index_t col, const typename Update::tile& delta) const {
+    LORA_DETAIL_UNROLL
+    for (int i = 0; i < tile_rows; ++i) Update::spill(delta[i][0], delta[i][1], destination_ + (row + i) * stride_ + col);
+  }
+  void part(tally&, index_t row, index_t col, index_t count, const Acc* delta) const {
+    std::copy_n(delta, count, destination_ + row * stride_ + col);
+  }
+  void done() const {}
+
+ private:
+  Acc* destination_;
+  index_t stride_;
+};
+
+}  // namespace detail
 
 template <class... L>
   requires(detail::adapters<L> && ...) && (sizeof...(L) > 0)
@@ -40,9 +71,7 @@ auto delta_weight(const L&... l) {
     return result;
   }
   // Column-major: the update runs on the transpose, whose rows are the columns of the result.
-  update.run([&](detail::tally&, index_t col, index_t row, index_t count, const acc* delta) {
-    std::copy_n(delta, count, result.data() + col * out_features + row);
-  });
+  update.run(detail::delta_sink<decltype(update), acc>(result.data(), out_features));
   return result;
 }
 

@@ -2,16 +2,20 @@
 //
 // forward(W, x, y, l...)                  y := round(W * x + sum of s * lora_B * (lora_A * x))
 // forward(with_bias(W, b), x, y, l...)    y := round(W * x + sum of s * lora_B * (lora_A * x) + b)
+// forward(W, x, y, batch)                 the same with adapters that differ from token to token (batch.hpp)
+// forward(space, ...)                     the same with scratch that the caller keeps (workspace.hpp)
 //
 // A layer with its adapters mixed in, unmerged, in one product: the ranks are R more steps of the base product's chains.
-//   shapes   W out_features x in_features of any storage order, x in_features x tokens, y out_features x tokens, b
-//            out_features. Tokens are columns (see apply.hpp); y's old content is not read.
+//   shapes   W out_features x in_features of any storage order or a packed_weight, x in_features x tokens, y out_features x
+//            tokens, b out_features. Tokens are columns (see apply.hpp); y's old content is not read.
 //   rounding once, to y's scalar. Each output is one chain of multiply-adds from zero over in_features, then over the
 //            stacked ranks, in float (double if W, x, y, b or any factor is double); the bias is added last.
+//   adapters low_rank types, packed_adapter, ranges of them.
 //   error    |result - exact| <= u_y |exact| + (1+u_y) (gamma_{in+R+1} |W| |x| + gamma_{in+R+3} sum |s| |lora_B| |lora_A| |x|
 //            + u |b|) + eta_y/2; the names are those of docs/numerics.md.
 //   bits     a token's result does not depend on the other tokens, on threads or on tiles.
-//   cost     2 (out * in + R (in + out)) FLOPs per token; W is read once per 256 tokens; allocates as apply.
+//   cost     2 (out * in + R (in + out)) FLOPs per token; W is read once per 96 tokens (128 with AVX-512); a W that is not
+//            packed is read, packed and read again in the first-level cache. Scratch as apply.
 //   aliasing y must not overlap W, x, b or a factor: shape_error. An x that is an Eigen expression is evaluated first.
 //   throws   shape_error, value_error (scaling not finite), before anything is written.
 #pragma once
@@ -20,13 +24,15 @@
 #include <type_traits>
 
 #include "lora/apply.hpp"
+#include "lora/batch.hpp"
+#include "lora/packed_weight.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
 
 /// A base weight with the bias that its layer adds. Looks at both.
 template <class W, class B>
 struct biased {
-  W weight;  ///< matrix_view, out_features x in_features
+  W weight;  ///< matrix_view, or reference to a packed_weight, out_features x in_features
   B bias;    ///< matrix_view, out_features x 1
 };
 
@@ -45,6 +51,16 @@ auto column_view(const V& b) {
   }
 }
 
+template <class V>
+auto checked_bias(index_t out_features, index_t in_features, const V& b) {
+  const auto bias = column_view(b);
+  if (bias.rows() != out_features || bias.cols() != 1)
+    raise_shape("with_bias", "the bias is " + shape_text(bias.rows(), bias.cols()) + " but W is " +
+                                 shape_text(out_features, in_features) +
+                                 " (out_features x in_features): it needs out_features elements");
+  return bias;
+}
+
 template <class M>
 inline constexpr bool is_biased = false;
 template <class W, class B>
@@ -58,60 +74,165 @@ template <class M, class V>
   requires matrix_like<M> && activations<V>
 auto with_bias(const M& W, const V& b) {
   const auto weight = as_matrix(W);
-  const auto bias = detail::column_view(b);
-  if (bias.rows() != weight.rows() || bias.cols() != 1)
-    detail::raise_shape("with_bias", "the bias is " + detail::shape_text(bias.rows(), bias.cols()) + " but W is " +
-                                         detail::shape_text(weight.rows(), weight.cols()) +
-                                         " (out_features x in_features): it needs out_features elements");
+  const auto bias = detail::checked_bias(weight.rows(), weight.cols(), b);
   return biased<std::remove_const_t<decltype(weight)>, std::remove_const_t<decltype(bias)>>{weight, bias};
+}
+template <class T, class V>
+  requires activations<V>
+auto with_bias(const packed_weight<T>& W, const V& b) {
+  const auto bias = detail::checked_bias(W.out_features(), W.in_features(), b);
+  return biased<const packed_weight<T>&, std::remove_const_t<decltype(bias)>>{W, bias};
 }
 
 namespace detail {
 
-/// forward over views: bias is a column view, or null.
-template <class Acc, class W, class B, class X, class Y, class Each>
-void forward_views(const char* operation, const W& weight, const B* bias, const X& x, const Y& y, const Each& each) {
-  if (x.rows() != weight.cols() || y.rows() != weight.rows())
-    raise_shape(operation, "W is " + shape_text(weight.rows(), weight.cols()) + " (out_features x in_features), x is " +
+/// The parts that every token gets.
+template <class Each>
+struct same_for_all {
+  const Each& each;
+
+  void check(const char* operation, index_t out_features, index_t in_features, index_t) const {
+    checked_total_rank(operation, each, out_features, in_features);
+  }
+  template <class Acc, class T>
+  void run(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<Acc, T>& W,
+           const pack_token_function<Acc>& pack_X, const finish_function<Acc>& finish) const {
+    mix<Acc>(space, out_features, in_features, tokens, W, each, pack_X, finish);
+  }
+};
+/// The parts of a batch.
+template <class F>
+struct by_token {
+  const batch<F>& who;
+
+  void check(const char* operation, index_t out_features, index_t in_features, index_t tokens) const {
+    if (who.tokens() != tokens)
+      raise_shape(operation, "the batch names adapters for " + std::to_string(who.tokens()) + " tokens but x has " +
+                                 std::to_string(tokens));
+    for (const auto* l : who.used()) check_adapter(operation, *l, out_features, in_features);
+  }
+  template <class Acc, class T>
+  void run(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<Acc, T>& W,
+           const pack_token_function<Acc>& pack_X, const finish_function<Acc>& finish) const {
+    const auto each = [this](const auto& visit) {
+      for (const auto* l : who.used()) visit(*l);
+    };
+    const part_list<Acc, decltype(each)> list(each, out_features, in_features);
+    mix<Acc>(space, out_features, in_features, tokens, W, list, who.parts(), who.most_rank(), pack_X, finish);
+  }
+};
+
+/// forward over a source of W: bias is a column view, or null; parts is one of the two above.
+template <class Acc, class T, class B, class X, class Y, class Parts>
+void forward_views(const char* operation, workspace& space, index_t out_features, index_t in_features,
+                   const weight_source<Acc, T>& W, const B* bias, const X& x, const Y& y, const Parts& parts) {
+  if (x.rows() != in_features || y.rows() != out_features)
+    raise_shape(operation, "W is " + shape_text(out_features, in_features) + " (out_features x in_features), x is " +
                                shape_text(x.rows(), x.cols()) + " and y is " + shape_text(y.rows(), y.cols()) +
                                ": x needs in_features rows, y out_features rows, both one column for each token");
-  const stacked_factors<Acc> factors(operation, each, weight.rows(), weight.cols());
+  parts.check(operation, out_features, in_features, x.cols());
   check_activations(operation, x, y);
-  refuse_overlap(operation, "y", y, "W", weight);
   if (bias != nullptr) refuse_overlap(operation, "y", y, "the bias", *bias);
-  refuse_factor_overlap(operation, "y", y, each);
-  const auto pack_weight = packer<Acc>(weight, tile_cols<Acc>);
-  const pack_function<Acc> pack_W(pack_weight);
   using value = typename Y::value_type;
-  if (bias == nullptr) {
-    run_product<Acc>(x, y, &pack_W, factors, [](value& out, Acc sum, index_t) { out = narrow<value>(sum); });
+  const auto pack_X = token_packer<Acc>(x);
+  const auto write = [&](const auto& store) {
+    parts.run(space, out_features, in_features, x.cols(), W, pack_token_function<Acc>(pack_X),
+              finish_function<Acc>(token_writer<Acc>(y, store)));
+  };
+  if (bias == nullptr)
+    write([](value& out, Acc sum, index_t) { out = narrow<value>(sum); });
+  else
+    write([b = *bias](value& out, Acc sum, index_t output) { out = narrow<value>(sum + widen<Acc>(b(output, 0))); });
+}
+
+/// call(source, out_features, in_features): where a product of Acc finds a packed weight.
+template <class Acc, class T, class Call>
+void with_source(const packed_weight<T>& W, const Call& call) {
+  if constexpr (std::is_same_v<accumulator_t<T>, Acc>) {
+    call(weight_source<Acc, T>{.panels = W.panels()}, W.out_features(), W.in_features());
   } else {
-    run_product<Acc>(x, y, &pack_W, factors, [b = *bias](value& out, Acc sum, index_t output) {
-      out = narrow<value>(sum + widen<Acc>(b(output, 0)));
+    const auto convert = panel_converter<Acc>(W);
+    call(weight_source<Acc, Acc>{.pack = convert}, W.out_features(), W.in_features());
+  }
+}
+/// The same of a weight in rows or columns.
+template <class Acc, strided_matrix V, class Call>
+void with_source(const V& W, const Call& call) {
+  const auto pack = weight_packer<Acc>(W);
+  call(weight_source<Acc, Acc>{.pack = pack}, W.rows(), W.cols());
+}
+
+/// What forward calls W: a view of a matrix, or the packed weight itself.
+template <class M>
+decltype(auto) weight_of_call(const M& W) {
+  if constexpr (is_packed_weight<M>)
+    return (W);
+  else
+    return as_matrix(W);
+}
+
+template <class M>
+concept base_weight = matrix_like<M> || is_packed_weight<bare<M>>;
+template <class M>
+concept base = base_weight<M> || is_biased<bare<M>>;
+
+}  // namespace detail
+
+namespace detail {
+
+/// forward with everything found out but the accumulator: Operands are what it depends on besides x and y.
+template <class... Operands, class M, class X, class Y, class Parts, class Each>
+void forward_call(workspace& space, const M& W, const X& x, Y& y, const Parts& parts, const Each& factors) {
+  decltype(auto) input = in_memory(x);
+  const auto from = input_view(input);
+  const auto to = output_view(y);
+  const auto run = [&]<class Acc, class B>(std::type_identity<Acc>, const auto& weight, const B* bias) {
+    if constexpr (!is_packed_weight<bare<decltype(weight)>>) refuse_overlap("forward", "y", to, "W", weight);
+    refuse_factor_overlap("forward", "y", to, factors);
+    with_source<Acc>(weight, [&](const auto& source, index_t out, index_t in) {
+      forward_views("forward", space, out, in, source, bias, from, to, parts);
     });
+  };
+  if constexpr (is_biased<M>) {
+    using acc = accumulator_t<decltype(W.weight), decltype(W.bias), X, Y, Operands...>;
+    run(std::type_identity<acc>(), weight_of_call(W.weight), &W.bias);
+  } else {
+    const auto& weight = weight_of_call(W);
+    run(std::type_identity<accumulator_t<M, X, Y, Operands...>>(), weight, static_cast<const decltype(from)*>(nullptr));
   }
 }
 
 }  // namespace detail
 
-/// y := round(W * x (+ b) + sum of s * lora_B * (lora_A * x)); W is a matrix or with_bias(W, b). See the top of this file.
+/// y := round(W * x (+ b) + sum of s * lora_B * (lora_A * x)); W is a matrix, a packed_weight, or with_bias(either, b). See
+/// the top of this file.
 template <class M, class X, class Y, class... L>
-  requires(matrix_like<M> || detail::is_biased<M>) && activations<X> && activations<Y> && (detail::adapters<L> && ...)
-void forward(const M& W, const X& x, Y&& y, const L&... l) {
+  requires detail::base<M> && activations<X> && activations<Y> && (detail::mixables<L> && ...)
+void forward(workspace& space, const M& W, const X& x, Y&& y, const L&... l) {
   detail::refuse_temporary<Y>();
-  decltype(auto) input = detail::in_memory(x);
-  const auto from = detail::input_view(input);
-  const auto to = detail::output_view(y);
   const auto each = detail::each_of(l...);
-  if constexpr (detail::is_biased<M>) {
-    using acc = accumulator_t<decltype(W.weight), decltype(W.bias), X, Y, L...>;
-    detail::forward_views<acc>("forward", W.weight, &W.bias, from, to, each);
-  } else {
-    const auto weight = as_matrix(W);
-    using view = std::remove_const_t<decltype(weight)>;
-    detail::forward_views<accumulator_t<M, X, Y, L...>>("forward", weight, static_cast<const view*>(nullptr), from, to,
-                                                        each);
-  }
+  detail::forward_call<L...>(space, W, x, y, detail::same_for_all<decltype(each)>{each}, each);
+}
+template <class M, class X, class Y, class... L>
+  requires detail::base<M> && activations<X> && activations<Y> && (detail::mixables<L> && ...)
+void forward(const M& W, const X& x, Y&& y, const L&... l) {
+  workspace space;
+  forward(space, W, x, std::forward<Y>(y), l...);
+}
+
+/// The same with adapters that differ from token to token: y_t := round(W x_t (+ b) + sum over token t's entries of
+/// weight * s * lora_B * (lora_A * x_t)). Throws shape_error also when the batch has another number of tokens than x.
+template <class M, class X, class Y, class F>
+  requires detail::base<M> && activations<X> && activations<Y>
+void forward(workspace& space, const M& W, const X& x, Y&& y, const batch<F>& who) {
+  detail::refuse_temporary<Y>();
+  detail::forward_call<batch<F>>(space, W, x, y, detail::by_token<F>{who}, [](const auto&) {});
+}
+template <class M, class X, class Y, class F>
+  requires detail::base<M> && activations<X> && activations<Y>
+void forward(const M& W, const X& x, Y&& y, const batch<F>& who) {
+  workspace space;
+  forward(space, W, x, std::forward<Y>(y), who);
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

@@ -29,8 +29,15 @@
 namespace lora::inline LORA_DETAIL_ABI {
 namespace detail {
 
-/// An adapter in the format it came in.
+/// An adapter in the format it came in, from which it is merged.
 using any_adapter = std::variant<adapter<float>, adapter<double>, adapter<float16>, adapter<bfloat16>>;
+/// The same in panels, from which it is mixed.
+using any_packed_adapter =
+    std::variant<packed_adapter<float>, packed_adapter<double>, packed_adapter<float16>, packed_adapter<bfloat16>>;
+struct attached_adapter {
+  any_adapter factors;
+  any_packed_adapter panels;
+};
 
 /// The narrowest of our formats that holds the elements of both factors.
 template <low_rank L, class A = storage_t<factor_scalar_A<L>>, class B = storage_t<factor_scalar_B<L>>>
@@ -71,8 +78,10 @@ struct attachment {
 /// the adapters in the order of their names. So the order of calls changes no bit, nothing drifts, and with nothing merged
 /// weight() is the pristine base bit for bit, after any sequence of calls.
 ///
+/// The weight is kept in panels (packed_weight.hpp), whose padding is at most 31 outputs.
 /// Memory, in weights: 1 while nothing is merged and 2 while something is, the pristine copy and the merged weight. Given a
-/// reload function it holds 1 in every state and 2 while a call changes what is merged. Adapters keep their own format.
+/// reload function it holds 1 in every state and 2 while a call changes what is merged. An adapter is kept twice, as it
+/// came and in panels: 2 rank (in + out) elements of its own format.
 ///
 /// Every call that throws has changed nothing. Const calls may run at the same time; others need the object to themselves.
 template <scalar T>
@@ -89,40 +98,48 @@ class linear {
     requires matrix_like<Base> || detail::is_biased<Base>
   explicit linear(const Base& base, reload_function reload = nullptr) : reload_(std::move(reload)) {
     if constexpr (detail::is_biased<Base>) {
+      static_assert(!detail::is_packed_weight<detail::bare<decltype(base.weight)>>,
+                    "lora::linear: give it the weight itself, which it packs");
       copy_weight(base.weight);
-      bias_.resize(static_cast<std::size_t>(out_features_));
+      bias_.resize(static_cast<std::size_t>(out_features()));
       static_assert(detail::holds_exactly<bias_value, detail::element_t<decltype(base.bias)>>,
                     "lora::linear: the bias has a wider scalar than the layer computes in: cast it first");
-      for (index_t i = 0; i < out_features_; ++i)
+      for (index_t i = 0; i < out_features(); ++i)
         bias_[static_cast<std::size_t>(i)] = detail::widen<bias_value>(base.bias(i, 0));
     } else {
       copy_weight(as_matrix(base));
     }
-    if (reload_) fingerprint_ = fingerprint(pristine_);
   }
 
-  index_t out_features() const { return out_features_; }
-  index_t in_features() const { return in_features_; }
+  index_t out_features() const { return packed().out_features(); }
+  index_t in_features() const { return packed().in_features(); }
   bool has_bias() const { return !bias_.empty(); }
 
-  /// The weight as it stands, with what is merged; valid until the next call that is not const.
-  matrix_view<const T, storage_order::row_major> weight() const {
-    return {is_merged_ ? merged_.data() : pristine_.data(), out_features_, in_features_};
-  }
+  /// The weight as it stands, with what is merged, as a row-major matrix: a copy.
+  auto weight() const { return packed().matrix(); }
+  /// The same in panels, as it is held; valid until the next call that is not const.
+  const packed_weight<T>& packed() const { return is_merged_ ? merged_ : pristine_; }
 
   /// Adds an adapter under a name: active, not merged, with the weight of scaled(w, l) (1 without). Copies the factors in
-  /// their format. Throws shape_error (does not fit), value_error (name empty or taken, weight or scaling not finite).
-  template <low_rank L>
+  /// their format. attach<bfloat16>(name, l) keeps the panels from which it is mixed in 16 bits: half the bytes of float
+  /// factors on a 16-bit base, and a rounding of each factor that packed_adapter states; merging still takes the factors as
+  /// they came. Throws shape_error (does not fit), value_error (name empty or taken, weight or scaling not finite).
+  template <class Panels = void, low_rank L>
   void attach(const std::string& name, const L& l) {
     if (name.empty()) detail::raise_value("linear::attach", "the name is empty");
     if (adapters_.count(name) != 0)
       detail::raise_value("linear::attach", "an adapter named \"" + name + "\" is attached already: detach it first");
-    detail::check_adapter("linear::attach", l, out_features_, in_features_);
+    detail::check_adapter("linear::attach", l, out_features(), in_features());
     const auto& source = detail::unscaled(l);
     const double weight = detail::weight_of(l);
     check_weight("linear::attach", name, weight, static_cast<double>(source.scaling()));
     using format = detail::factor_format<detail::bare<decltype(source)>>;
-    adapters_.emplace(name, slot{std::make_shared<const detail::any_adapter>(adapter<format>(source)), weight, true, false});
+    // Tiles of doubles read panels of doubles only.
+    using mixed = std::conditional_t<std::is_same_v<accumulator_t<T, format>, double>, double, format>;
+    using panels = std::conditional_t<std::is_void_v<Panels>, mixed, Panels>;
+    adapters_.emplace(name, slot{std::make_shared<const detail::attached_adapter>(
+                                     detail::attached_adapter{adapter<format>(source), packed_adapter<panels>(source)}),
+                                 weight, true, false});
   }
 
   /// Takes an adapter out; if it is merged, out of the weight too. Throws value_error when the name is not attached.
@@ -181,7 +198,7 @@ class linear {
   /// Throws value_error when the name is not attached.
   attachment at(const std::string& name) const {
     const slot& one = find("linear::at", adapters_, name);
-    const auto rank = std::visit([](const auto& l) { return l.rank(); }, *one.adapter);
+    const auto rank = std::visit([](const auto& l) { return l.rank(); }, one.adapter->factors);
     return {one.weight, one.scaling(), rank, one.active, one.merged};
   }
   /// In the order in which they are merged and evaluated.
@@ -196,33 +213,43 @@ class linear {
   template <class X, class Y>
     requires activations<X> && activations<Y>
   void forward(const X& x, Y&& y) const {
+    workspace space;
+    forward(space, x, std::forward<Y>(y));
+  }
+  /// The same with scratch that the caller keeps: no allocation once it is large enough.
+  template <class X, class Y>
+    requires activations<X> && activations<Y>
+  void forward(workspace& space, const X& x, Y&& y) const {
     detail::refuse_temporary<Y>();
     using acc = accumulator_t<T, X, Y>;
     decltype(auto) input = detail::in_memory(x);
     const auto from = detail::input_view(input);
     const auto to = detail::output_view(y);
-    const auto beside = [this](const auto& visit) {
-      visit_if(
-          adapters_, [](const slot& one) { return one.active && !one.merged; }, visit);
-    };
-    const matrix_view<const bias_value, storage_order::col_major> column(bias_.data(), has_bias() ? out_features_ : 0, 1);
+    const auto beside = [this](const auto& visit) { this->visit_beside(visit); };
+    const matrix_view<const bias_value, storage_order::col_major> column(bias_.data(), has_bias() ? out_features() : 0, 1);
     const auto* bias = has_bias() ? &column : nullptr;
+    const auto run = [&]<class Acc>(std::type_identity<Acc>) {
+      detail::with_source<Acc>(packed(), [&](const auto& source, index_t out, index_t in) {
+        detail::forward_views("linear::forward", space, out, in, source, bias, from, to,
+                              detail::same_for_all<decltype(beside)>{beside});
+      });
+    };
     if (needs_double<acc>(beside))
-      detail::forward_views<double>("linear::forward", weight(), bias, from, to, beside);
+      run(std::type_identity<double>());
     else
-      detail::forward_views<acc>("linear::forward", weight(), bias, from, to, beside);
+      run(std::type_identity<acc>());
   }
 
  private:
   using bias_value = accumulator_t<T>;
 
   struct slot {
-    std::shared_ptr<const detail::any_adapter> adapter;
+    std::shared_ptr<const detail::attached_adapter> adapter;
     double weight;
     bool active, merged;
 
     double scaling() const {
-      return std::visit([](const auto& l) { return l.scaling(); }, *adapter);
+      return std::visit([](const auto& l) { return l.scaling(); }, adapter->factors);
     }
     bool in_weight() const { return merged && active && weight * scaling() != 0.0; }
   };
@@ -233,12 +260,8 @@ class linear {
     static_assert(detail::holds_exactly<T, typename W::value_type>,
                   "lora::linear: the base weight has a wider scalar than the layer stores, which would round it silently: "
                   "cast it first or use that scalar");
-    out_features_ = view.rows();
-    in_features_ = view.cols();
-    pristine_.resize(static_cast<std::size_t>(view.size()));
-    T* next = pristine_.data();
-    for (index_t i = 0; i < out_features_; ++i)
-      for (index_t j = 0; j < in_features_; ++j) *next++ = detail::exactly<T>(view(i, j));
+    pristine_ = packed_weight<T>(view);
+    if (reload_) fingerprint_ = fingerprint([&](index_t i, index_t k) { return detail::exactly<T>(view(i, k)); });
   }
 
   template <class Slots>
@@ -260,13 +283,27 @@ class linear {
       detail::raise_value(operation, "the weight of \"" + name + "\", alone or times its scaling, is not finite");
   }
 
-  /// visit(scaled(weight, adapter)) for the adapters that a predicate selects, in the order of their names.
-  template <class Select, class Visit>
-  static void visit_if(const slots& all, const Select& select, const Visit& visit) {
+  /// visit(scaled(weight, adapter)) for what is in the weight, in the order of the names.
+  template <class Visit>
+  static void visit_inside(const slots& all, const Visit& visit) {
     for (const auto& entry : all) {
       const slot& one = entry.second;
-      if (select(one))
-        std::visit([&](const auto& l) { visit(scaled_adapter<detail::bare<decltype(l)>>(one.weight, l)); }, *one.adapter);
+      if (!one.in_weight()) continue;
+      std::visit([&](const auto& l) { visit(scaled_adapter<detail::bare<decltype(l)>>(one.weight, l)); },
+                 one.adapter->factors);
+    }
+  }
+  /// The same, of the panels, for what is active and not merged.
+  template <class Visit>
+  void visit_beside(const Visit& visit) const {
+    for (const auto& entry : adapters_) {
+      const slot& one = entry.second;
+      if (!one.active || one.merged) continue;
+      std::visit(
+          [&]<class F>(const packed_adapter<F>& l) {
+            visit(scaled_packed_adapter<F>{&l, one.weight});
+          },
+          one.adapter->panels);
     }
   }
 
@@ -293,7 +330,7 @@ class linear {
 
   static bool same_weight(const slots& before, const slots& after) {
     const auto merged = [](const slots& all) {
-      std::vector<std::pair<const detail::any_adapter*, double>> list;
+      std::vector<std::pair<const detail::attached_adapter*, double>> list;
       for (const auto& [name, one] : all)
         if (one.in_weight()) list.emplace_back(one.adapter.get(), one.weight);
       return list;
@@ -302,64 +339,51 @@ class linear {
   }
 
   merge_report rebuild(const slots& next) {
-    const auto inside = [&next](const auto& visit) {
-      visit_if(
-          next, [](const slot& one) { return one.in_weight(); }, visit);
-    };
+    const auto inside = [&next](const auto& visit) { visit_inside(next, visit); };
     return needs_double<bias_value>(inside) ? rebuild_in<double>(inside) : rebuild_in<bias_value>(inside);
   }
 
+  /// What can throw comes first: after it the weight is written and nothing else happens.
   template <class Acc, class Each>
   merge_report rebuild_in(const Each& inside) {
-    const detail::rank_update<Acc, storage_order::row_major> update("linear", inside, out_features_, in_features_, 1.0);
-    if (update.rank() == 0) {
-      if (reload_ && is_merged_) pristine_ = reloaded();
-      std::vector<T>().swap(merged_);
-      is_merged_ = false;
-      return {};
+    const detail::panel_update<Acc> update("linear", inside, out_features(), in_features(), 1.0);
+    if (reload_ && is_merged_) {
+      const std::vector<T> row_major = reloaded();
+      merged_.assign(lora::row_major(row_major, out_features(), in_features()));
+    } else if (!is_merged_ && update.rank() != 0) {
+      merged_ = reload_ ? std::move(pristine_) : packed_weight<T>(out_features(), in_features());
     }
-    if (!reload_) {
-      if (is_merged_) return written(update, pristine_, merged_);
-      std::vector<T> fresh(pristine_.size());
-      const merge_report report = written(update, pristine_, fresh);
-      merged_.swap(fresh);
-      return report;
-    }
-    std::vector<T> fresh = is_merged_ ? reloaded() : std::vector<T>();
-    std::vector<T>& base = is_merged_ ? fresh : pristine_;
-    const merge_report report = written(update, base, base);
-    merged_.swap(base);
-    base.clear();
-    base.shrink_to_fit();
-    return report;
-  }
-
-  template <class Update>
-  merge_report written(const Update& update, const std::vector<T>& source, std::vector<T>& destination) {
-    using view = matrix_view<T, storage_order::row_major>;
-    using const_view = matrix_view<const T, storage_order::row_major>;
-    const auto seen = detail::write_sum(update, const_view(source.data(), out_features_, in_features_),
-                                        view(destination.data(), out_features_, in_features_));
-    is_merged_ = true;
-    return {seen.became_nonfinite};
+    is_merged_ = update.rank() != 0;
+    if (is_merged_) return {detail::write_panels(update, reload_ ? merged_ : pristine_, merged_).became_nonfinite};
+    if (reload_) pristine_ = std::move(merged_);
+    merged_ = {};
+    return {};
   }
 
   /// The pristine bits again, or a value_error: other bits would be merged into silently.
   std::vector<T> reloaded() const {
-    std::vector<T> base(static_cast<std::size_t>(out_features_ * in_features_));
+    std::vector<T> base(static_cast<std::size_t>(out_features() * in_features()));
     reload_(std::span<T>(base));
-    if (fingerprint(base) != fingerprint_)
+    const auto at = [&](index_t i, index_t k) { return base[static_cast<std::size_t>(i * in_features() + k)]; };
+    if (fingerprint(at) != fingerprint_)
       detail::raise_value("linear", "the reload function gave other bits than the weight that the layer was built from");
     return base;
   }
-  static std::size_t fingerprint(const std::vector<T>& values) {
-    const auto* bytes = reinterpret_cast<const char*>(values.data());
-    return std::hash<std::string_view>{}(std::string_view(bytes, values.size() * sizeof(T)));
+  /// A hash of the bits, row by row.
+  template <class At>
+  std::size_t fingerprint(const At& at) const {
+    std::vector<T> row(static_cast<std::size_t>(in_features()));
+    std::size_t hash = 0;
+    for (index_t i = 0; i < out_features(); ++i) {
+      for (index_t k = 0; k < in_features(); ++k) row[static_cast<std::size_t>(k)] = at(i, k);
+      const std::string_view bytes(reinterpret_cast<const char*>(row.data()), row.size() * sizeof(T));
+      hash = hash * 31 + std::hash<std::string_view>{}(bytes);
+    }
+    return hash;
   }
 
-  index_t out_features_ = 0, in_features_ = 0;
-  std::vector<T> pristine_;  ///< empty while is_merged_ and a reload function stands in for it
-  std::vector<T> merged_;    ///< empty unless is_merged_
+  packed_weight<T> pristine_;  ///< empty while is_merged_ and a reload function stands in for it
+  packed_weight<T> merged_;    ///< empty unless is_merged_
   bool is_merged_ = false;
   std::vector<bias_value> bias_;
   reload_function reload_;

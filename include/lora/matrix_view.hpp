@@ -20,8 +20,9 @@ namespace lora::inline LORA_DETAIL_ABI {
 
 /// A view of rows x cols scalars. Stored as pointer, sizes and the stride between rows (row_major) or columns
 /// (col_major). Invariant: sizes are not negative, and outer_stride() >= cols() (row_major) or rows() (col_major), so no
-/// element is named twice. T is const for a read-only view. The distance inside a row (column) is 1 by type. It does not own, it does not know the end of
-/// the buffer (row_major(span, ...) checks that once), and it is shallow-const: a const view of mutable data may write.
+/// element is named twice. T is const for a read-only view. The distance inside a row (column) is 1 by type. It does not
+/// own, it does not know the end of the buffer (row_major(span, ...) checks that once), and it is shallow-const: a const
+/// view of mutable data may write.
 template <class T, storage_order Order>
   requires scalar<std::remove_const_t<T>>
 class matrix_view {
@@ -227,6 +228,10 @@ auto col_major(const M& m) {
 template <class M>
   requires matrix_like<M>
 auto as_matrix(M&& m) {
+  static_assert(
+      std::is_lvalue_reference_v<M> || !detail::eigen_owner<M>,
+      "lora::as_matrix: the matrix is a temporary that owns its elements, and the view would outlive it: give it a "
+      "name first");
   if constexpr (detail::eigen_matrix<M>) {
     static_assert(detail::eigen_strided<M>,
                   "lora: this Eigen expression is not a matrix in memory with adjacent elements (an arithmetic expression "

@@ -5,7 +5,7 @@
 // merge_checked(W, l...)  merge if every element of the result is finite; otherwise throws and W is untouched
 // unmerge(W, l...)        W := round(W - sum of s * lora_B * lora_A)
 //
-//   shapes   W out_features x in_features, any storage order, block or transpose; lora_A rank x in_features, lora_B
+//   shapes   W out_features x in_features, any storage order, block or transpose, or a packed_weight; lora_A rank x in_features, lora_B
 //            out_features x rank. W stored in_features x out_features (GPT-2's Conv1D) is passed as W.transpose().
 //   rounding once, to W's scalar, nearest even: the adapters are accumulated apart from W in float (double if W or any
 //            factor is double), from zero, in the order given; then W is added. Merging two adapters in one call is not
@@ -26,6 +26,7 @@
 #include <utility>
 
 #include "lora/detail/update.hpp"
+#include "lora/packed_weight.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
 
@@ -37,32 +38,45 @@ struct merge_report {
 
 namespace detail {
 
-/// destination := round(source + sign * sum of deltas); both of one shape, possibly the same memory.
+/// The update that a weight of T in rows or columns takes.
 template <class Acc, class T, storage_order Order>
-tally write_sum(const rank_update<Acc, Order>& update, const matrix_view<const T, Order>& source,
+using update_of = rank_update<Acc, Order, columns_of<Acc, storage_t<T>>>;
+
+/// destination := round(source + the update); both of one shape, possibly the same memory.
+template <class Acc, columns Columns, class T, storage_order Order>
+tally write_sum(const rank_update<Acc, Order, Columns>& update, const matrix_view<const T, Order>& source,
                 const matrix_view<T, Order>& destination) {
-  return update.run([&](tally& seen, index_t outer, index_t inner, index_t count, const Acc* delta) {
-    add_and_round(seen, source.outer(outer) + inner, destination.outer(outer) + inner, delta, count);
-  });
+  return update.run(rounding_sink<rank_update<Acc, Order, Columns>, Acc, T, Order>(source, destination));
 }
 
 template <class M, class... L>
 merge_report merge_signed(const char* operation, double sign, M& W, const L&... l) {
-  const auto weight = output_view(W);
-  using view = std::remove_const_t<decltype(weight)>;
-  using value = typename view::value_type;
   const auto each = each_of(l...);
-  const rank_update<accumulator_t<value, L...>, view::order> update(operation, each, weight.rows(), weight.cols(), sign);
-  refuse_factor_overlap(operation, "W", weight, each);
-  if (update.rank() == 0) return {};
-  return {write_sum(update, matrix_view<const value, view::order>(weight), weight).became_nonfinite};
+  if constexpr (is_packed_weight<M>) {
+    using value = typename M::value_type;
+    using acc = accumulator_t<value, L...>;
+    const panel_update<acc> update(operation, each, W.out_features(), W.in_features(), sign);
+    return update.rank() == 0 ? merge_report{} : merge_report{write_panels(update, W, W).became_nonfinite};
+  } else {
+    const auto weight = output_view(W);
+    using view = std::remove_const_t<decltype(weight)>;
+    using value = typename view::value_type;
+    const update_of<accumulator_t<value, L...>, value, view::order> update(operation, each, weight.rows(), weight.cols(),
+                                                                           sign);
+    refuse_factor_overlap(operation, "W", weight, each);
+    if (update.rank() == 0) return {};
+    return {write_sum(update, matrix_view<const value, view::order>(weight), weight).became_nonfinite};
+  }
 }
+
+template <class M>
+concept mergeable = matrix_like<M> || is_packed_weight<bare<M>>;
 
 }  // namespace detail
 
 /// W := round(W + sum of deltas); see the top of this file.
 template <class M, class... L>
-  requires matrix_like<M> && (detail::adapters<L> && ...)
+  requires detail::mergeable<M> && (detail::adapters<L> && ...)
 merge_report merge(M&& W, const L&... l) {
   detail::refuse_temporary<M>();
   return detail::merge_signed("merge", 1.0, W, l...);
@@ -70,56 +84,71 @@ merge_report merge(M&& W, const L&... l) {
 
 /// W := round(W - sum of deltas); see the top of this file.
 template <class M, class... L>
-  requires matrix_like<M> && (detail::adapters<L> && ...)
+  requires detail::mergeable<M> && (detail::adapters<L> && ...)
 merge_report unmerge(M&& W, const L&... l) {
   detail::refuse_temporary<M>();
   return detail::merge_signed("unmerge", -1.0, W, l...);
 }
 
-/// round(W + sum of deltas) as a new Eigen matrix with W's scalar and storage order; the same bits as merge.
+/// round(W + sum of deltas) as a new Eigen matrix with W's scalar and storage order, or a new packed_weight; the same bits
+/// as merge.
 template <class M, class... L>
-  requires matrix_like<M> && (detail::adapters<L> && ...)
+  requires detail::mergeable<M> && (detail::adapters<L> && ...)
 auto merged(const M& W, const L&... l) {
-  const auto weight = as_matrix(W);
-  using view = std::remove_const_t<decltype(weight)>;
-  using value = typename view::value_type;
-  constexpr int options = view::is_row_major ? Eigen::RowMajor : Eigen::ColMajor;
   const auto each = detail::each_of(l...);
-  const detail::rank_update<accumulator_t<value, L...>, view::order> update("merged", each, weight.rows(), weight.cols(),
-                                                                            1.0);
-  Eigen::Matrix<value, Eigen::Dynamic, Eigen::Dynamic, options> result(weight.rows(), weight.cols());
-  const auto destination = as_matrix(result);
-  if (update.rank() == 0) {
-    for (index_t k = 0; k < weight.outer_size(); ++k)
-      std::copy_n(weight.outer(k), weight.inner_size(), destination.outer(k));
+  if constexpr (detail::is_packed_weight<M>) {
+    const detail::panel_update<accumulator_t<M, L...>> update("merged", each, W.out_features(), W.in_features(), 1.0);
+    M result(W);
+    if (update.rank() != 0) detail::write_panels(update, W, result);
+    return result;
   } else {
-    detail::write_sum(update, matrix_view<const value, view::order>(weight), destination);
+    const auto weight = as_matrix(W);
+    using view = std::remove_const_t<decltype(weight)>;
+    using value = typename view::value_type;
+    constexpr int options = view::is_row_major ? Eigen::RowMajor : Eigen::ColMajor;
+    const detail::update_of<accumulator_t<value, L...>, value, view::order> update("merged", each, weight.rows(),
+                                                                                   weight.cols(), 1.0);
+    Eigen::Matrix<value, Eigen::Dynamic, Eigen::Dynamic, options> result(weight.rows(), weight.cols());
+    const auto destination = as_matrix(result);
+    if (update.rank() == 0) {
+      for (index_t k = 0; k < weight.outer_size(); ++k)
+        std::copy_n(weight.outer(k), weight.inner_size(), destination.outer(k));
+    } else {
+      detail::write_sum(update, matrix_view<const value, view::order>(weight), destination);
+    }
+    return result;
   }
-  return result;
 }
 
 /// merge, or a value_error with W untouched when an element of the result is not finite (also one that was not before).
 template <class M, class... L>
-  requires matrix_like<M> && (detail::adapters<L> && ...)
+  requires detail::mergeable<M> && (detail::adapters<L> && ...)
 void merge_checked(M&& W, const L&... l) {
   detail::refuse_temporary<M>();
-  const auto weight = detail::output_view(W);
-  using view = std::remove_const_t<decltype(weight)>;
-  using value = typename view::value_type;
-  using acc = accumulator_t<value, L...>;
   const auto each = detail::each_of(l...);
-  const detail::rank_update<acc, view::order> update("merge_checked", each, weight.rows(), weight.cols(), 1.0);
-  detail::refuse_factor_overlap("merge_checked", "W", weight, each);
-  const detail::tally seen =
-      update.run([&](detail::tally& mine, index_t outer, index_t inner, index_t count, const acc* delta) {
-        value rounded[detail::tile_cols<acc>];
-        detail::add_and_round(mine, weight.outer(outer) + inner, rounded, delta, count);
-      });
-  if (seen.nonfinite != 0)
-    detail::raise_value("merge_checked", std::to_string(seen.nonfinite) + " of " + std::to_string(weight.size()) +
-                                             " elements would not be finite (" + std::to_string(seen.became_nonfinite) +
-                                             " of them are finite now); W is untouched");
-  if (update.rank() != 0) detail::write_sum(update, matrix_view<const value, view::order>(weight), weight);
+  const auto judge = [](const detail::tally& seen, index_t size) {
+    if (seen.nonfinite != 0)
+      detail::raise_value("merge_checked", std::to_string(seen.nonfinite) + " of " + std::to_string(size) +
+                                               " elements would not be finite (" + std::to_string(seen.became_nonfinite) +
+                                               " of them are finite now); W is untouched");
+  };
+  if constexpr (detail::is_packed_weight<detail::bare<M>>) {
+    const detail::panel_update<accumulator_t<detail::bare<M>, L...>> update("merge_checked", each, W.out_features(),
+                                                                            W.in_features(), 1.0);
+    judge(detail::check_panels(update, W), W.out_features() * W.in_features());
+    if (update.rank() != 0) detail::write_panels(update, W, W);
+  } else {
+    const auto weight = detail::output_view(W);
+    using view = std::remove_const_t<decltype(weight)>;
+    using value = typename view::value_type;
+    using acc = accumulator_t<value, L...>;
+    const detail::update_of<acc, value, view::order> update("merge_checked", each, weight.rows(), weight.cols(), 1.0);
+    detail::refuse_factor_overlap("merge_checked", "W", weight, each);
+    const matrix_view<const value, view::order> source(weight);
+    using check = detail::rounding_sink<detail::bare<decltype(update)>, acc, value, view::order, false>;
+    judge(update.run(check(source, weight)), weight.size());
+    if (update.rank() != 0) detail::write_sum(update, source, weight);
+  }
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

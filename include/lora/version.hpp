@@ -18,7 +18,11 @@
 #define LORA_DETAIL_ISA avx512
 #elif defined(__AVX2__) && defined(__FMA__)
 #define LORA_DETAIL_AVX2
+#if defined(__F16C__)
 #define LORA_DETAIL_ISA avx2
+#else
+#define LORA_DETAIL_ISA avx2nohalf
+#endif
 #elif defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 #define LORA_DETAIL_FMA
 #define LORA_DETAIL_ISA fma

@@ -3,6 +3,8 @@
 // What README's snippets assume to exist. Each snippet is compiled inside a function of its own.
 #pragma once
 
+#include <vector>
+
 #include "lora/io/peft.hpp"
 #include "lora/lora.hpp"
 
@@ -14,6 +16,7 @@ inline const Eigen::MatrixXf A = Eigen::MatrixXf::Random(4, 16), B = Eigen::Matr
 inline const Eigen::MatrixXf C = Eigen::MatrixXf::Random(3, 16), D = Eigen::MatrixXf::Random(24, 3);
 inline const lora::adapter<float> style{A, B, {.alpha = 16}};
 inline const lora::adapter<float> subject{C, D, {.alpha = 4, .rule = lora::scaling_rule::rank_stabilized}};
+inline const std::vector<lora::adapter<float>> adapters{style, subject};
 inline const Eigen::VectorXf x = Eigen::VectorXf::Random(16);
 inline Eigen::VectorXf y(24);
 inline const Eigen::MatrixXf X = Eigen::MatrixXf::Random(16, 5);

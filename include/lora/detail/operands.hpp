@@ -4,7 +4,10 @@
 // every verb shares.
 #pragma once
 
+#include <iterator>
+#include <ranges>
 #include <string>
+#include <string_view>
 #include <type_traits>
 
 #include "lora/concepts.hpp"
@@ -19,18 +22,18 @@ namespace lora::inline LORA_DETAIL_ABI::detail {
 template <class L>
 concept adapters = low_rank<L> || low_rank_range<L>;
 
-/// visit(l) for one adapter, or for each of a range.
-template <class Visit, adapters L>
+/// visit(l) for one adapter (packed or not), or for each of a range.
+template <class Visit, class L>
 void visit_adapters(const Visit& visit, const L& l) {
-  if constexpr (low_rank<L>) {
-    visit(l);
-  } else {
+  if constexpr (!low_rank<L> && requires { std::begin(l); }) {
     for (const auto& each : l) visit(each);
+  } else {
+    visit(l);
   }
 }
 
 /// A callable that visits every adapter of an argument list, in order. It refers to the arguments.
-template <adapters... L>
+template <class... L>
 auto each_of(const L&... l) {
   return [&l...](const auto& visit) { (visit_adapters(visit, l), ...); };
 }
@@ -58,10 +61,14 @@ auto output_view(M& m) {
   }
 }
 
+/// A container of scalars, not a span.
+template <class V>
+concept owning_range = scalar_range<V> && !std::ranges::borrowed_range<bare<V>>;
+
 /// Refuses an output whose result would vanish with the full expression.
 template <class M>
 constexpr void refuse_temporary() {
-  static_assert(std::is_lvalue_reference_v<M> || !eigen_owner<M>,
+  static_assert(std::is_lvalue_reference_v<M> || !(eigen_owner<M> || owning_range<M>),
                 "lora: the matrix to write is a temporary that owns its elements, so the result would be lost: give it a "
                 "name first");
 }
@@ -89,9 +96,24 @@ auto input_view(const X& x) {
     return as_matrix(x);
 }
 
-/// Throws unless the adapter changes an out_features x in_features weight by a finite multiple.
+/// Throws unless a delta weight of adapter_out x adapter_in with this scaling fits the weight (or, where there is none, y
+/// and x).
+inline void check_fit(const char* operation, index_t adapter_out, index_t adapter_in, double scaling, index_t out_features,
+                      index_t in_features) {
+  const bool has_weight = std::string_view(operation) != "apply";
+  if (adapter_out != out_features || adapter_in != in_features)
+    raise_shape(operation,
+                "the adapter's delta weight is " + shape_text(adapter_out, adapter_in) +
+                    (has_weight ? " but the weight is " : " but y and x are for one of ") +
+                    shape_text(out_features, in_features) + " (out_features x in_features)" +
+                    (adapter_out == in_features && adapter_in == out_features
+                         ? "; a weight stored in_features x out_features (Conv1D, fan_in_fan_out) is passed as its transpose"
+                         : ""));
+  if (!is_finite(scaling)) raise_value(operation, "the adapter's scaling is not finite");
+}
+
 template <low_rank L>
-void check_adapter(const char* operation, const L& l, index_t out_features, index_t in_features) {
+void check_factors(const char* operation, const L& l, index_t out_features, index_t in_features) {
   const auto& lora_A = l.lora_A();
   const auto& lora_B = l.lora_B();
   const auto a = as_matrix(lora_A);
@@ -99,18 +121,20 @@ void check_adapter(const char* operation, const L& l, index_t out_features, inde
   if (a.rows() != b.cols() || a.rows() != static_cast<index_t>(l.rank()))
     raise_shape(operation, "the adapter says rank " + std::to_string(l.rank()) + " but lora_A is " +
                                shape_text(a.rows(), a.cols()) + " and lora_B is " + shape_text(b.rows(), b.cols()));
-  if (b.rows() != out_features || a.cols() != in_features)
-    raise_shape(operation,
-                "the adapter's delta weight is " + shape_text(b.rows(), a.cols()) + " but the weight is " +
-                    shape_text(out_features, in_features) + " (out_features x in_features)" +
-                    (b.rows() == in_features && a.cols() == out_features
-                         ? "; a weight stored in_features x out_features (Conv1D, fan_in_fan_out) is passed as its transpose"
-                         : ""));
-  if (!is_finite(static_cast<double>(l.scaling()))) raise_value(operation, "the adapter's scaling is not finite");
+  check_fit(operation, b.rows(), a.cols(), static_cast<double>(l.scaling()), out_features, in_features);
+}
+
+/// Throws unless the adapter, packed or not, changes an out_features x in_features weight by a finite multiple.
+template <class L>
+void check_adapter(const char* operation, const L& l, index_t out_features, index_t in_features) {
+  if constexpr (!low_rank<L>)
+    check_fit(operation, l.out_features(), l.in_features(), l.scaling(), out_features, in_features);
+  else
+    check_factors(operation, l, out_features, in_features);
 }
 
 /// Whether the adapter takes part: at scaling 0 its factors are not read.
-template <low_rank L>
+template <class L>
 bool is_read(const L& l) {
   return static_cast<double>(l.scaling()) != 0.0;
 }
@@ -129,11 +153,13 @@ index_t checked_total_rank(const char* operation, const Each& each, index_t out_
 /// Refuses an output that shares memory with a factor.
 template <class Each, class V>
 void refuse_factor_overlap(const char* operation, const char* written, const V& output, const Each& each) {
-  each([&](const auto& l) {
-    const auto& lora_A = l.lora_A();
-    const auto& lora_B = l.lora_B();
-    refuse_overlap(operation, written, output, "lora_A", as_matrix(lora_A));
-    refuse_overlap(operation, written, output, "lora_B", as_matrix(lora_B));
+  each([&]<class L>(const L& l) {
+    if constexpr (low_rank<L>) {
+      const auto& lora_A = l.lora_A();
+      const auto& lora_B = l.lora_B();
+      refuse_overlap(operation, written, output, "lora_A", as_matrix(lora_A));
+      refuse_overlap(operation, written, output, "lora_B", as_matrix(lora_B));
+    }
   });
 }
 

@@ -2,92 +2,155 @@
 //
 // Panels: the layout that the register tile reads. A matrix of `outer` rows and `depth` columns is cut into panels of
 // `width` rows; inside a panel the rows' elements at one depth lie side by side, so that one step of the tile is one load.
-// Everything is widened to the accumulator type while it is packed, so the kernels know no storage format. Rows that pad
-// the last panel are zero.
+// bfloat16 lies in pairs of depths (see simd.hpp), an odd depth padded with zero. Rows that pad the last panel are zero.
 #pragma once
 
 #include <algorithm>
 #include <cstddef>
-#include <memory>
-#include <new>
 
 #include "lora/detail/convert.hpp"
+#include "lora/detail/tile.hpp"
 #include "lora/matrix_view.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
-/// Uninitialized memory for the length of a call, aligned for the widest vector.
-template <class Acc>
-class scratch {
- public:
-  scratch() = default;
-  explicit scratch(index_t size)
-      : data_(static_cast<Acc*>(::operator new(static_cast<std::size_t>(size) * sizeof(Acc), alignment))) {}
-  Acc* data() const { return data_.get(); }
+/// How many panels, tiles or pairs hold `count` things.
+constexpr index_t pieces(index_t count, index_t size) { return (count + size - 1) / size; }
 
- private:
-  static constexpr std::align_val_t alignment{64};
-  struct free_memory {
-    void operator()(Acc* p) const { ::operator delete(p, alignment); }
-  };
-  std::unique_ptr<Acc, free_memory> data_;
-};
+/// Elements of one panel of T.
+template <class T>
+constexpr index_t panel_size(index_t depth, index_t width) {
+  return pieces(depth, depth_group<T>) * depth_group<T> * width;
+}
+/// Where row i at depth k lies in a panel of T.
+template <class T>
+constexpr index_t panel_offset(index_t i, index_t k, index_t width) {
+  if constexpr (depth_group<T> == 1)
+    return k * width + i;
+  else
+    return k / 2 * 2 * width + 2 * i + k % 2;
+}
 
-/// Rounds up to a multiple.
-constexpr index_t panels_of(index_t outer, index_t width) { return (outer + width - 1) / width; }
+/// A widened or rounded copy of one element: exact wherever To holds From.
+template <class To, class From>
+To converted(const From& value) {
+  if constexpr (holds_exactly<To, From>)
+    return exactly<To>(value);
+  else
+    return narrow<To>(widen<double>(value));
+}
 
-/// Writes scale * source (rows x depth) to one panel: destination[k * width + first_row + i]. The product with scale is
-/// formed in double and rounded once; scale 1 is exact.
-template <class Acc, class T, storage_order Order>
-void pack(Acc* destination, index_t width, index_t first_row, const matrix_view<T, Order>& source, double scale) {
-  const auto put = [&](index_t i, index_t k, const auto& value) {
-    Acc& slot = destination[k * width + first_row + i];
-    slot = scale == 1.0 ? widen<Acc>(value) : static_cast<Acc>(scale * widen<double>(value));
-  };
+#if defined(LORA_DETAIL_AVX512) || defined(LORA_DETAIL_AVX2)
+/// Eight rows of eight 32-bit elements become eight columns.
+inline void transpose_8x8(__m256 (&r)[8]) {
+  __m256 t[8], s[8];
+  LORA_DETAIL_UNROLL
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  LORA_DETAIL_UNROLL
+  for (int i = 0; i < 8; i += 4) {
+    s[i] = _mm256_shuffle_ps(t[i], t[i + 2], 0x44);
+    s[i + 1] = _mm256_shuffle_ps(t[i], t[i + 2], 0xee);
+    s[i + 2] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0x44);
+    s[i + 3] = _mm256_shuffle_ps(t[i + 1], t[i + 3], 0xee);
+  }
+  LORA_DETAIL_UNROLL
+  for (int i = 0; i < 4; ++i) {
+    r[i] = _mm256_permute2f128_ps(s[i], s[i + 4], 0x20);
+    r[i + 4] = _mm256_permute2f128_ps(s[i], s[i + 4], 0x31);
+  }
+}
+
+/// Eight elements widened to float, or eight words as they are.
+template <class T>
+__m256 eight_from(const T* p) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    const __m128i eight = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(eight), 16));
+  } else if constexpr (std::is_same_v<T, float16>) {
+#if defined(__F16C__)
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#else
+    float values[8];
+    for (int k = 0; k < 8; ++k) values[k] = static_cast<float>(p[k]);
+    return _mm256_loadu_ps(values);
+#endif
+  } else {
+    return _mm256_loadu_ps(p);
+  }
+}
+
+/// destination[k * width + i] = source[i * stride + k] for i, k < 8.
+template <class T>
+void transpose_block(const T* source, index_t stride, float* destination, index_t width) {
+  __m256 r[8];
+  LORA_DETAIL_UNROLL
+  for (int i = 0; i < 8; ++i) r[i] = eight_from(source + i * stride);
+  transpose_8x8(r);
+  LORA_DETAIL_UNROLL
+  for (int k = 0; k < 8; ++k) _mm256_storeu_ps(destination + k * width, r[k]);
+}
+#endif
+
+/// Packs what blocks of eight by eight can of a row-major source, and says how many rows and depths that was.
+template <class To, class From>
+std::pair<index_t, index_t> pack_blocks(To* panel, index_t width, index_t first_row, const From* source, index_t stride,
+                                        index_t rows, index_t depth) {
+#if defined(LORA_DETAIL_AVX512) || defined(LORA_DETAIL_AVX2)
+  using from = storage_t<From>;
+  // A pair of bfloat16 is a word, and is moved as one.
+  constexpr bool pairs = std::is_same_v<To, bfloat16> && std::is_same_v<from, bfloat16>;
+  constexpr bool to_float = std::is_same_v<To, float> && !std::is_same_v<from, double>;
+  if constexpr (pairs || to_float) {
+    constexpr index_t step = pairs ? 16 : 8;
+    const index_t whole_rows = rows / 8 * 8, whole_depth = depth / step * step;
+    if (pairs && stride % 2 != 0) return {0, 0};
+    for (index_t i = 0; i < whole_rows; i += 8)
+      for (index_t k = 0; k < whole_depth; k += step) {
+        const From* const block = source + i * stride + k;
+        To* const to = panel + panel_offset<To>(first_row + i, k, width);
+        if constexpr (pairs)
+          transpose_block(reinterpret_cast<const float*>(block), stride / 2, reinterpret_cast<float*>(to), width);
+        else
+          transpose_block(reinterpret_cast<const from*>(block), stride, to, width);
+      }
+    return {whole_rows, whole_depth};
+  }
+#endif
+  static_cast<void>(panel), static_cast<void>(width), static_cast<void>(first_row), static_cast<void>(source);
+  static_cast<void>(stride), static_cast<void>(rows), static_cast<void>(depth);
+  return {0, 0};
+}
+
+/// Writes source (rows x depth) into a panel of T from its row first_row on; what it does not cover stays.
+template <class T, class S, storage_order Order>
+void pack(T* panel, index_t width, index_t first_row, const matrix_view<S, Order>& source) {
+  const index_t rows = source.rows(), depth = source.cols();
   if constexpr (Order == storage_order::row_major) {
-    for (index_t i = 0; i < source.rows(); ++i) {
-      const T* row = source.outer(i);
-      for (index_t k = 0; k < source.cols(); ++k) put(i, k, row[k]);
+    const auto [done_rows, done_depth] =
+        pack_blocks(panel, width, first_row, source.data(), source.outer_stride(), rows, depth);
+    for (index_t i = 0; i < rows; ++i) {
+      const S* const row = source.outer(i);
+      for (index_t k = i < done_rows ? done_depth : 0; k < depth; ++k)
+        panel[panel_offset<T>(first_row + i, k, width)] = converted<T>(row[k]);
     }
   } else {
-    for (index_t k = 0; k < source.cols(); ++k) {
-      const T* col = source.outer(k);
-      for (index_t i = 0; i < source.rows(); ++i) put(i, k, col[i]);
+    for (index_t k = 0; k < depth; ++k) {
+      const S* const column = source.outer(k);
+      T* const to = panel + panel_offset<T>(first_row, k, width);
+      for (index_t i = 0; i < rows; ++i) to[i * depth_group<T>] = converted<T>(column[i]);
     }
   }
 }
 
-/// A whole matrix in panels, filled block by block.
-template <class Acc>
-class panels {
- public:
-  panels() = default;
-  /// All zero.
-  panels(index_t outer, index_t depth, index_t width)
-      : outer_(outer), depth_(depth), width_(width), memory_(panels_of(outer, width) * depth * width) {
-    std::fill_n(memory_.data(), count() * depth * width, Acc(0));
-  }
-
-  index_t outer() const { return outer_; }
-  index_t depth() const { return depth_; }
-  index_t width() const { return width_; }
-  index_t count() const { return panels_of(outer_, width_); }
-  Acc* panel(index_t p) const { return memory_.data() + p * depth_ * width_; }
-
-  /// Puts scale * block at (row, depth).
-  template <class T, storage_order Order>
-  void put(index_t row, index_t depth, const matrix_view<T, Order>& block, double scale) const {
-    for (index_t done = 0; done < block.rows();) {
-      const index_t inside = (row + done) % width_;
-      const index_t rows = std::min(width_ - inside, block.rows() - done);
-      pack(panel((row + done) / width_) + depth * width_, width_, inside, block.middle_rows(done, rows), scale);
-      done += rows;
-    }
-  }
-
- private:
-  index_t outer_ = 0, depth_ = 0, width_ = 1;
-  scratch<Acc> memory_;
-};
+/// A panel of T, `width` rows of which `rows` are used, from a block of a matrix; the rest becomes zero.
+template <class T, class S, storage_order Order>
+void pack_padded(T* panel, index_t width, const matrix_view<S, Order>& block) {
+  if (block.rows() < width || block.cols() % depth_group<T> != 0)
+    std::fill_n(panel, panel_size<T>(block.cols(), width), T(0));
+  pack(panel, width, 0, block);
+}
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail

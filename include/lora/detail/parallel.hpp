@@ -21,20 +21,24 @@ inline constexpr double parallel_threshold = 2e5;
 /// The threads inside a region. Every thread runs the same code and meets the same for_each calls in the same order.
 class team {
  public:
-  explicit team(int thread) : thread_(thread) {}
+  team(int thread, int threads) : thread_(thread), threads_(threads) {}
   int thread() const { return thread_; }
 
   /// body(k) for every k in [0, count), shared among the threads; returns when all are done.
   template <class Body>
   void for_each(index_t count, const Body& body) const {
 #if defined(_OPENMP)
+    if (threads_ > 1) {
 #pragma omp for schedule(static)
+      for (index_t k = 0; k < count; ++k) body(k);
+      return;
+    }
 #endif
     for (index_t k = 0; k < count; ++k) body(k);
   }
 
  private:
-  int thread_;
+  int thread_, threads_;
 };
 
 /// How many threads a region for this many multiply-adds may have: scratch is allocated for each before it starts, because
@@ -48,16 +52,19 @@ inline int threads_for(double multiply_adds) {
 #endif
 }
 
-/// region(team) on every thread. region must not throw.
+/// region(team) on every thread. region must not throw. One thread needs no region of OpenMP, which would allocate (and end
+/// the program where it cannot), and whose loops would bind to a region of the caller.
 template <class Region>
 void parallel(int threads, const Region& region) {
 #if defined(_OPENMP)
-#pragma omp parallel num_threads(threads) if (threads > 1)
-  region(team(omp_get_thread_num()));
-#else
-  static_cast<void>(threads);
-  region(team(0));
+  if (threads > 1) {
+#pragma omp parallel num_threads(threads)
+    region(team(omp_get_thread_num(), omp_get_num_threads()));
+    return;
+  }
 #endif
+  static_cast<void>(threads);
+  region(team(0, 1));
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail

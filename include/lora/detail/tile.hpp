@@ -2,49 +2,128 @@
 //
 // The register tile: the one loop that multiplies. Each of its elements is one chain of multiply-adds in the order of the
 // depth; an accumulator that is stored and loaded again between two calls continues the same chain, so how the depth is
-// cut changes no bit. Merging calls it with (B, A) along the ranks, a product with (X, W) along in_features.
+// cut changes no bit. Merging runs it along the ranks, a product along in_features and then along the ranks.
+//
+// The left operand (activations, or the factor that is broadcast) lies as left[k * left_stride + i]; the right one in
+// panels (see panels.hpp): at each depth the elements of tile_cols outputs side by side, bfloat16 in pairs of depths.
 #pragma once
 
+#include <algorithm>
+#include <type_traits>
+
 #include "lora/concepts.hpp"
+#include "lora/detail/convert.hpp"
 #include "lora/detail/simd.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
-/// accumulators[i * tile_cols + j] += sum over k of left[k * tile_rows + i] * right[k * tile_cols + j], for i < Rows.
-template <int Rows, class Acc>
-void multiply_rows(Acc* accumulators, const Acc* left, const Acc* right, index_t depth) {
-  using v = simd<Acc>;
-  typename v::vector sum[Rows][2];
+/// Depths that lie together in a panel of T: bfloat16 comes in pairs, so that widening crosses no lane.
+template <class T>
+inline constexpr int depth_group = std::is_same_v<T, bfloat16> ? 2 : 1;
+
+/// What a tile fetches from memory while it multiplies: a line where `next` points at each step of the depth, which then
+/// moves on by `step` bytes. Spread like this, memory and multipliers work at the same time; in one burst they take turns.
+struct fetching {
+  const char* next = nullptr;
+  index_t step = 0;
+};
+/// How far ahead of the multiply-adds a panel that goes through one tile is fetched, in bytes.
+inline constexpr index_t fetch_ahead = 8192;
+
+/// One depth: sum[i][j] += left[i] * right[j].
+template <int Rows, int Vectors, class Acc>
+LORA_DETAIL_INLINE void advance_once(typename simd<Acc>::vector (&sum)[Rows][Vectors], const Acc* left,
+                                     const typename simd<Acc>::vector (&right)[Vectors]) {
+  LORA_DETAIL_UNROLL
   for (int i = 0; i < Rows; ++i) {
-    sum[i][0] = v::load(accumulators + i * tile_cols<Acc>);
-    sum[i][1] = v::load(accumulators + i * tile_cols<Acc> + v::width);
-  }
-  for (index_t k = 0; k < depth; ++k) {
-    const auto right0 = v::load(right + k * tile_cols<Acc>);
-    const auto right1 = v::load(right + k * tile_cols<Acc> + v::width);
-    for (int i = 0; i < Rows; ++i) {
-      const auto one = v::broadcast(left[k * tile_rows + i]);
-      sum[i][0] = v::multiply_add(one, right0, sum[i][0]);
-      sum[i][1] = v::multiply_add(one, right1, sum[i][1]);
-    }
-  }
-  for (int i = 0; i < Rows; ++i) {
-    v::store(accumulators + i * tile_cols<Acc>, sum[i][0]);
-    v::store(accumulators + i * tile_cols<Acc> + v::width, sum[i][1]);
+    const auto one = simd<Acc>::broadcast(left[i]);
+    LORA_DETAIL_UNROLL
+    for (int j = 0; j < Vectors; ++j) sum[i][j] = simd<Acc>::multiply_add(one, right[j], sum[i][j]);
   }
 }
 
-/// The same for the first `rows` of a tile: one or two tokens do not pay for eight.
-template <class Acc>
-void multiply(int rows, Acc* accumulators, const Acc* left, const Acc* right, index_t depth) {
-  if (rows == 1)
-    multiply_rows<1>(accumulators, left, right, depth);
-  else if (rows == 2)
-    multiply_rows<2>(accumulators, left, right, depth);
-  else if (rows <= tile_rows / 2)
-    multiply_rows<tile_rows / 2>(accumulators, left, right, depth);
-  else
-    multiply_rows<tile_rows>(accumulators, left, right, depth);
+/// The vectors of one or two panels at one depth; of a pair of depths, the even or the odd one.
+template <bool Odd, int Vectors, class Acc, class T>
+LORA_DETAIL_INLINE void read_panel(const T* right, index_t next_panel, typename simd<Acc>::vector (&values)[Vectors]) {
+  using v = simd<Acc>;
+  constexpr int in_panel = Vectors < 2 ? 1 : 2;
+  LORA_DETAIL_UNROLL
+  for (int j = 0; j < Vectors; ++j) {
+    const T* const p = right + (j / in_panel) * next_panel + depth_group<T> * (j % in_panel) * v::width;
+    if constexpr (std::is_same_v<T, bfloat16>)
+      values[j] = Odd ? v::load_odd(p) : v::load_even(p);
+    else if constexpr (std::is_same_v<T, float16>)
+      values[j] = v::load_half(p);
+    else
+      values[j] = v::load(p);
+  }
+}
+
+/// sum[i][j] continued by `depth` steps. Vectors: 1 for a panel of half width, 2 for a panel, 4 for two neighbouring panels
+/// that are `next_panel` elements apart, of which both are fetched.
+template <bool Fetch, int Rows, int Vectors, class Acc, class T>
+LORA_DETAIL_INLINE void advance(typename simd<Acc>::vector (&sum)[Rows][Vectors], const Acc* left, index_t left_stride,
+                                const T* right, index_t next_panel, index_t depth, fetching fetch = {}) {
+  constexpr int group = depth_group<T>;
+  constexpr int row = (Vectors < 2 ? 1 : 2) * simd<Acc>::width;  // elements of one panel at one depth
+  typename simd<Acc>::vector values[Vectors];
+  for (; depth >= group; depth -= group) {
+    if constexpr (Fetch) {
+      prefetch(fetch.next);
+      if constexpr (Vectors == 4) prefetch(fetch.next + next_panel * static_cast<index_t>(sizeof(T)));
+      fetch.next += fetch.step;
+    }
+    read_panel<false, Vectors, Acc>(right, next_panel, values);
+    advance_once<Rows, Vectors, Acc>(sum, left, values);
+    if constexpr (group == 2) {
+      // Read again, not kept: with the accumulators the registers would not suffice.
+      read_panel<true, Vectors, Acc>(right, next_panel, values);
+      advance_once<Rows, Vectors, Acc>(sum, left + left_stride, values);
+    }
+    left += group * left_stride;
+    right += group * row;
+  }
+  if constexpr (group == 2)
+    if (depth != 0) {
+      read_panel<false, Vectors, Acc>(right, next_panel, values);
+      advance_once<Rows, Vectors, Acc>(sum, left, values);
+    }
+}
+
+/// Accumulators in memory, row i at sums + i * sums_stride, continued by `depth` steps.
+template <bool Fetch, int Rows, int Vectors, class Acc, class T>
+void multiply_rows(Acc* sums, index_t sums_stride, const Acc* left, index_t left_stride, const T* right, index_t next_panel,
+                   index_t depth, fetching fetch = {}) {
+  using v = simd<Acc>;
+  typename v::vector sum[Rows][Vectors];
+  LORA_DETAIL_UNROLL
+  for (int i = 0; i < Rows; ++i) {
+    LORA_DETAIL_UNROLL
+    for (int j = 0; j < Vectors; ++j) sum[i][j] = v::load(sums + i * sums_stride + j * v::width);
+  }
+  advance<Fetch, Rows, Vectors, Acc>(sum, left, left_stride, right, next_panel, depth, fetch);
+  LORA_DETAIL_UNROLL
+  for (int i = 0; i < Rows; ++i) {
+    LORA_DETAIL_UNROLL
+    for (int j = 0; j < Vectors; ++j) v::store(sums + i * sums_stride + j * v::width, sum[i][j]);
+  }
+}
+
+/// The same with the number of rows chosen at run time, 1 ... Rows.
+template <bool Fetch, int Vectors, class Acc, class T, int Rows = tile_rows>
+void multiply(int rows, Acc* sums, index_t sums_stride, const Acc* left, index_t left_stride, const T* right,
+              index_t next_panel, index_t depth, fetching fetch = {}) {
+  if (rows == Rows)
+    multiply_rows<Fetch, Rows, Vectors>(sums, sums_stride, left, left_stride, right, next_panel, depth, fetch);
+  else if constexpr (Rows > 1)
+    multiply<Fetch, Vectors, Acc, T, Rows - 1>(rows, sums, sums_stride, left, left_stride, right, next_panel, depth, fetch);
+}
+
+/// The panel itself, some way ahead.
+template <int Vectors, class Acc, class T>
+fetching ahead_of(const T* right) {
+  constexpr index_t step = depth_group<T> * std::min(Vectors, 2) * simd<Acc>::width * static_cast<index_t>(sizeof(T));
+  return {reinterpret_cast<const char*>(right) + fetch_ahead, step};
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail

@@ -1,0 +1,78 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// advise: merge or mix? Merging costs one pass over the weight each time the adapters change; mixing costs a little on every
+// token. From the machine's limits, the layer and how long a set of adapters stays, this says which is faster and by how much.
+//
+//   const lora::limits machine = lora::machine_limits();              // once
+//   const auto what = lora::advise<lora::bfloat16>(machine, {.out_features = 4096, .in_features = 4096},
+//                                                  {16}, {.tokens_per_switch = 500});
+//   if (what.merge) ...
+//
+// The times are those that the limits allow, perfectly overlapped; bench/break_even compares them with measured ones. The
+// rule is that of docs/performance.md: break-even tokens = merge time / (mixed - merged time of a token).
+#pragma once
+
+#include <initializer_list>
+#include <limits>
+#include <span>
+
+#include "lora/concepts.hpp"
+#include "lora/error.hpp"
+#include "lora/limits.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI {
+
+struct layer_shape {
+  index_t out_features, in_features;
+};
+
+/// How a layer is used between two changes of its adapters.
+struct usage {
+  double tokens_per_switch;  ///< tokens until the adapters change
+  double tokens_per_call = 1;
+};
+
+/// Seconds, as the machine's limits allow.
+struct advice {
+  bool merge;          ///< merging is faster over one stay of the adapters
+  double merged_call;  ///< a call with the adapters in the weight
+  double mixed_call;   ///< a call with the adapters beside it
+  double merge_once;   ///< rounding all of them into the weight; unmerging costs nothing (linear drops the merged copy)
+  double break_even_tokens;  ///< from this stay on merging pays; infinity where mixing costs nothing
+};
+
+/// T the weight's scalar, F the factors'. Float arithmetic (double: twice the time). Ranks: of the adapters that every token
+/// has. Throws value_error when a size, a rank or a count is negative, or the limits were not measured.
+template <scalar T, scalar F = T>
+advice advise(const limits& machine, const layer_shape& layer, std::span<const index_t> ranks, const usage& use) {
+  double rank = 0;
+  bool negative = layer.out_features < 0 || layer.in_features < 0;
+  for (const index_t r : ranks) {
+    negative = negative || r < 0;
+    rank += static_cast<double>(r);
+  }
+  if (negative || !(use.tokens_per_call > 0) || !(use.tokens_per_switch >= 0))
+    detail::raise_value("advise",
+                        "sizes and ranks must not be negative, tokens_per_call must be positive and "
+                        "tokens_per_switch not negative");
+  if (!(machine.flops > 0 && machine.read > 0 && machine.read_write > 0))
+    detail::raise_value("advise", "the limits are not those of a machine: use machine_limits()");
+  const double slower = std::is_same_v<accumulator_t<T, F>, double> ? 2 : 1;
+  const double weight = static_cast<double>(layer.out_features) * static_cast<double>(layer.in_features);
+  const double factors = rank * static_cast<double>(layer.out_features + layer.in_features);
+  advice a{};
+  a.merged_call = machine.reading(slower * 2 * weight * use.tokens_per_call, weight * sizeof(T));
+  a.mixed_call =
+      machine.reading(slower * 2 * (weight + factors) * use.tokens_per_call, weight * sizeof(T) + factors * sizeof(F));
+  a.merge_once = machine.updating(slower * 2 * weight * rank, 2 * weight * sizeof(T));
+  const double saved = (a.mixed_call - a.merged_call) / use.tokens_per_call;
+  a.break_even_tokens = saved > 0 ? a.merge_once / saved : std::numeric_limits<double>::infinity();
+  a.merge = use.tokens_per_switch > a.break_even_tokens;
+  return a;
+}
+template <scalar T, scalar F = T>
+advice advise(const limits& machine, const layer_shape& layer, std::initializer_list<index_t> ranks, const usage& use) {
+  return advise<T, F>(machine, layer, std::span(ranks.begin(), ranks.size()), use);
+}
+
+}  // namespace lora::inline LORA_DETAIL_ABI

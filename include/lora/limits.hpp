@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// machine_limits(): what this machine can do at best, measured in about 50 ms with the threads and the vectors that the
+// library uses: float multiply-adds, streaming reads, and reading and writing in place. Keep the result; a service that
+// runs for days measures again, because on a shared host the memory bandwidth doubles and halves within minutes.
+#pragma once
+
+#include <algorithm>
+#include <chrono>
+#include <cstddef>
+
+#include "lora/detail/memory.hpp"
+#include "lora/detail/parallel.hpp"
+#include "lora/detail/simd.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI {
+
+/// Rates of this machine with `threads` threads.
+struct limits {
+  double flops = 0;       ///< float FLOP/s; a multiply-add is two
+  double read = 0;        ///< bytes/s read from memory
+  double read_write = 0;  ///< bytes/s read and written in place: both directions count
+  int threads = 1;
+
+  /// Seconds that these FLOPs and bytes must take when they overlap perfectly.
+  double reading(double work, double bytes) const { return std::max(work / flops, bytes / read); }
+  double updating(double work, double bytes) const { return std::max(work / flops, bytes / read_write); }
+};
+
+namespace detail {
+
+/// A value that the compiler must take as it comes, and one that it must produce.
+template <class T>
+T opaque(T value) {
+  volatile T hidden = value;
+  return hidden;
+}
+
+/// Owns the memory that is streamed, so that it is touched once and measured often.
+class limits_probe {
+ public:
+  /// Memory of this many bytes, several times the last-level cache: what a pass leaves in the cache must not serve the next.
+  explicit limits_probe(std::size_t bytes = std::size_t{128} << 20) : threads_(threads_for(1e9)) {
+    share_ = std::max<index_t>(1, static_cast<index_t>(bytes / sizeof(float)) / threads_ / step) * step;
+    memory_ = array<float>(share_ * threads_);
+    parallel(threads_, [&](const team& team) { std::fill_n(part(team.thread()), share_, 1.0F); });
+  }
+
+  int threads() const { return threads_; }
+
+  /// budget: seconds in all.
+  limits measure(double budget = 0.05) {
+    const auto threads = static_cast<double>(threads_);
+    const double bytes = static_cast<double>(share_) * threads * sizeof(float);
+    return {.flops = threads * fma_chunk * fma_flops / best(0.3 * budget, [&](int) { return multiply_adds(); }),
+            .read = bytes / best(0.3 * budget, [&](int thread) { return read(part(thread)); }),
+            .read_write = 2 * bytes / best(0.4 * budget, [&](int thread) { return update(part(thread)); }),
+            .threads = threads_};
+  }
+
+ private:
+  using v = simd<float>;
+  /// Chains that run at the same time: two units with a latency of 4 or 5 need ten, and 12 leave room in 16 registers.
+  static constexpr int chains = 12;
+  static constexpr index_t step = index_t{8} * v::width;
+  static constexpr int fma_chunk = 20'000;
+  static constexpr double fma_flops = 2.0 * chains * v::width;
+
+  /// The shortest of the runs that fit into the time (three at least), of work(thread) on every thread at once.
+  template <class Work>
+  double best(double budget, const Work& work) {
+    double shortest = 1e9, spent = 0;
+    for (int runs = 0; runs < 3 || spent < budget; ++runs) {
+      const auto start = std::chrono::steady_clock::now();
+      parallel(threads_, [&](const team& team) { opaque(work(team.thread())); });
+      const double once = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      shortest = std::min(shortest, once);
+      spent += once;
+    }
+    return shortest;
+  }
+
+  static float first(v::vector sum) {
+    float values[v::width];
+    v::store(values, sum);
+    return values[0];
+  }
+  static float multiply_adds() {
+    const auto factor = v::broadcast(opaque(0.999F)), addend = v::broadcast(opaque(1e-3F));
+    v::vector sum[chains];
+    LORA_DETAIL_UNROLL
+    for (int i = 0; i < chains; ++i) sum[i] = v::broadcast(opaque(static_cast<float>(i)));
+    for (int k = 0; k < fma_chunk; ++k) {
+      LORA_DETAIL_UNROLL
+      for (int i = 0; i < chains; ++i) sum[i] = v::multiply_add(sum[i], factor, addend);
+    }
+    LORA_DETAIL_UNROLL
+    for (int i = 1; i < chains; ++i) sum[0] = v::add(sum[0], sum[i]);
+    return first(sum[0]);
+  }
+  float read(const float* p) const {
+    const auto one = v::broadcast(opaque(1.0F));
+    v::vector sum[8];
+    LORA_DETAIL_UNROLL
+    for (int i = 0; i < 8; ++i) sum[i] = v::zero();
+    for (const float* const end = p + share_; p != end; p += step) {
+      prefetch(p + 2048);
+      LORA_DETAIL_UNROLL
+      for (int i = 0; i < 8; ++i) sum[i] = v::multiply_add(v::load(p + i * v::width), one, sum[i]);
+    }
+    LORA_DETAIL_UNROLL
+    for (int i = 1; i < 8; ++i) sum[0] = v::add(sum[0], sum[i]);
+    return first(sum[0]);
+  }
+  float update(float* p) const {
+    const auto factor = v::broadcast(opaque(0.5F)), addend = v::broadcast(opaque(0.5F));
+    for (float* const end = p + share_; p != end; p += step) {
+      LORA_DETAIL_UNROLL
+      for (int i = 0; i < 8; ++i) v::store(p + i * v::width, v::multiply_add(v::load(p + i * v::width), factor, addend));
+    }
+    return 0;
+  }
+
+  float* part(int thread) { return memory_.data() + thread * share_; }
+
+  int threads_;
+  index_t share_ = 0;  ///< floats for each thread
+  array<float> memory_;
+};
+
+}  // namespace detail
+
+/// Measures. Allocates 128 MiB for the length of the call; throws std::bad_alloc.
+inline limits machine_limits() { return detail::limits_probe().measure(); }
+
+}  // namespace lora::inline LORA_DETAIL_ABI

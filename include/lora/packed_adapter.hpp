@@ -1,0 +1,139 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// packed_adapter<F>: an adapter in the layout that products read, packed once and mixed often.
+//
+//   const lora::packed_adapter<float> style{adapter};
+//   lora::forward(packed, X, Y, style, lora::scaled(0.3, subject));      // no factor is packed in the call
+//
+// forward and apply take it wherever they take an adapter. A strength costs nothing: it multiplies lora_A * x.
+#pragma once
+
+#include <string>
+#include <type_traits>
+
+#include "lora/detail/factors.hpp"
+#include "lora/detail/memory.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI {
+
+/// Owns the panels of lora_A and lora_B as F: float, double, or a 16-bit format. Their bytes are what mixing reads:
+/// rank * (in_features + out_features) * sizeof(F), and padding. Immutable; the original factors cannot be read back from
+/// it, so it does not merge.
+template <scalar F>
+  requires std::is_same_v<F, detail::storage_t<F>>
+class packed_adapter {
+  using acc = accumulator_t<F>;
+
+ public:
+  using value_type = F;
+
+  packed_adapter() = default;
+  /// Packs an adapter (or a scaled one, with its strength). Exact where F holds the factors' scalar. Where F is narrower,
+  /// each element of a factor rounds once: a relative change of at most u_F of every |A| and |B|, so delta weights change
+  /// by at most (2 u_F + u_F^2) sum |s| |B| |A| (u_F = 2^-8 for bfloat16, 2^-11 for float16; values below the format's
+  /// normal range lose more). Throws shape_error and value_error as the verbs.
+  template <low_rank L>
+  explicit packed_adapter(const L& l) {
+    const auto& lora_A = l.lora_A();
+    const auto& lora_B = l.lora_B();
+    out_features_ = as_matrix(lora_B).rows();
+    in_features_ = as_matrix(lora_A).cols();
+    detail::check_adapter("packed_adapter", l, out_features_, in_features_);
+    rank_ = static_cast<index_t>(l.rank());
+    scaling_ = static_cast<double>(l.scaling());
+    // Both in one block: together they fill huge pages sooner.
+    panels_ = detail::array<F>(B_begin() + where().B_size());
+    detail::pack_factors<acc>(where(), l, panels_.data(), panels_.data() + B_begin());
+  }
+
+  index_t rank() const { return rank_; }
+  double scaling() const { return scaling_; }
+  index_t out_features() const { return out_features_; }
+  index_t in_features() const { return in_features_; }
+  std::size_t bytes() const { return static_cast<std::size_t>(panels_.size()) * sizeof(F); }
+
+  /// The panels, for the library's own verbs.
+  const F* A_panels() const { return panels_.data(); }
+  const F* B_panels() const { return panels_.data() + B_begin(); }
+  detail::factor_layout<acc, F> where() const { return {out_features_, in_features_, rank_}; }
+
+ private:
+  index_t B_begin() const {
+    constexpr index_t line = static_cast<index_t>(detail::memory_alignment / sizeof(F));
+    return detail::pieces(where().A_size(), line) * line;
+  }
+
+  index_t out_features_ = 0, in_features_ = 0, rank_ = 0;
+  double scaling_ = 0;
+  detail::array<F> panels_;
+};
+
+template <low_rank L>
+packed_adapter(const L&) -> packed_adapter<accumulator_t<L>>;
+
+/// w * (a packed adapter); looks at it.
+template <scalar F>
+struct scaled_packed_adapter {
+  const packed_adapter<F>* adapter;
+  double weight;
+
+  double scaling() const { return weight * adapter->scaling(); }
+  index_t rank() const { return adapter->rank(); }
+  index_t out_features() const { return adapter->out_features(); }
+  index_t in_features() const { return adapter->in_features(); }
+};
+
+/// As scaled(w, adapter): the packed adapter must outlive the result. Throws value_error when the weight is not finite.
+template <scalar F>
+scaled_packed_adapter<F> scaled(double weight, const packed_adapter<F>& adapter) {
+  if (!detail::is_finite(weight)) detail::raise_value("scaled", "the weight is not finite");
+  return {&adapter, weight};
+}
+template <scalar F>
+void scaled(double weight, const packed_adapter<F>&& adapter) = delete;  // the result would look at a temporary
+
+namespace detail {
+
+template <class L>
+inline constexpr bool is_packed = false;
+template <class F>
+inline constexpr bool is_packed<packed_adapter<F>> = true;
+template <class F>
+inline constexpr bool is_packed<scaled_packed_adapter<F>> = true;
+/// A packed adapter, with a strength or without.
+template <class L>
+concept packed_factors = is_packed<bare<L>>;
+
+template <class F>
+const packed_adapter<F>& adapter_of(const packed_adapter<F>& l) {
+  return l;
+}
+template <class F>
+const packed_adapter<F>& adapter_of(const scaled_packed_adapter<F>& l) {
+  return *l.adapter;
+}
+template <packed_factors L>
+using packed_scalar = typename bare<decltype(adapter_of(std::declval<const L&>()))>::value_type;
+
+template <class F>
+inline constexpr bool holds_double<packed_adapter<F>> = std::is_same_v<F, double>;
+template <class F>
+inline constexpr bool holds_double<scaled_packed_adapter<F>> = std::is_same_v<F, double>;
+
+/// What forward and apply mix in: adapters and packed adapters.
+template <class L>
+concept mixable = low_rank<L> || packed_factors<L>;
+template <class R>
+concept mixable_range = !mixable<R> && requires(const bare<R>& r) {
+  { *std::begin(r) } -> mixable;
+  { std::end(r) };
+};
+template <class L>
+concept mixables = mixable<L> || mixable_range<L>;
+
+template <class R>
+  requires(mixable_range<R> && !low_rank_range<R>)
+inline constexpr bool holds_double<R> = holds_double<bare<decltype(*std::begin(std::declval<const bare<R>&>()))>>;
+
+}  // namespace detail
+}  // namespace lora::inline LORA_DETAIL_ABI

@@ -1,0 +1,95 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The AVX-512 code on a machine without it: SIMDe computes the intrinsics, so that a mistake in those branches of simd.hpp
+// shows on every machine. Products from panels and from matrices against plain double loops, merges against their
+// definition, at shapes around the tile's 8 x 32.
+#include <immintrin.h>
+
+#include <Eigen/Core>
+
+// After the compiler's own header, whose names SIMDe then takes over. What it lacks is written out.
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+
+static inline simde__m512 widened_halves(__m256i halves) {
+  alignas(32) unsigned short from[16];
+  alignas(64) float to[16];
+  _mm256_store_si256(reinterpret_cast<__m256i*>(from), halves);
+  for (int i = 0; i < 16; ++i) to[i] = _cvtsh_ss(from[i]);
+  return simde_mm512_loadu_ps(to);
+}
+static inline __m256i narrowed_halves(simde__m512 values) {
+  alignas(64) float from[16];
+  alignas(32) unsigned short to[16];
+  simde_mm512_storeu_ps(from, values);
+  for (int i = 0; i < 16; ++i) to[i] = _cvtss_sh(from[i], 0);
+  return _mm256_load_si256(reinterpret_cast<__m256i*>(to));
+}
+#define _mm512_stream_ps(p, v) simde_mm512_storeu_ps(p, v)
+#define _mm512_stream_pd(p, v) simde_mm512_storeu_pd(p, v)
+#define _mm512_cvtph_ps(h) widened_halves(h)
+#define _mm512_cvtps_ph(v, rounding) narrowed_halves(v)
+#define __AVX512F__ 1
+#include "lora/lora.hpp"
+#include "support/catch.hpp"
+#include "support/random.hpp"
+
+static_assert(lora::detail::tile_rows == 8 && lora::detail::simd<float>::width == 16 &&
+              lora::detail::simd<double>::width == 8);
+
+namespace {
+
+template <class T, class F>
+void check(std::uint64_t seed) {
+  test::random g(seed);
+  CAPTURE(g.seed());
+  using acc = lora::accumulator_t<T, F>;
+  double worst = 0;
+  for (const lora::index_t out : {1, 15, 16, 31, 32, 33, 65})
+    for (const lora::index_t in : {1, 2, 8, 31, 300})
+      for (const lora::index_t tokens : {1, 2, 8, 9, 140}) {
+        const lora::index_t rank = g.integer(1, 70);
+        const auto W = g.reals<T>(out, in, 1);
+        const lora::adapter<F> l{g.reals<F>(rank, in, 1), g.reals<F>(out, rank, 1), {.alpha = 0.5 * double(rank)}};
+        const test::col_matrix<acc> x = g.reals<acc>(in, tokens, 1);
+        test::col_matrix<acc> y(out, tokens), plain(out, tokens);
+        lora::packed_weight<T> packed{W};
+        REQUIRE(test::same_bits(packed.matrix(), W));
+        lora::forward(packed, x, y, lora::packed_adapter<F>{l});
+        lora::forward(W, x, plain, l);
+        REQUIRE(test::same_bits(y, plain));
+        const test::exact_matrix exact = test::times(test::exact(W) + test::exact_delta(l), test::exact(x));
+        const test::exact_matrix size =
+            test::times(test::exact(W).cwiseAbs() + std::abs(l.scaling()) * test::times(test::exact(l.lora_B()).cwiseAbs(),
+                                                                                        test::exact(l.lora_A()).cwiseAbs()),
+                        test::exact(x).cwiseAbs());
+        // gamma_{n+R+3} of everything, docs/numerics.md.
+        const double u = static_cast<double>(std::numeric_limits<acc>::epsilon()) / 2;
+        const double gamma = static_cast<double>(in + rank + 3) * u / (1 - static_cast<double>(in + rank + 3) * u);
+        worst = std::max(
+            worst, static_cast<double>(((test::exact(y) - exact).cwiseAbs().array() / size.array()).maxCoeff()) / gamma);
+        test::matrix<T> merged = W, expected = W;
+        lora::merge(merged, l);
+        lora::merge(packed, l);
+        const auto delta = lora::delta_weight(l).template cast<acc>().eval();
+        if constexpr (std::is_same_v<acc, float>)
+          for (lora::index_t i = 0; i < out; ++i)
+            for (lora::index_t j = 0; j < in; ++j)
+              expected(i, j) = lora::detail::narrow<T>(lora::detail::widen<acc>(W(i, j)) + delta(i, j));
+        else
+          expected = merged;
+        REQUIRE(test::same_bits(merged, expected));
+        REQUIRE(test::same_bits(packed.matrix(), expected));
+      }
+  CHECK(worst <= 1);
+}
+
+}  // namespace
+
+TEST_CASE("the AVX-512 kernels compute what the others do", "[avx512]") {
+  SECTION("float") { check<float, float>(1201); }
+  SECTION("double") { check<double, double>(1202); }
+  SECTION("bfloat16") { check<lora::bfloat16, lora::bfloat16>(1203); }
+  SECTION("float16, float factors") { check<lora::float16, float>(1204); }
+  SECTION("bfloat16, float16 factors") { check<lora::bfloat16, lora::float16>(1205); }
+}

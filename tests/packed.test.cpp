@@ -1,0 +1,255 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// packed_weight and packed_adapter hold every bit, and what is computed from panels has the bits of what is computed from
+// plain matrices: products, merges, and merges where zeros, infinities and NaN end the fast path.
+#include <limits>
+#include <vector>
+
+#include "lora/forward.hpp"
+#include "lora/merge.hpp"
+#include "support/allocations.hpp"
+#include "support/catch.hpp"
+#include "support/random.hpp"
+#include "support/refused.hpp"
+
+using lora::index_t;
+using test::mentions;
+using test::refusal;
+using test::same_bits;
+
+namespace {
+
+/// Ranks below, at and above a panel's width and the sides.
+template <class F>
+lora::adapter<F> random_adapter(test::random& g, index_t out, index_t in) {
+  const index_t rank = g.one_in(3) ? g.integer(1, 3 * std::min(out, in)) : g.integer(1, 40);
+  return {g.reals<F>(rank, in, 0.4), g.reals<F>(out, rank, 0.4), {.alpha = g.uniform(0.2, 3) * static_cast<double>(rank)}};
+}
+
+template <class T, class F, class X>
+void check_products(std::uint64_t seed) {
+  test::random g(seed);
+  CAPTURE(g.seed());
+  lora::workspace space;
+  for (int trial = 0; trial < 25; ++trial) {
+    const index_t out = g.integer(1, 90), in = g.one_in(5) ? g.integer(250, 1100) : g.integer(1, 90);
+    const index_t tokens = g.one_in(5) ? g.integer(100, 220) : g.integer(1, 19);
+    CAPTURE(trial, out, in, tokens);
+    const test::matrix<T> W = g.reals<T>(out, in, 1);
+    const test::col_matrix<X> x = g.reals<X>(in, tokens, 1);
+    const auto first = random_adapter<F>(g, out, in), second = random_adapter<F>(g, out, in);
+    const lora::packed_weight<T> packed{W};
+    const lora::packed_adapter<F> first_packed{first}, second_packed{second};
+    test::col_matrix<X> plain(out, tokens), y(out, tokens);
+    lora::forward(W, x, plain, first, lora::scaled(-0.3, second));
+    lora::forward(packed, x, y, first, lora::scaled(-0.3, second));
+    CHECK(same_bits(y, plain));
+    lora::forward(space, packed, x, y, first_packed, lora::scaled(-0.3, second_packed));
+    CHECK(same_bits(y, plain));
+    lora::forward(space, W, x, y, first_packed, lora::scaled(-0.3, second));
+    CHECK(same_bits(y, plain));
+    // One token at a time, and in rows.
+    test::matrix<X> rows(out, tokens);
+    lora::forward(space, packed, x, rows, first_packed, lora::scaled(-0.3, second_packed));
+    CHECK(same_bits(rows, plain));
+    const index_t t = g.integer(0, tokens - 1);
+    test::col_matrix<X> one(out, 1);
+    lora::forward(space, packed, x.col(t), one, first_packed, lora::scaled(-0.3, second_packed));
+    CHECK(same_bits(one, plain.col(t)));
+    // With a bias, and the adapters' part alone.
+    const std::vector<float> bias(static_cast<std::size_t>(out), 0.75F);
+    lora::forward(lora::with_bias(W, bias), x, plain, first);
+    lora::forward(space, lora::with_bias(packed, bias), x, y, first_packed);
+    CHECK(same_bits(y, plain));
+    plain = y;
+    lora::apply(x, plain, first, second);
+    lora::apply(space, x, y, std::vector{first_packed, second_packed});
+    CHECK(same_bits(y, plain));
+  }
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("panels hold every bit", "[packed]", float, double, lora::float16, lora::bfloat16) {
+  test::random g(1001);
+  CAPTURE(g.seed());
+  for (int trial = 0; trial < 60; ++trial) {
+    const index_t out = g.integer(0, 70), in = g.integer(0, 70);
+    CAPTURE(trial, out, in);
+    test::matrix<TestType> W = g.reals<TestType>(out, in, 2);
+    if (W.size() > 2) {
+      W.data()[0] = std::numeric_limits<TestType>::signaling_NaN();
+      W.data()[W.size() - 1] = test::stored<TestType>(-0.0);
+    }
+    const test::col_matrix<TestType> W_cols = W;
+    const auto check = [&](const lora::packed_weight<TestType>& packed) {
+      CHECK((packed.out_features() == out && packed.in_features() == in));
+      CHECK(same_bits(packed.matrix(), W));
+      test::col_matrix<TestType> back(out, in);
+      packed.copy_to(back);
+      CHECK(same_bits(back, W_cols));
+      CHECK(packed.bytes() >= static_cast<std::size_t>(W.size()) * sizeof(TestType));
+    };
+    lora::packed_weight<TestType> packed{W};
+    check(packed);
+    check(lora::packed_weight<TestType>{W_cols});
+    test::matrix<TestType> large(out + 2, in + 3);
+    large.setConstant(test::stored<TestType>(7));
+    large.block(1, 2, out, in) = W;
+    check(lora::packed_weight<TestType>{large.block(1, 2, out, in)});
+    packed.assign(test::matrix<TestType>(test::matrix<TestType>::Constant(out, in, test::stored<TestType>(3))));
+    CHECK((W.size() == 0 || test::value(packed(out - 1, in - 1)) == 3));
+    packed.assign(W_cols);
+    check(packed);
+  }
+}
+
+TEST_CASE("products from panels have the bits of products from matrices", "[packed]") {
+  SECTION("float") { check_products<float, float, float>(1002); }
+  SECTION("double") { check_products<double, double, double>(1003); }
+  SECTION("bfloat16, all of it") { check_products<lora::bfloat16, lora::bfloat16, lora::bfloat16>(1004); }
+  SECTION("float16, float factors") { check_products<lora::float16, float, lora::float16>(1005); }
+  SECTION("bfloat16, float factors and activations") { check_products<lora::bfloat16, float, float>(1006); }
+  SECTION("float, float16 factors") { check_products<float, lora::float16, float>(1007); }
+  SECTION("bfloat16 panels in a sum of doubles") { check_products<lora::bfloat16, lora::float16, double>(1008); }
+}
+
+TEMPLATE_TEST_CASE("merging panels has the bits of merging the matrix, and of its definition", "[packed]", float, double,
+                   lora::float16, lora::bfloat16) {
+  test::random g(1010);
+  CAPTURE(g.seed());
+  using acc = lora::accumulator_t<TestType, float>;
+  for (int trial = 0; trial < 80; ++trial) {
+    const index_t out = g.integer(1, 70), in = g.integer(1, 70);
+    CAPTURE(trial, out, in);
+    test::matrix<TestType> W = g.reals<TestType>(out, in, 2);
+    auto l = random_adapter<float>(g, out, in);
+    // Numbers that end the fast path, at random places of a few trials.
+    const double special[] = {0.0,
+                              -0.0,
+                              std::numeric_limits<double>::infinity(),
+                              std::numeric_limits<double>::quiet_NaN(),
+                              static_cast<double>(std::numeric_limits<TestType>::max()),
+                              static_cast<double>(std::numeric_limits<TestType>::denorm_min())};
+    if (trial % 2 == 1)
+      for (int n = 0; n < 6; ++n)
+        W(g.integer(0, out - 1), g.integer(0, in - 1)) = test::stored<TestType>(special[g.integer(0, 5)]);
+    if (trial % 4 == 3) {  // rows of the delta that are zero
+      auto B = test::matrix<float>(l.lora_B());
+      B.row(g.integer(0, out - 1)).setZero();
+      l = lora::adapter<float>{l.lora_A(), B, {.alpha = l.scaling(), .rule = lora::scaling_rule::fixed}};
+    }
+    const auto delta = lora::delta_weight(l).template cast<acc>().eval();
+    test::matrix<TestType> expected = W;
+    std::size_t became_nonfinite = 0;
+    for (index_t i = 0; i < out; ++i)
+      for (index_t j = 0; j < in; ++j) {
+        // delta_weight in float is the chain that a merge into float or 16 bits adds.
+        if (delta(i, j) != acc(0))
+          expected(i, j) = lora::detail::narrow<TestType>(lora::detail::widen<acc>(W(i, j)) + delta(i, j));
+        became_nonfinite += std::isfinite(test::value(W(i, j))) && !std::isfinite(test::value(expected(i, j)));
+      }
+    test::matrix<TestType> in_rows = W;
+    test::col_matrix<TestType> in_cols = W;
+    lora::packed_weight<TestType> in_panels{W};
+    const auto report = lora::merge(in_rows, l);
+    CHECK(lora::merge(in_panels, l).became_nonfinite == report.became_nonfinite);
+    lora::merge(in_cols, l);
+    if constexpr (!std::is_same_v<TestType, double>) {
+      CHECK(same_bits(in_rows, expected));
+      CHECK(report.became_nonfinite == became_nonfinite);
+    }
+    CHECK(same_bits(in_cols, test::col_matrix<TestType>(in_rows)));
+    CHECK(same_bits(in_panels.matrix(), in_rows));
+    CHECK(same_bits(lora::merged(lora::packed_weight<TestType>{W}, l).matrix(), in_rows));
+    CHECK(same_bits(lora::merged(W, l), in_rows));
+    lora::unmerge(in_panels, l);
+    lora::unmerge(in_rows, l);
+    CHECK(same_bits(in_panels.matrix(), in_rows));
+  }
+}
+
+TEST_CASE("merge_checked leaves panels as they are when a result is not finite", "[packed]") {
+  test::matrix<lora::float16> W = test::matrix<lora::float16>::Constant(19, 23, lora::float16(60000));
+  lora::packed_weight packed{W};
+  const lora::adapter<float> up{Eigen::MatrixXf::Constant(1, 23, 1), Eigen::MatrixXf::Constant(19, 1, 6000), {.alpha = 1}};
+  CHECK(mentions(refusal<lora::value_error>([&] { lora::merge_checked(packed, up); }), {"merge_checked", "437 of 437"}));
+  CHECK(same_bits(packed.matrix(), W));
+  lora::merge_checked(packed, lora::scaled(-1, up));
+  CHECK(test::value(packed(18, 22)) == 54016);  // 54000, rounded to a multiple of 32
+}
+
+TEST_CASE("packing to 16 bits rounds each factor once", "[packed]") {
+  test::random g(1011);
+  CAPTURE(g.seed());
+  const index_t out = 37, in = 300, rank = 19;
+  const lora::adapter<float> l{g.reals<float>(rank, in, 0.4), g.reals<float>(out, rank, 0.4), {.alpha = 30}};
+  const lora::adapter<lora::bfloat16> rounded{test::rounded<lora::bfloat16>(test::exact(l.lora_A())),
+                                              test::rounded<lora::bfloat16>(test::exact(l.lora_B())),
+                                              {.alpha = 30}};
+  const test::matrix<float> W = g.reals<float>(out, in, 1);
+  const test::col_matrix<float> x = g.reals<float>(in, 7, 1);
+  test::col_matrix<float> y(out, 7), expected(out, 7);
+  lora::forward(W, x, y, lora::packed_adapter<lora::bfloat16>{l});
+  lora::forward(W, x, expected, rounded);
+  CHECK(same_bits(y, expected));
+  CHECK(lora::packed_adapter<lora::bfloat16>{l}.bytes() * 2 <= lora::packed_adapter<float>{l}.bytes() + 4096);
+  // The stated bound of the delta.
+  const double u = 0x1p-8;
+  const test::exact_matrix limit = (2 * u + u * u) * std::abs(static_cast<long double>(l.scaling())) *
+                                   test::times(test::exact(l.lora_B()).cwiseAbs(), test::exact(l.lora_A()).cwiseAbs());
+  CHECK(((test::exact_delta(rounded) - test::exact_delta(l)).cwiseAbs().array() <= limit.array()).all());
+}
+
+TEST_CASE("a workspace makes steady calls allocate nothing", "[packed]") {
+  test::random g(1012);
+  const auto W = g.reals<float>(61, 130, 1);
+  const lora::packed_weight packed{W};
+  const lora::packed_adapter<float> l{random_adapter<float>(g, 61, 130)};
+  const lora::adapter<float> plain = random_adapter<float>(g, 61, 130);
+  const test::col_matrix<float> x = g.reals<float>(130, 40, 1);
+  test::col_matrix<float> y(61, 40);
+  lora::workspace space;
+  const auto calls = [&] {
+    lora::forward(space, packed, x, y, l, lora::scaled(0.5, plain));
+    lora::forward(space, W, x.leftCols(3), y.leftCols(3), l);
+    lora::apply(space, x, y, l, plain);
+  };
+  calls();
+  CHECK(space.size() > 0);
+  test::allocations::start(0);
+  calls();
+  test::allocations::stop();
+  CHECK(test::allocations::now.count == 0);
+  space.clear();
+  CHECK(space.size() == 0);
+  calls();
+  CHECK(y.allFinite());
+}
+
+TEST_CASE("panels that do not fit are refused, and nothing is written", "[packed]") {
+  test::random g(1013);
+  const auto W = g.reals<float>(5, 7, 1);
+  lora::packed_weight packed{W};
+  const lora::adapter<float> other = random_adapter<float>(g, 7, 5);
+  const lora::packed_adapter<float> other_packed{other};
+  const test::col_matrix<float> x = g.reals<float>(7, 2, 1);
+  test::col_matrix<float> y = g.reals<float>(5, 2, 1);
+  const test::col_matrix<float> before = y;
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(packed, x, y, other_packed); }), {"forward", "7x5", "5x7"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(packed, x.topRows(6), y); }), {"forward", "5x7", "6x2"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(packed, x, y.leftCols(1)); }), {"forward", "7x2", "5x1"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::merge(packed, other); }), {"merge", "7x5", "5x7"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { packed.copy_to(y); }), {"copy_to", "5x2", "5x7"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { packed.assign(x); }), {"assign", "7x2", "5x7"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::packed_weight<float>(-1, 3); }), {"packed_weight", "-1x3"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::apply(x, y, other_packed); }), {"apply", "7x5"}));
+  CHECK(mentions(refusal<lora::value_error>([&] { lora::scaled(NAN, other_packed); }), {"scaled", "not finite"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::with_bias(packed, std::vector<float>(4)); }), {"with_bias", "4x1"}));
+  const lora::adapter<double> huge{Eigen::MatrixXd::Ones(1, 7), Eigen::MatrixXd::Ones(5, 1), {.alpha = 1e300}};
+  const lora::packed_adapter<double> huge_packed{huge};
+  CHECK(mentions(refusal<lora::value_error>([&] { lora::forward(packed, x, y, lora::scaled(1e300, huge_packed)); }),
+                 {"forward", "not finite"}));
+  CHECK(same_bits(y, before));
+  CHECK(same_bits(packed.matrix(), W));
+}
