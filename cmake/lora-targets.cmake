@@ -17,6 +17,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/apply.hpp
   include/lora/concepts.hpp
   include/lora/delta.hpp
+  include/lora/dora.hpp
   include/lora/detail/convert.hpp
   include/lora/detail/operands.hpp
   include/lora/detail/overlap.hpp
@@ -33,9 +34,13 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/lora.hpp
   include/lora/matrix_view.hpp
   include/lora/merge.hpp
+  include/lora/residual.hpp
+  include/lora/rounding.hpp
+  include/lora/rows.hpp
   include/lora/scaled.hpp
   include/lora/scaling.hpp
   include/lora/tensor_view.hpp
+  include/lora/through.hpp
   include/lora/version.hpp)
 
 add_library(lora_io INTERFACE)
@@ -51,12 +56,17 @@ target_sources(lora_io INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DI
   include/lora/io/detail/output_file.hpp
   include/lora/io/detail/pattern.hpp
   include/lora/io/detail/peft_keys.hpp
+  include/lora/io/detail/peft_modules.hpp
   include/lora/io/detail/safetensors_header.hpp
   include/lora/io/detail/text.hpp
   include/lora/io/dtype.hpp
   include/lora/io/format_error.hpp
   include/lora/io/peft.hpp
   include/lora/io/peft_config.hpp
+  include/lora/io/peft_convert.hpp
   include/lora/io/peft_entry.hpp
+  include/lora/io/peft_inventory.hpp
+  include/lora/io/peft_verbs.hpp
+  include/lora/io/peft_write.hpp
   include/lora/io/safetensors.hpp
   include/lora/io/safetensors_write.hpp)

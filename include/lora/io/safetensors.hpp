@@ -238,11 +238,11 @@ T load(const std::byte* from) {
 
 /// The elements, which are Stored in the file, as Ts.
 template <class Stored, class T>
-void widen_all(const entry& t, std::vector<T>& result) {
+void widen_all(std::span<const std::byte> bytes, std::vector<T>& result) {
   if constexpr (lora::detail::holds_exactly<T, Stored>) {
-    result.reserve(t.bytes.size() / sizeof(Stored));
-    for (std::size_t at = 0; at < t.bytes.size(); at += sizeof(Stored)) {
-      const auto stored = load<Stored>(t.bytes.data() + at);
+    result.reserve(bytes.size() / sizeof(Stored));
+    for (std::size_t at = 0; at + sizeof(Stored) <= bytes.size(); at += sizeof(Stored)) {
+      const auto stored = load<Stored>(bytes.data() + at);
       if constexpr (std::is_same_v<lora::detail::storage_t<T>, Stored>)
         result.push_back(std::bit_cast<T>(stored));
       else
@@ -253,18 +253,25 @@ void widen_all(const entry& t, std::vector<T>& result) {
 
 }  // namespace file_detail
 
+/// The elements at any address as Ts, widened exactly; false, and nothing, for a type whose values T does not hold.
+template <scalar T>
+bool widen_to(dtype type, std::span<const std::byte> bytes, std::vector<T>& result) {
+  if (!holds_exactly<T>(type)) return false;
+  if (type == dtype::f32) file_detail::widen_all<float>(bytes, result);
+  if (type == dtype::f64) file_detail::widen_all<double>(bytes, result);
+  if (type == dtype::f16) file_detail::widen_all<float16>(bytes, result);
+  if (type == dtype::bf16) file_detail::widen_all<bfloat16>(bytes, result);
+  return true;
+}
+
 template <class T>
 std::vector<T> file::copy(std::string_view name) const {
   const entry& t = at(name);
   std::vector<T> result;
   if constexpr (scalar<T>) {
-    if (!holds_exactly<T>(t.dtype))
+    if (!widen_to(t.dtype, t.bytes, result))
       refuse(t, std::string(name_of(dtype_of<T>())) + " or a type whose every value it holds", t.text(),
              t.dtype == dtype::f64 || t.dtype == dtype::f32 ? "copy into a wider type, then round it yourself" : "");
-    if (t.dtype == dtype::f32) file_detail::widen_all<float>(t, result);
-    if (t.dtype == dtype::f64) file_detail::widen_all<double>(t, result);
-    if (t.dtype == dtype::f16) file_detail::widen_all<float16>(t, result);
-    if (t.dtype == dtype::bf16) file_detail::widen_all<bfloat16>(t, result);
   } else {
     if (t.dtype != dtype_of<T>()) refuse(t, std::string(name_of(dtype_of<T>())), t.text(), "");
     result.resize(t.bytes.size() / sizeof(T));

@@ -37,10 +37,13 @@ inline std::string json_string(std::string_view text) {
   return result + '"';
 }
 
-/// The shortest text that reads as the same double; a whole number keeps ".0", so that Python reads a float again.
+/// The shortest text that reads as the same double, as Python writes it: with an exponent below 1e-4 and from 1e16 on; a
+/// whole number keeps ".0".
 inline std::string json_real(double value) {
-  std::array<char, 32> buffer{};
-  const auto end = std::to_chars(buffer.data(), buffer.data() + buffer.size(), value);
+  std::array<char, 64> buffer{};
+  const double size = std::abs(value);
+  const auto format = size != 0 && (size < 1e-4 || size >= 1e16) ? std::chars_format::scientific : std::chars_format::fixed;
+  const auto end = std::to_chars(buffer.data(), buffer.data() + buffer.size(), value, format);
   std::string text(buffer.data(), end.ptr);
   if (text.find_first_of(".en") == std::string::npos) text += ".0";
   return text;
