@@ -91,7 +91,7 @@ struct description {
   std::string id;
   json text;
   std::filesystem::path folder() const { return root() / id; }
-  explicit description(std::string name) : id(std::move(name)) {
+  explicit description(std::string name) : id(std::filesystem::path(std::move(name)).filename()) {
     std::ifstream stream(folder() / "case.json");
     text = json::parse(stream);
   }
@@ -104,6 +104,7 @@ struct description {
     peft::read_options result;
     if (!has_graph()) return result;
     for (const auto& op : text.at("graph")) {
+      if (op.at("op") == "conv1d_t") result.fan_in_fan_out = true;  // PEFT corrects the config when it sees the base
       if (op.at("op") != "moe") continue;
       for (const auto& p : op.at("params")) result.parameter_order.push_back(p.at("name"));
       result.parameters_in_out = op.at("is_transposed");
@@ -216,7 +217,9 @@ class model {
     auto to = y.columns();
     const auto W = lora::as_matrix(stored.matrix());
     const auto from = x.columns();
-    const auto mixed = way_ == way::mixed ? entries(module) : std::vector<peft::scaled_entry<T>>{};
+    // A weight can be targeted as a module or as a bare parameter.
+    std::vector<peft::scaled_entry<T>> mixed;
+    if (way_ == way::mixed) mixed = entries(entries(module).empty() ? weight : module);
     if (in_out)
       lora::forward(W.transpose(), from, to);
     else

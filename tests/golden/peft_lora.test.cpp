@@ -5,6 +5,7 @@
 #include <set>
 
 #include "golden/peft_case.hpp"
+#include "support/bits.hpp"
 
 namespace {
 
@@ -211,4 +212,105 @@ TEST_CASE("golden: every graph of PEFT 0.21, in float and double, mixed and merg
     INFO(id);
     CHECK(check_case(id) > 0);
   }
+}
+
+// ---- what has no scenario
+
+TEST_CASE("golden: the base that PiSSA and OLoRA leave is computed again", "[golden][peft]") {
+  for (const std::string id : {"init_pissa", "init_pissa_rslora", "init_olora", "init_olora_rslora"}) {
+    const description about(id);
+    const auto io = st::read(about.folder() / "io.safetensors");
+    const auto base = load_all<double>(about.folder() / "base.safetensors");
+    const auto file = peft::read<double>(about.folder() / "unconverted");
+    for (const std::string module : {"l0", "l1"}) {
+      INFO(id << " " << module);
+      const auto& e = file.at(module);
+      const auto& W = base.at(module + ".weight");
+      // Of the plain adapter, the part that is not the trained factors: W minus it is PEFT's residual.
+      const auto plain = peft::converted(W.matrix(), e);
+      tensor<double> residual = W;
+      const Eigen::MatrixXd delta = lora::delta_weight(plain.factors()), trained = lora::delta_weight(e.factors());
+      residual.matrix() += delta - trained;
+      for (const auto& expected : about.expected())
+        if (expected.at("tensor") == "residual." + module + ".weight")
+          CHECK(within(residual, load<double>(io, expected.at("tensor")), expected.at("atol"), expected.at("rtol")));
+      CHECK_THROWS_AS(lora::merged(W.matrix(), e), lora::value_error);
+    }
+  }
+}
+
+TEST_CASE("golden: an initialization that depends on random numbers is refused unconverted", "[golden][peft]") {
+  const description about("init_pissa_niter_8");
+  CHECK_THROWS_WITH(peft::read(about.folder() / "unconverted"), Catch::Contains("pissa_niter_8") && Catch::Contains("random numbers"));
+  CHECK_NOTHROW(peft::read(about.folder() / "converted"));
+}
+
+TEST_CASE("golden: KaSA drops the smallest components of the base", "[golden][peft]") {
+  const description about("kasa");
+  const auto io = st::read(about.folder() / "io.safetensors");
+  const auto run = [&]<class T>(T, double tolerance, way how) {
+    const auto file = peft::read<T>(about.folder() / "kasa");
+    const auto x = load<T>(io, "x");
+    model<T> m(about, load_all<T>(about.folder() / "base.safetensors"), {{&file, 1.0}}, how);
+    const auto y = m.run(x);
+    CHECK(within(y, load<float>(io, "y_kasa"), 2.2e-6, 1e-5));
+    CHECK(relative(y, load<double>(io, "y64_kasa")) < tolerance);
+    if (how == way::merged)
+      for (const std::string name : {"l0.weight", "l1.weight"})
+        CHECK(within(m.tensors().at(name), load<float>(io, "merged.kasa." + name), 1.3e-6, 1e-5));
+    table().add("kasa", about.text.at("what"), std::is_same_v<T, float> ? relative(y, load<double>(io, "y64_kasa")) : 0,
+                std::is_same_v<T, double> ? relative(y, load<double>(io, "y64_kasa")) : 0,
+                relative(load<double>(io, "y_kasa"), load<double>(io, "y64_kasa")));
+  };
+  for (const auto how : {way::mixed, way::merged}) {
+    run(float(), 1e-6, how);
+    run(double(), 1e-9, how);
+  }
+  // Without the adapter PEFT keeps the truncated base; ours is the published one, and the truncation is a part of the adapter.
+  const auto base = load_all<double>(about.folder() / "base.safetensors");
+  auto truncated = base;
+  for (const std::string name : {"l0.weight", "l1.weight"}) {
+    const auto part = lora::smallest_part(base.at(name).matrix(), 3);
+    truncated.at(name).matrix() -= part.B * part.A;
+  }
+  model<double> m(about, truncated, {}, way::mixed);
+  CHECK(within(m.run(load<double>(io, "x")), load<float>(io, "y_disabled_peft"), 1.3e-6, 1e-5));
+}
+
+TEST_CASE("golden: what PEFT corrupts between merge and unmerge, linear restores", "[golden][peft]") {
+  const description about("scale");
+  const auto base = load_all<float>(about.folder() / "base.safetensors");
+  const auto io = st::read(about.folder() / "io.safetensors");
+  const auto file = peft::read(about.folder() / "a");
+  for (const std::string module : {"l0", "l1"}) {
+    const auto& W = base.at(module + ".weight");
+    lora::linear<float> layer(W.matrix());
+    layer.attach("a", lora::scaled(0.5, file.at(module).plain()));
+    layer.merge("a");
+    layer.set_weight("a", 2.0);
+    layer.unmerge("a");
+    CHECK(test::same_bits(layer.weight(), W.matrix()));
+    for (const std::string label : {"context_then_unmerge_peft", "set_scale_between_peft"})
+      CHECK(relative(load<float>(io, "unmerged." + label + "." + module + ".weight"), W) > 0.1);
+  }
+}
+
+TEST_CASE("golden: of overlapping patterns the first in the file wins, as PEFT finds it after saving", "[golden][peft]") {
+  const description about("pattern_order_roundtrip");
+  const auto file = peft::read<double>(about.folder() / "a");
+  CHECK(file.at("net.q_proj").scaling() == 1.0);
+  // In memory, before it was saved, PEFT had another order and the scaling 10.
+  const auto io = st::read(about.folder() / "io.safetensors");
+  model<double> m(about, load_all<double>(about.folder() / "base.safetensors"), {{&file, 10.0}}, way::mixed);
+  CHECK(within(m.run(load<double>(io, "x")), load<float>(io, "y_in_memory"), 1.1e-5, 1e-5));
+}
+
+TEST_CASE("golden: a PEFT merge with layers that share a weight is refused, and mixing is right", "[golden][peft]") {
+  const auto file = peft::read(root() / "llama_layer_replication/rep");
+  const auto& shared = file.at("model.layers.2.self_attn.q_proj");
+  CHECK(shared.shared_with() == "model.layers.1.self_attn.q_proj");
+  CHECK(file.at("model.layers.0.self_attn.q_proj").shared_with().empty());
+  Eigen::MatrixXf W = Eigen::MatrixXf::Zero(64, 64);
+  CHECK_THROWS_WITH(lora::merge(W, shared), Catch::Contains("shared by several layers") && Catch::Contains("copy the weight"));
+  CHECK_NOTHROW(lora::merge(W, file.at("model.layers.0.self_attn.q_proj")));
 }

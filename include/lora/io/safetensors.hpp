@@ -88,6 +88,8 @@ class file {
   std::vector<std::string_view> names() const;
 
   bool contains(std::string_view name) const { return find(name) != nullptr; }
+  /// Null when there is no such tensor.
+  const entry* find(std::string_view name) const;
   /// Throws value_error naming what is near.
   const entry& at(std::string_view name) const;
 
@@ -114,7 +116,6 @@ class file {
 
   file(std::string name, io_detail::header&& header, std::span<const std::byte> data,
        std::shared_ptr<const std::byte> owner);
-  const entry* find(std::string_view name) const;
   /// What the entries look at; shared, so that they stay valid when a file is copied or moved.
   struct texts {
     std::string names;
