@@ -163,10 +163,12 @@ inline std::vector<std::byte> to_bytes(std::span<const tensor> tensors, const me
   for (const auto& t : tensors) write_detail::check_tensor(t);
   const auto ordered = write_detail::in_order(tensors);
   const auto header = write_detail::header_of(ordered, metadata);
-  std::vector<std::byte> result;
-  result.reserve(static_cast<std::size_t>(write_detail::size_of(ordered, header)));
-  write_detail::emit(ordered, header,
-                     [&](std::span<const std::byte> piece) { result.insert(result.end(), piece.begin(), piece.end()); });
+  std::vector<std::byte> result(static_cast<std::size_t>(write_detail::size_of(ordered, header)));
+  std::byte* at = result.data();
+  write_detail::emit(ordered, header, [&](std::span<const std::byte> piece) {
+    if (!piece.empty()) std::memcpy(at, piece.data(), piece.size());
+    at += piece.size();
+  });
   return result;
 }
 

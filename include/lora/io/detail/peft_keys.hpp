@@ -206,14 +206,25 @@ class peft_keys {
     }
   }
 
+  static const name_meaning* meaning_of(std::string_view name) {
+    const auto found = std::find_if(peft_name_meanings.begin(), peft_name_meanings.end(),
+                                    [&](const auto& m) { return name.find(m.part) != std::string_view::npos; });
+    return found == peft_name_meanings.end() ? nullptr : &*found;
+  }
   [[noreturn]] void refuse_unknown(const safetensors::entry& t, std::string_view name) const {
-    for (const auto& meaning : peft_name_meanings)
-      if (name.find(meaning.part) != std::string_view::npos)
-        refuse(t, "a name that ends in lora_A.weight or lora_B.weight", std::string(meaning.what), "");
+    const std::string expected = "a name that ends in lora_A.weight or lora_B.weight";
+    if (const auto* meaning = meaning_of(name)) refuse(t, expected, std::string(meaning->what), "");
     const bool of_base = name.ends_with(".weight") || name.ends_with(".bias");
-    refuse(t, "a name that ends in lora_A.weight or lora_B.weight", "another",
-           of_base ? "a tensor of the base model, saved with the adapter without a word in the config (modules_to_save, bias)"
-                   : "this is not a file that PEFT wrote for LoRA");
+    std::string hint = of_base ? "a tensor of the base model, saved with the adapter without a word in the config "
+                                 "(modules_to_save, bias)"
+                               : "this is not a file that PEFT wrote for LoRA";
+    // The first unknown name may say nothing where a later one tells what the file is.
+    for (const auto* other : other_)
+      if (const auto* meaning = meaning_of(bare(*other))) {
+        hint = "the file has also " + in_quotes(other->name) + ": " + std::string(meaning->what);
+        break;
+      }
+    refuse(t, expected, "another", std::move(hint));
   }
   [[noreturn]] void refuse(const safetensors::entry& t, std::string expected, std::string found, std::string hint) const {
     detail::raise(format_error({.path = tensors_.name(),
