@@ -64,7 +64,8 @@ TEMPLATE_TEST_CASE("DoRA is its definition, merged and mixed, in every order", "
     const exact_matrix want = step(step(step(base, base, D1, dm), base, D3, {}), base, D2, dn);
     const auto layer = lora::attach(W, first, plain, lora::scaled(-0.5, second));
     const double scale = static_cast<double>(want.cwiseAbs().maxCoeff() + D1.cwiseAbs().maxCoeff() +
-                                             D2.cwiseAbs().maxCoeff() + D3.cwiseAbs().maxCoeff()) + 1;
+                                             D2.cwiseAbs().maxCoeff() + D3.cwiseAbs().maxCoeff()) +
+                         1;
     const double bound = scale * (u + 60 * accumulator) * 16;
     auto merged = W;
     CHECK(lora::merge(merged, layer).became_nonfinite == 0);

@@ -48,7 +48,8 @@ TEMPLATE_TEST_CASE("rows of a mixed embedding are rows of the merged one", "[row
   lora::rows(lora::with_scale(W, 0.5), ids, merged_rows);
   // The numbers stay below 2^8 and are halves: exact in every format but bfloat16, whose steps are then at most 1.
   if constexpr (std::is_same_v<T, lora::bfloat16>)
-    for (index_t k = 0; k < y.size(); ++k) CHECK(std::abs(test::value(y.data()[k]) - test::value(merged_rows.data()[k])) <= 1);
+    for (index_t k = 0; k < y.size(); ++k)
+      CHECK(std::abs(test::value(y.data()[k]) - test::value(merged_rows.data()[k])) <= 1);
   else
     CHECK(test::same_bits(y, merged_rows));
 }
@@ -108,7 +109,8 @@ TEST_CASE("the parts of a base add up to it", "[residual]") {
     for (index_t r = 0; r <= k; ++r) {
       const auto top = lora::principal_part(W, r), rest = lora::smallest_part(W, k - r);
       CHECK((top.B * top.A + rest.B * rest.A - exact).norm() < 1e-13 * (exact.norm() + 1));
-      CHECK((top.B * top.A).norm() >= 0.999999 * std::sqrt(static_cast<double>(r) / static_cast<double>(k)) * exact.norm() - 1e-12);
+      CHECK((top.B * top.A).norm() >=
+            0.999999 * std::sqrt(static_cast<double>(r) / static_cast<double>(k)) * exact.norm() - 1e-12);
       const auto leading = lora::leading_part(W, r);
       // A projection: its first r columns are W's, and what is left is orthogonal to them.
       CHECK((leading.B * leading.A - exact).leftCols(r).norm() < 1e-13 * (exact.norm() + 1));

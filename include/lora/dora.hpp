@@ -228,8 +228,8 @@ class attacher {
   void add_one(const L& l, const M& magnitude) {
     detail::check_adapter("attach", l, W_.rows(), W_.cols());
     if (!magnitude.empty() && static_cast<index_t>(magnitude.size()) != W_.rows())
-      detail::raise_shape("attach", std::to_string(magnitude.size()) + " magnitudes for " + std::to_string(W_.rows()) +
-                                        " outputs");
+      detail::raise_shape("attach",
+                          std::to_string(magnitude.size()) + " magnitudes for " + std::to_string(W_.rows()) + " outputs");
     adapter<Acc> copy(l.lora_A(), l.lora_B(), {.alpha = l.scaling(), .rule = scaling_rule::fixed});
     column<double> f = magnitude.empty() ? column<double>() : factors_of(W_, copy, magnitude);
     pieces_.push_back({std::move(copy), std::move(f)});

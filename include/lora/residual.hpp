@@ -41,8 +41,8 @@ template <class M>
 Eigen::MatrixXd checked(const char* operation, const M& W, index_t rank) {
   const auto view = as_matrix(W);
   if (rank < 0 || rank > std::min(view.rows(), view.cols()))
-    detail::raise_value(operation, "rank " + std::to_string(rank) + " of a weight " +
-                                       detail::shape_text(view.rows(), view.cols()));
+    detail::raise_value(operation,
+                        "rank " + std::to_string(rank) + " of a weight " + detail::shape_text(view.rows(), view.cols()));
   Eigen::MatrixXd result(view.rows(), view.cols());
   for (index_t j = 0; j < view.cols(); ++j)
     for (index_t i = 0; i < view.rows(); ++i) {

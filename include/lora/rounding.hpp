@@ -121,8 +121,7 @@ merge_report merge(P, M&& W, const L&... l) {
   rounding_detail::check("merge", weight, each);
   merge_report report;
   each([&](const auto& one) {
-    report.became_nonfinite +=
-        rounding_detail::step(weight, one, std::same_as<P, rounding::peft_safe_policy>, 1.0);
+    report.became_nonfinite += rounding_detail::step(weight, one, std::same_as<P, rounding::peft_safe_policy>, 1.0);
   });
   return report;
 }
@@ -136,9 +135,8 @@ merge_report unmerge(P, M&& W, const L&... l) {
   const auto each = detail::each_of(l...);
   rounding_detail::check("unmerge", weight, each);
   std::vector<std::function<std::size_t()>> steps;
-  each([&](const auto& one) {
-    steps.push_back([&weight, &one] { return rounding_detail::step(weight, one, true, -1.0); });
-  });
+  each(
+      [&](const auto& one) { steps.push_back([&weight, &one] { return rounding_detail::step(weight, one, true, -1.0); }); });
   merge_report report;
   for (auto step = steps.rbegin(); step != steps.rend(); ++step) report.became_nonfinite += (*step)();
   return report;

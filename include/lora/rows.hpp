@@ -71,8 +71,8 @@ class replaced_rows {
     requires matrix_like<M>
   replaced_rows(std::vector<index_t> ids, const M& values) : ids_(std::move(ids)), values_(detail::exact_copy<T>(values)) {
     if (static_cast<index_t>(ids_.size()) != values_.rows())
-      detail::raise_shape("replaced_rows", std::to_string(ids_.size()) + " ids and " + std::to_string(values_.rows()) +
-                                               " rows of values");
+      detail::raise_shape("replaced_rows",
+                          std::to_string(ids_.size()) + " ids and " + std::to_string(values_.rows()) + " rows of values");
     order_.resize(ids_.size());
     std::iota(order_.begin(), order_.end(), std::size_t{0});
     std::sort(order_.begin(), order_.end(), [&](auto a, auto b) { return ids_[a] < ids_[b]; });
@@ -136,8 +136,7 @@ through_detail::expansion<Acc> gather(const char* operation, const Each& each, c
     const auto A = as_matrix(lora_A);
     result.set_B(at, as_matrix(lora_B), static_cast<double>(l.scaling()));
     for (std::size_t t = 0; t < ids.size(); ++t)
-      for (index_t i = 0; i < A.rows(); ++i)
-        result.U(at + i, static_cast<index_t>(t)) = detail::widen<Acc>(A(i, ids[t]));
+      for (index_t i = 0; i < A.rows(); ++i) result.U(at + i, static_cast<index_t>(t)) = detail::widen<Acc>(A(i, ids[t]));
     at += A.rows();
   });
   return result;
@@ -191,8 +190,8 @@ void merge(M&& W, const replaced_rows<T>& replaced) {
   detail::refuse_overlap("merge", "W", weight, "the replaced rows", as_matrix(replaced.values()));
   for (std::size_t k = 0; k < replaced.ids().size(); ++k)
     for (index_t j = 0; j < weight.cols(); ++j)
-      weight(replaced.ids()[k], j) = detail::narrow<value>(
-          detail::widen<accumulator_t<value, T>>(replaced.values()(static_cast<index_t>(k), j)));
+      weight(replaced.ids()[k], j) =
+          detail::narrow<value>(detail::widen<accumulator_t<value, T>>(replaced.values()(static_cast<index_t>(k), j)));
 }
 
 /// y(:, t) := scale * the trained row where ids[t] is replaced: what rows() gives on a W into which they were merged, for a

@@ -46,9 +46,7 @@ struct tensor {
   auto columns() { return Eigen::Map<Eigen::Matrix<T, -1, -1>>(values.data(), last(), size() / last()); }
   auto columns() const { return Eigen::Map<const Eigen::Matrix<T, -1, -1>>(values.data(), last(), size() / last()); }
   /// First dimension x the others.
-  auto matrix() {
-    return Eigen::Map<Eigen::Matrix<T, -1, -1, Eigen::RowMajor>>(values.data(), shape[0], size() / shape[0]);
-  }
+  auto matrix() { return Eigen::Map<Eigen::Matrix<T, -1, -1, Eigen::RowMajor>>(values.data(), shape[0], size() / shape[0]); }
   auto matrix() const {
     return Eigen::Map<const Eigen::Matrix<T, -1, -1, Eigen::RowMajor>>(values.data(), shape[0], size() / shape[0]);
   }
@@ -329,8 +327,7 @@ class model {
       REQUIRE((kind == "add" || kind == "mul"));
       result = source(0);
       for (std::size_t k = 0; k < result.values.size(); ++k)
-        result.values[k] =
-            kind == "add" ? result.values[k] + source(1).values[k] : result.values[k] * source(1).values[k];
+        result.values[k] = kind == "add" ? result.values[k] + source(1).values[k] : result.values[k] * source(1).values[k];
     }
     values_[to] = std::move(result);
   }
@@ -340,7 +337,8 @@ class model {
     const auto& stored = w_.at(module + ".weight");
     const std::size_t n = stored.shape.size() - 2;
     const conv_shape c{per_dimension(op, "kernel", 1, n), per_dimension(op, "stride", 1, n),
-                       per_dimension(op, "padding", 0, n), per_dimension(op, "dilation", 1, n), op.value("groups", index_t{1})};
+                       per_dimension(op, "padding", 0, n), per_dimension(op, "dilation", 1, n),
+                       op.value("groups", index_t{1})};
     const index_t out = stored.shape[0], channels = x.shape[1];
     const std::vector<index_t> extents(x.shape.begin() + 2, x.shape.end());
     std::vector<index_t> positions, shape{x.shape[0], out};

@@ -244,7 +244,8 @@ TEST_CASE("golden: PEFT 0.6.1 outputs", "[golden][peft]") {
                      json{{"op", "flatten"}}, linear("lin0")}),
         1e-6, false);
   check("lora_conv2d",
-        json::array({json{{"op", "conv2d"}, {"module", "conv2d"}, {"kernel", 3}}, relu, json{{"op", "flatten"}}, linear("lin0")}),
+        json::array(
+            {json{{"op", "conv2d"}, {"module", "conv2d"}, {"kernel", 3}}, relu, json{{"op", "flatten"}}, linear("lin0")}),
         2e-5, true);
   build::refused([&] { (void)peft::read(folder / "adalora_mlp"); }, {"peft_type", "ADALORA"});
 }

@@ -17,7 +17,7 @@ std::string exact_name(const json& expected) {
   if (!expected.contains("scenario")) return "";
   const std::string name = expected.at("tensor"), scenario = expected.at("scenario");
   if (name.starts_with("y")) return "y64_" + scenario;
-  return "merged64." + scenario + "." ;
+  return "merged64." + scenario + ".";
 }
 
 /// "merged.a+b.l0.weight" is the base's tensor l0.weight: the longest ending that the base has.
@@ -190,20 +190,71 @@ std::size_t check_case(const std::string& id) {
   return compared;
 }
 
-const std::vector<std::string> cases{
-    "bdlora", "conv1d", "conv1d_fan_in_fan_out", "conv2d_1x1", "conv2d_3x3", "conv2d_dilated", "conv2d_grouped",
-    "conv2d_stride_pad", "conv3d", "conv3d_1_1_k", "dora_bf16", "dora_conv1d", "dora_conv1d_fan_in_fan_out", "dora_conv2d",
-    "dora_conv3d", "dora_embedding", "dora_fp16", "dora_linear", "dora_plus_lora", "embedding_embed_scale",
-    "embedding_linear", "half_bf16_base_bf16_adapter", "half_bf16_base_bf16_adapter_dyadic", "half_bf16_base_f32_adapter",
-    "half_bf16_base_f32_adapter_dyadic", "half_fp16_base_f32_adapter", "half_fp16_base_fp16_adapter",
-    "hotswap_alpha_pattern", "hotswap_conv2d", "hotswap_conv2d_grouped", "hotswap_fewer_targets", "hotswap_incompatible",
-    "hotswap_rank_alpha", "hotswap_rank_pattern", "init_eva", "init_gaussian", "init_olora", "init_olora_rslora",
-    "init_orthogonal", "init_pissa", "init_pissa_niter_8", "init_pissa_rslora", "linear_mlp", "lora_bias",
-    "lora_bias_conv2d", "mha", "mixed_batch_bf16", "mixed_batch_conv2d", "mixed_batch_embedding", "mixed_batch_linear",
-    "modules_to_save", "modules_to_save_bias_all", "modules_to_save_bias_lora_only", "modules_to_save_two",
-    "pattern_order_roundtrip", "rslora_patterns", "scale", "target_parameters_both_in_out", "target_parameters_both_out_in",
-    "target_parameters_first_in_out", "target_parameters_first_out_in", "target_parameters_last_in_out",
-    "target_parameters_last_out_in", "target_parameters_linear_weight", "trainable_tokens"};
+const std::vector<std::string> cases{"bdlora",
+                                     "conv1d",
+                                     "conv1d_fan_in_fan_out",
+                                     "conv2d_1x1",
+                                     "conv2d_3x3",
+                                     "conv2d_dilated",
+                                     "conv2d_grouped",
+                                     "conv2d_stride_pad",
+                                     "conv3d",
+                                     "conv3d_1_1_k",
+                                     "dora_bf16",
+                                     "dora_conv1d",
+                                     "dora_conv1d_fan_in_fan_out",
+                                     "dora_conv2d",
+                                     "dora_conv3d",
+                                     "dora_embedding",
+                                     "dora_fp16",
+                                     "dora_linear",
+                                     "dora_plus_lora",
+                                     "embedding_embed_scale",
+                                     "embedding_linear",
+                                     "half_bf16_base_bf16_adapter",
+                                     "half_bf16_base_bf16_adapter_dyadic",
+                                     "half_bf16_base_f32_adapter",
+                                     "half_bf16_base_f32_adapter_dyadic",
+                                     "half_fp16_base_f32_adapter",
+                                     "half_fp16_base_fp16_adapter",
+                                     "hotswap_alpha_pattern",
+                                     "hotswap_conv2d",
+                                     "hotswap_conv2d_grouped",
+                                     "hotswap_fewer_targets",
+                                     "hotswap_incompatible",
+                                     "hotswap_rank_alpha",
+                                     "hotswap_rank_pattern",
+                                     "init_eva",
+                                     "init_gaussian",
+                                     "init_olora",
+                                     "init_olora_rslora",
+                                     "init_orthogonal",
+                                     "init_pissa",
+                                     "init_pissa_niter_8",
+                                     "init_pissa_rslora",
+                                     "linear_mlp",
+                                     "lora_bias",
+                                     "lora_bias_conv2d",
+                                     "mha",
+                                     "mixed_batch_bf16",
+                                     "mixed_batch_conv2d",
+                                     "mixed_batch_embedding",
+                                     "mixed_batch_linear",
+                                     "modules_to_save",
+                                     "modules_to_save_bias_all",
+                                     "modules_to_save_bias_lora_only",
+                                     "modules_to_save_two",
+                                     "pattern_order_roundtrip",
+                                     "rslora_patterns",
+                                     "scale",
+                                     "target_parameters_both_in_out",
+                                     "target_parameters_both_out_in",
+                                     "target_parameters_first_in_out",
+                                     "target_parameters_first_out_in",
+                                     "target_parameters_last_in_out",
+                                     "target_parameters_last_out_in",
+                                     "target_parameters_linear_weight",
+                                     "trainable_tokens"};
 
 }  // namespace
 
@@ -241,7 +292,8 @@ TEST_CASE("golden: the base that PiSSA and OLoRA leave is computed again", "[gol
 
 TEST_CASE("golden: an initialization that depends on random numbers is refused unconverted", "[golden][peft]") {
   const description about("init_pissa_niter_8");
-  CHECK_THROWS_WITH(peft::read(about.folder() / "unconverted"), Catch::Contains("pissa_niter_8") && Catch::Contains("random numbers"));
+  CHECK_THROWS_WITH(peft::read(about.folder() / "unconverted"),
+                    Catch::Contains("pissa_niter_8") && Catch::Contains("random numbers"));
   CHECK_NOTHROW(peft::read(about.folder() / "converted"));
 }
 
@@ -311,6 +363,7 @@ TEST_CASE("golden: a PEFT merge with layers that share a weight is refused, and 
   CHECK(shared.shared_with() == "model.layers.1.self_attn.q_proj");
   CHECK(file.at("model.layers.0.self_attn.q_proj").shared_with().empty());
   Eigen::MatrixXf W = Eigen::MatrixXf::Zero(64, 64);
-  CHECK_THROWS_WITH(lora::merge(W, shared), Catch::Contains("shared by several layers") && Catch::Contains("copy the weight"));
+  CHECK_THROWS_WITH(lora::merge(W, shared),
+                    Catch::Contains("shared by several layers") && Catch::Contains("copy the weight"));
   CHECK_NOTHROW(lora::merge(W, file.at("model.layers.0.self_attn.q_proj")));
 }

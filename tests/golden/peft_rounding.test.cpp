@@ -27,7 +27,8 @@ template <class T>
 matrix<T> load(const st::file& file, const std::string& name) {
   const auto values = file.copy<T>(name);
   const auto& shape = file.at(name).shape;
-  return Eigen::Map<const matrix<T>>(values.data(), static_cast<lora::index_t>(shape[0]), static_cast<lora::index_t>(shape[1]));
+  return Eigen::Map<const matrix<T>>(values.data(), static_cast<lora::index_t>(shape[0]),
+                                     static_cast<lora::index_t>(shape[1]));
 }
 
 /// "a+b" as its parts.

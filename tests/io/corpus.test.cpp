@@ -72,11 +72,11 @@ std::vector<std::pair<std::string, std::string>> peft_refusals() {
   };
   config("config_dropped_comma", R"("use_dora":true)");
   for (const std::string line :
-       {R"("use_qalora":true)", R"("alora_invocation_tokens":[1])", R"("arrow_config":{"top_k":2})", R"("enable_lora":[true])",
-        R"("init_lora_weights":"pissa_niter_16")", R"("init_lora_weights":"corda")", R"("bias":"some")", R"("r":0)",
-        R"("unknown_key":7)", R"("lora_bias":true,"use_dora":true)", R"("rank_pattern":{"(?<=a)b":2})",
-        R"("layer_replication":[[2,1]])", R"("trainable_token_indices":["a"])", R"("use_bdlora":true)", R"("task_type":"CHAT")",
-        R"("layers_pattern":["h"])"})
+       {R"("use_qalora":true)", R"("alora_invocation_tokens":[1])", R"("arrow_config":{"top_k":2})",
+        R"("enable_lora":[true])", R"("init_lora_weights":"pissa_niter_16")", R"("init_lora_weights":"corda")",
+        R"("bias":"some")", R"("r":0)", R"("unknown_key":7)", R"("lora_bias":true,"use_dora":true)",
+        R"("rank_pattern":{"(?<=a)b":2})", R"("layer_replication":[[2,1]])", R"("trainable_token_indices":["a"])",
+        R"("use_bdlora":true)", R"("task_type":"CHAT")", R"("layers_pattern":["h"])"})
     config("config " + line, (line.starts_with("\"r\"") ? ",\"x\":null," : ",") + line);
   const auto file = [&](const std::string& name, const std::string& more, const build::file& tensors) {
     result.emplace_back(name, refusal([&] {
@@ -218,8 +218,8 @@ TEST_CASE("tolerances read what they name, and report it", "[safetensors][tolera
         std::pair(values, std::vector<std::string>{"3 NUL bytes of header padding in place of spaces"}));
   build::refused([&] { parse(padded, trailing); }, {"NUL"});
   // padding that is not counted: 53 bytes of JSON, and 3 more before the data
-  const std::string shifted = build::length_field(json.size()) + json + std::string((8 - json.size() % 8) % 8, '\0') +
-                              good.substr(8 + json.size());
+  const std::string shifted =
+      build::length_field(json.size()) + json + std::string((8 - json.size() % 8) % 8, '\0') + good.substr(8 + json.size());
   CHECK(parse(shifted, uncounted).first == values);
   CHECK(build::has(parse(shifted, uncounted).second.at(0), "not counted"));
   build::refused([&] { parse(shifted, trailing); }, {"uncounted header padding"});
@@ -239,7 +239,8 @@ TEST_CASE("a file is written whole, sorted, and again the same", "[safetensors][
   const auto path = dir.path() / "out.safetensors";
   st::write(path, tensors, {{"k2", "v"}, {"k1", "\"\n"}});
   const std::string text = slurp(path);
-  CHECK(text.substr(8).starts_with(R"({"__metadata__":{"k1":"\"\n","k2":"v"},"c":{"dtype":"F64","shape":[],"data_offsets":[0,8]},"a":)"));
+  CHECK(text.substr(8).starts_with(
+      R"({"__metadata__":{"k1":"\"\n","k2":"v"},"c":{"dtype":"F64","shape":[],"data_offsets":[0,8]},"a":)"));
   const auto file = st::read(path);
   std::vector<std::string> order;
   for (const auto& t : file) order.emplace_back(t.name);
@@ -275,8 +276,8 @@ TEST_CASE("a hundred megabytes of header", "[safetensors][.large]") {
   std::size_t count = 0;
   while (true) {
     const auto name = std::to_string(count);
-    const std::string entry = (count == 0 ? "\"" : ",\"") + std::string(8 - std::min<std::size_t>(8, name.size()), '0') + name +
-                              R"(":{"dtype":"U8","shape":[1],"data_offsets":[)" + std::to_string(count) + "," +
+    const std::string entry = (count == 0 ? "\"" : ",\"") + std::string(8 - std::min<std::size_t>(8, name.size()), '0') +
+                              name + R"(":{"dtype":"U8","shape":[1],"data_offsets":[)" + std::to_string(count) + "," +
                               std::to_string(count + 1) + "]}";
     if (json.size() + entry.size() + 1 > 100'000'000) break;
     json += entry;

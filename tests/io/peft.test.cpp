@@ -101,10 +101,12 @@ TEST_CASE("what changes the arithmetic is refused by name, and passes when it as
       {"kasa_config", {}, {"{\"beta\":1}", "{}", "null"}},
       {"arrow_config", {"{\"top_k\":1}", "{}"}, {"null"}},
       {"alora_invocation_tokens", {"[1,2]", "7"}, {"null", "[]"}},
-      {"layer_replication", {"[[0,2],[3]]", "[[2,2]]", "[0,1]", "7", "[[0,-1]]", "[[0,1e3]]", "[[0,200000]]"},
+      {"layer_replication",
+       {"[[0,2],[3]]", "[[2,2]]", "[0,1]", "7", "[[0,-1]]", "[[0,1e3]]", "[[0,200000]]"},
        {"[[0,2],[1,3]]", "null", "[]"}},
       {"target_parameters", {"[1]", "7"}, {"[\"experts.w\"]", "null", "[]"}},
-      {"trainable_token_indices", {"7", "[\"a\"]", "[-1]", "{\"e\":7}", "[4294967296]"},
+      {"trainable_token_indices",
+       {"7", "[\"a\"]", "[-1]", "{\"e\":7}", "[4294967296]"},
        {"[1]", "{\"e\":[1]}", "null", "[]", "{}"}},
       {"enable_lora", {"[true,false]"}, {"null"}},
       {"bias", {"true", "\"some\""}, {"\"all\"", "\"lora_only\"", "\"none\"", "null"}},
@@ -887,8 +889,9 @@ TEST_CASE("DoRA is merged with its magnitude, and never without", "[peft][varian
 }
 
 TEST_CASE("embeddings are looked up and merged as they are stored", "[peft][variants]") {
-  const auto file = assemble(config(), build::file().add(prefix + "e.lora_embedding_A", {2, 5}, 0.5F).add(
-                                           prefix + "e.lora_embedding_B", {3, 2}, 0.25F));
+  const auto file = assemble(
+      config(),
+      build::file().add(prefix + "e.lora_embedding_A", {2, 5}, 0.5F).add(prefix + "e.lora_embedding_B", {3, 2}, 0.25F));
   const auto& e = file.at("e");
   CHECK(e.kind() == peft::entry_kind::embedding);
   CHECK(e.weight_name() == "e.weight");
@@ -918,18 +921,19 @@ TEST_CASE("trained rows replace rows, and are refused beside an adapter of the s
   CHECK(y.col(1) == Eigen::Vector3f(4, 5, 6));
   Eigen::MatrixXf small_W = Eigen::MatrixXf::Zero(4, 3);
   CHECK_THROWS_AS(lora::merge(small_W, file.token_rows().at("e")), lora::value_error);
-  file_refused(config("\"trainable_token_indices\":{\"e\":[4]}"), tensors, {"trainable_tokens_delta", "each of the 1 tokens"});
+  file_refused(config("\"trainable_token_indices\":{\"e\":[4]}"), tensors,
+               {"trainable_tokens_delta", "each of the 1 tokens"});
   file_refused(config("\"trainable_token_indices\":{\"e\":[4,4]}"), tensors, {"trainable_tokens_delta", "one twice"});
   file_refused(config("\"trainable_token_indices\":{\"f\":[4,1]}"), tensors, {"trainable_token_indices"});
   auto both = tensors;
-  file_refused(json,
-               both.add(prefix + "e.lora_embedding_A", {2, 5}).add(prefix + "e.lora_embedding_B", {3, 2}),
+  file_refused(json, both.add(prefix + "e.lora_embedding_A", {2, 5}).add(prefix + "e.lora_embedding_B", {3, 2}),
                {"trained rows or with an adapter"});
 }
 
 TEST_CASE("grouped convolutions mix and do not merge", "[peft][variants]") {
-  const auto file = assemble(config(), build::file().add(prefix + "c.lora_A.weight", {2, 4, 1}, 0.5F).add(
-                                           prefix + "c.lora_B.weight", {6, 1, 1}, 0.25F));
+  const auto file = assemble(
+      config(),
+      build::file().add(prefix + "c.lora_A.weight", {2, 4, 1}, 0.5F).add(prefix + "c.lora_B.weight", {6, 1, 1}, 0.25F));
   const auto& e = file.at("c");
   CHECK(e.groups() == 2);
   merge_refused(e, 6, 4, "groups whose lora_A sees all channels");
@@ -953,8 +957,8 @@ TEST_CASE("parameters need their names and their order", "[peft][variants]") {
   CHECK(down.experts() == 2);
   CHECK(down.in_features() == 3);
   CHECK(down.weight_name() == "x.experts.down");
-  CHECK(down.expert(1).lora_A()(0, 0) == 7);   // row 2 of 4
-  CHECK(down.expert(1).lora_B()(0, 1) == 4);   // column 1 * 2 + 1
+  CHECK(down.expert(1).lora_A()(0, 0) == 7);  // row 2 of 4
+  CHECK(down.expert(1).lora_B()(0, 1) == 4);  // column 1 * 2 + 1
   CHECK_THROWS_AS(down.expert(2), lora::value_error);
   CHECK_THROWS_AS(down.factors(), lora::value_error);
   std::vector<float> values(2 * 5 * 3, 0.0F);
@@ -997,8 +1001,7 @@ TEST_CASE("block-diagonal factors are expanded where the config says so", "[peft
   CHECK(A(0, 4) == 0.0F);
   CHECK(A(1, 0) == 0.0F);
   CHECK(A(1, 4) == 2.5F);
-  const auto packed_B =
-      build::file().add(prefix + "m.lora_A.weight", {2, 4}).add(prefix + "m.lora_B.weight", {4, 1});
+  const auto packed_B = build::file().add(prefix + "m.lora_A.weight", {2, 4}).add(prefix + "m.lora_B.weight", {4, 1});
   const auto B = assemble(json("[]", "[\"m\"]", "true"), packed_B).at("m").factors().lora_B();
   CHECK(B.cols() == 2);
   CHECK(B(1, 0) == 2.0F);

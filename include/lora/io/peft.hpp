@@ -58,8 +58,8 @@ struct replacement {
   std::vector<T> values() const {
     std::vector<T> result;
     if (!safetensors::widen_to(dtype, bytes, result))
-      lora::detail::raise_value("peft::replacement::values", key + " is " + std::string(name_of(dtype)) +
-                                                                 ", whose values this type does not hold");
+      lora::detail::raise_value("peft::replacement::values",
+                                key + " is " + std::string(name_of(dtype)) + ", whose values this type does not hold");
     return result;
   }
 };
@@ -145,9 +145,8 @@ class assembler {
     for (const auto& each : keys_.replacing()) add_replacement(each);
     for (const auto& [module, t] : keys_.token_rows()) add_rows(module, *t);
     if (entries_.empty() && more_.token_rows.empty())
-      lora::detail::raise(format_error({.path = tensors_.name(),
-                                        .expected = "tensors named ...lora_A.weight and ...lora_B.weight",
-                                        .found = "none"}));
+      lora::detail::raise(format_error(
+          {.path = tensors_.name(), .expected = "tensors named ...lora_A.weight and ...lora_B.weight", .found = "none"}));
     more_.left_out = keys_.left_out();
     more_.passed_over.insert(more_.passed_over.begin(), keys_.passed_over().begin(), keys_.passed_over().end());
     more_.prefixed = keys_.prefixed();
@@ -166,9 +165,11 @@ class assembler {
       more_.passed_over.push_back("module " + io_detail::in_quotes(what.name) + ": not selected by target_modules");
       return;
     }
-    if (t.A == nullptr) refuse(*t.any(), "a tensor " + path + suffix(t, 'A') + " beside it", "none", "the file is incomplete");
+    if (t.A == nullptr)
+      refuse(*t.any(), "a tensor " + path + suffix(t, 'A') + " beside it", "none", "the file is incomplete");
     if (t.B == nullptr) {
-      if (!options_.lenient) refuse(*t.A, "a tensor " + path + suffix(t, 'B') + " beside it", "none", "the file is incomplete");
+      if (!options_.lenient)
+        refuse(*t.A, "a tensor " + path + suffix(t, 'B') + " beside it", "none", "the file is incomplete");
       more_.passed_over.push_back("module " + io_detail::in_quotes(what.name) + ": no lora_B, which PEFT takes as zero");
       return;
     }
@@ -242,8 +243,7 @@ class assembler {
     if (!config_.bd || parts.kind != entry_kind::linear) return;
     const auto last = io_detail::last_segment(parts.name);
     const auto in = [&](const std::vector<std::string>& names) {
-      return std::any_of(names.begin(), names.end(),
-                         [&](const auto& n) { return last.find(n) != std::string_view::npos; });
+      return std::any_of(names.begin(), names.end(), [&](const auto& n) { return last.find(n) != std::string_view::npos; });
     };
     const bool in_A = in(config_.bd->in_A), in_B = in(config_.bd->in_B);
     if (in_A == in_B && (in_A || config_.bd->strict))
@@ -302,8 +302,8 @@ class assembler {
     const auto out = static_cast<std::uint64_t>(parts.experts.front().out_features());
     const auto rank = static_cast<std::uint64_t>(parts.experts.front().rank());
     extra(parts.bias, parts.dtype_bias, t, t.bias, config_.lora_bias, "lora_bias", ".lora_B.bias", out, parts.name);
-    extra(parts.magnitude, parts.dtype_magnitude, t, t.magnitude, config_.use_dora, "use_dora", ".lora_magnitude_vector", out,
-          parts.name);
+    extra(parts.magnitude, parts.dtype_magnitude, t, t.magnitude, config_.use_dora, "use_dora", ".lora_magnitude_vector",
+          out, parts.name);
     const bool kasa = config_.change == base_change::kasa && parts.kind == entry_kind::linear;
     extra(parts.diagonal, parts.dtype_diagonal, t, t.diagonal, kasa, "kasa_config", ".lora_diag", rank, parts.name);
     if (parts.kind == entry_kind::linear) parts.change = config_.change;
@@ -401,8 +401,7 @@ class assembler {
   }
 
   [[noreturn]] void refuse_rank(const safetensors::entry& t, index_t rank, const char* dimension) const {
-    refuse(t,
-           "rank " + std::to_string(rank) + ", as the config says for this module, as its " + dimension + " dimension",
+    refuse(t, "rank " + std::to_string(rank) + ", as the config says for this module, as its " + dimension + " dimension",
            t.text(), "the config and the tensors do not belong together, or rank_pattern lacks this module");
   }
   [[noreturn]] void refuse(const safetensors::entry& t, std::string expected, std::string found, std::string hint) const {

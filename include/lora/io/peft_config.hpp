@@ -208,7 +208,8 @@ inline constexpr std::array known_keys = std::to_array<known_key>({
 inline std::string reason_of(std::string_view key) {
   if (key == "alora_invocation_tokens")
     return "the adapter applies only from its invocation tokens on, so it is no change of a weight";
-  if (key == "use_qalora") return "its lora_A takes means of groups of inputs beside a quantized base, which is not supported";
+  if (key == "use_qalora")
+    return "its lora_A takes means of groups of inputs beside a quantized base, which is not supported";
   if (key == "arrow_config") return "each token is routed over several adapters, so it is no change of a weight";
   return "this variant of LoRA is not supported";
 }
@@ -369,11 +370,11 @@ class reader {
     const std::string& name = result_.init_lora_weights;
     if (std::find(harmless_inits.begin(), harmless_inits.end(), name) != harmless_inits.end()) return;
     if (name != "pissa" && name != "olora")
-      refuse(*init, "init_lora_weights", "an initialization that leaves the base as it is, pissa or olora", init->text(),
-             "PEFT also changes the base when it loads this adapter, in a way that the files do not determine (random numbers, "
-             "data): convert it with path_initial_model_for_weight_conversion of save_pretrained");
-    if (result_.change != base_change::none)
-      refuse(*init, "init_lora_weights", "true beside kasa_config", init->text(), "");
+      refuse(
+          *init, "init_lora_weights", "an initialization that leaves the base as it is, pissa or olora", init->text(),
+          "PEFT also changes the base when it loads this adapter, in a way that the files do not determine (random numbers, "
+          "data): convert it with path_initial_model_for_weight_conversion of save_pretrained");
+    if (result_.change != base_change::none) refuse(*init, "init_lora_weights", "true beside kasa_config", init->text(), "");
     result_.change = name == "pissa" ? base_change::pissa : base_change::olora;
   }
 

@@ -38,7 +38,8 @@ template <class M, scalar T>
 entry<T> converted(const M& W, const entry<T>& e) {
   if (e.change() == base_change::none) return e;
   const double s = e.scaling();
-  if (s == 0) lora::detail::raise_value("peft::converted", e.name() + " has the scaling 0, so its part of the base is not defined");
+  if (s == 0)
+    lora::detail::raise_value("peft::converted", e.name() + " has the scaling 0, so its part of the base is not defined");
   const auto stored = as_matrix(W);
   entry_detail::check_shape("peft::converted", stored.rows(), stored.cols(), e);
   const index_t r = e.rank();

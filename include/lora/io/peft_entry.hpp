@@ -62,7 +62,7 @@ struct entry_parts {
   index_t groups = 1;                ///< of a convolution
   packed_factor packed = packed_factor::none;
   index_t blocks = 1;
-  bool twice = false;           ///< read_options::attention_out_proj_twice
+  bool twice = false;            ///< read_options::attention_out_proj_twice
   std::string shared_with = {};  ///< the base's module, when replicated layers share its weight
   safetensors::dtype dtype_A = safetensors::dtype_of<T>(), dtype_B = dtype_A, dtype_bias = dtype_A,
                      dtype_magnitude = dtype_A, dtype_diagonal = dtype_A;
@@ -77,7 +77,8 @@ class entry {
     if (p_.path.empty()) p_.path = p_.name;
   }
   /// A plain adapter of a linear layer.
-  entry(std::string name, lora::adapter<T> factors, bool fan_in_fan_out) : entry(plain_parts(name, factors, fan_in_fan_out)) {}
+  entry(std::string name, lora::adapter<T> factors, bool fan_in_fan_out)
+      : entry(plain_parts(name, factors, fan_in_fan_out)) {}
 
   const entry_parts<T>& parts() const { return p_; }
   const std::string& name() const { return p_.name; }
@@ -113,15 +114,15 @@ class entry {
   /// else the entry holds is the caller's to add. Throws value_error for a stack of experts: see expert().
   const lora::adapter<T>& factors() const {
     if (p_.experts.size() != 1)
-      lora::detail::raise_value("peft::entry::factors", p_.name + " is a stack of " + std::to_string(p_.experts.size()) +
-                                                            " experts: use expert(k)");
+      lora::detail::raise_value("peft::entry::factors",
+                                p_.name + " is a stack of " + std::to_string(p_.experts.size()) + " experts: use expert(k)");
     return p_.experts.front();
   }
   /// The factors of one expert. Throws value_error when there is no such.
   const lora::adapter<T>& expert(index_t k) const {
     if (k < 0 || k >= experts())
-      lora::detail::raise_value("peft::entry::expert", p_.name + " has " + std::to_string(experts()) + " experts, not one " +
-                                                           std::to_string(k));
+      lora::detail::raise_value("peft::entry::expert",
+                                p_.name + " has " + std::to_string(experts()) + " experts, not one " + std::to_string(k));
     return p_.experts[static_cast<std::size_t>(k)];
   }
 

@@ -35,9 +35,9 @@ struct inventory_row {
 
 struct inventory {
   std::vector<inventory_row> modules;
-  std::vector<std::string> replaced;      ///< the base's tensors that the file replaces, wholly or in rows
-  std::vector<std::string> not_used;      ///< tensors and config keys that play no part, with the reason
-  double norm = 0;                        ///< of all deltas together: sqrt(sum of squares)
+  std::vector<std::string> replaced;  ///< the base's tensors that the file replaces, wholly or in rows
+  std::vector<std::string> not_used;  ///< tensors and config keys that play no part, with the reason
+  double norm = 0;                    ///< of all deltas together: sqrt(sum of squares)
 
   /// A table for people, one line a module.
   std::string text() const {
@@ -50,8 +50,7 @@ struct inventory {
     };
     const auto number = [](double value) {
       std::array<char, 32> buffer{};
-      const auto end =
-          std::to_chars(buffer.data(), buffer.data() + buffer.size(), value, std::chars_format::general, 4);
+      const auto end = std::to_chars(buffer.data(), buffer.data() + buffer.size(), value, std::chars_format::general, 4);
       return std::string(buffer.data(), end.ptr);
     };
     const auto line = [&](const std::vector<std::string>& cells) {

@@ -95,9 +95,9 @@ template <class T>
 void check_usable(const char* operation, const list<T>& all) {
   for (const auto& each : all)
     if (const auto& e = each.of(); e.change() != base_change::none)
-      refuse(operation, e.name() + " was trained beside a base that its initialization had changed (" +
-                            e.change_name(e.change()) +
-                            "): make it an adapter of the published base with converted(W, entry) of lora/io/peft_convert.hpp");
+      refuse(operation,
+             e.name() + " was trained beside a base that its initialization had changed (" + e.change_name(e.change()) +
+                 "): make it an adapter of the published base with converted(W, entry) of lora/io/peft_convert.hpp");
 }
 
 template <class T>
@@ -106,9 +106,10 @@ void check_one_weight(const char* operation, const list<T>& all) {
   for (const auto& each : all) {
     const auto& e = each.of();
     if (e.groups() > 1)
-      refuse(operation, e.name() + " is a convolution with " + std::to_string(e.groups()) +
-                            " groups whose lora_A sees all channels, so that its delta has no kernel of the base's shape (PEFT "
-                            "refuses to merge it too): mix it in with apply_through");
+      refuse(operation,
+             e.name() + " is a convolution with " + std::to_string(e.groups()) +
+                 " groups whose lora_A sees all channels, so that its delta has no kernel of the base's shape (PEFT "
+                 "refuses to merge it too): mix it in with apply_through");
     if (!e.shared_with().empty())
       refuse(operation, "the weight of " + e.shared_with() + " is shared by several layers of layer_replication, and " +
                             e.name() +
@@ -253,9 +254,10 @@ merge_report merge_into(const char* operation, double sign, const View& stored, 
   return oriented(operation, stored, all, [&](const auto& view) {
     if (!any_magnitude(all)) return sign > 0 ? lora::merge(view, core(all)) : lora::unmerge(view, core(all));
     if (sign < 0)
-      check_no_magnitude(operation, all,
-                         "its norms belong to the base before the merge: keep what attach(W, entries...) returns and unmerge "
-                         "that");
+      check_no_magnitude(
+          operation, all,
+          "its norms belong to the base before the merge: keep what attach(W, entries...) returns and unmerge "
+          "that");
     return lora::merge(view, lora::attach(view, core_with_magnitude(all)));
   });
 }
@@ -284,8 +286,7 @@ merge_report merge_stack(const View& stack, const list<T>& all) {
 template <class T>
 void check_mixable(const char* operation, const list<T>& all) {
   check_usable(operation, all);
-  check_no_magnitude(operation, all,
-                     "it also scales the base's part: attach(W, entries...) once, and pass what it returns");
+  check_no_magnitude(operation, all, "it also scales the base's part: attach(W, entries...) once, and pass what it returns");
 }
 
 }  // namespace entry_detail

@@ -76,7 +76,8 @@ class tensor_store {
     }
     tensors_.push_back({std::move(name), dtype, std::move(shape), {}});
   }
-  void add(std::string name, safetensors::dtype dtype, std::vector<std::uint64_t> shape, const std::vector<std::byte>& bytes) {
+  void add(std::string name, safetensors::dtype dtype, std::vector<std::uint64_t> shape,
+           const std::vector<std::byte>& bytes) {
     bytes_.push_back(bytes);
     tensors_.push_back({std::move(name), dtype, std::move(shape), {}});
   }
@@ -163,12 +164,14 @@ class entry_writer {
   }
 
   void add(const char* suffix, safetensors::dtype dtype, shape extents, const T* values, index_t count) {
-    store_.add<T>(path_ + suffix, dtype, std::move(extents), [&](std::size_t k) { return values[k]; },
-                  static_cast<std::size_t>(count));
+    store_.add<T>(
+        path_ + suffix, dtype, std::move(extents), [&](std::size_t k) { return values[k]; },
+        static_cast<std::size_t>(count));
   }
   void add_vector(const char* suffix, safetensors::dtype dtype, const std::vector<T>& values, const shape& extents) {
     if (!values.empty())
-      add(suffix, dtype, extents.empty() ? shape{values.size()} : extents, values.data(), static_cast<index_t>(values.size()));
+      add(suffix, dtype, extents.empty() ? shape{values.size()} : extents, values.data(),
+          static_cast<index_t>(values.size()));
   }
 
   tensor_store& store_;
@@ -321,14 +324,15 @@ class config_writer {
 template <scalar T>
 void check(const adapter_file<T>& file) {
   if (!file.left_out().empty() || !file.passed_over().empty())
-    lora::detail::raise_value("peft::write",
-                              "the file was read without " +
-                                  io_detail::printable(file.left_out().empty() ? file.passed_over().front() : file.left_out().front()) +
-                                  ", which would be lost: read it strictly and whole");
+    lora::detail::raise_value("peft::write", "the file was read without " +
+                                                 io_detail::printable(file.left_out().empty() ? file.passed_over().front()
+                                                                                              : file.left_out().front()) +
+                                                 ", which would be lost: read it strictly and whole");
   for (const auto& [name, e] : file)
     if (e.change() != file.config().change && e.kind() == entry_kind::linear)
-      lora::detail::raise_value("peft::write", name + " was converted, but the config still says that PEFT changes the base "
-                                                      "(init_lora_weights, kasa_config): write it with make_file");
+      lora::detail::raise_value("peft::write", name +
+                                                   " was converted, but the config still says that PEFT changes the base "
+                                                   "(init_lora_weights, kasa_config): write it with make_file");
 }
 
 }  // namespace write_detail
@@ -343,9 +347,10 @@ std::vector<std::byte> tensor_bytes(const adapter_file<T>& file) {
   for (const auto& each : file.replacements()) store.add(prefix + each.key, each.dtype, each.shape, each.bytes);
   for (const auto& [name, rows] : file.token_rows()) {
     const auto& values = rows.values();
-    store.template add<T>(prefix + name + ".token_adapter.trainable_tokens_delta", file.row_dtype(name),
-                          {write_detail::extent(values.rows()), write_detail::extent(values.cols())},
-                          [&](std::size_t k) { return values.data()[k]; }, static_cast<std::size_t>(values.size()));
+    store.template add<T>(
+        prefix + name + ".token_adapter.trainable_tokens_delta", file.row_dtype(name),
+        {write_detail::extent(values.rows()), write_detail::extent(values.cols())},
+        [&](std::size_t k) { return values.data()[k]; }, static_cast<std::size_t>(values.size()));
   }
   return safetensors::to_bytes(store.tensors(), {{"format", "pt"}});
 }
@@ -359,7 +364,8 @@ std::string config_text(const adapter_file<T>& file) {
 
 /// Writes a directory; see the top of this file. It is created when it is not there.
 template <scalar T>
-void write(const std::filesystem::path& directory, const adapter_file<T>& file, const safetensors::write_options& options = {}) {
+void write(const std::filesystem::path& directory, const adapter_file<T>& file,
+           const safetensors::write_options& options = {}) {
   const auto bytes = tensor_bytes(file);
   const auto text = config_text(file);
   std::error_code failure;

@@ -50,9 +50,7 @@ tensor tensor_of(std::string name, std::vector<std::uint64_t> shape, std::span<c
 }
 
 /// A tensor of a file that was read, to be written again.
-inline tensor tensor_of(const entry& t) {
-  return {std::string(t.name), t.dtype, {t.shape.begin(), t.shape.end()}, t.bytes};
-}
+inline tensor tensor_of(const entry& t) { return {std::string(t.name), t.dtype, {t.shape.begin(), t.shape.end()}, t.bytes}; }
 
 using metadata_map = std::map<std::string, std::string, std::less<>>;
 
@@ -88,11 +86,10 @@ inline void check_tensor(const tensor& t) {
   const auto needed = io_detail::bytes_of(t.shape, t.dtype);
   if (t.name == "__metadata__") lora::detail::raise_value("safetensors::write", "a tensor must not be called __metadata__");
   if (!needed || *needed != t.bytes.size())
-    lora::detail::raise_value("safetensors::write",
-                              io_detail::in_quotes(t.name) + " is " + std::string(name_of(t.dtype)) + " " +
-                                  io_detail::shape_list(t.shape) + ", which takes " +
-                                  (needed ? std::to_string(*needed) : "no countable number of") + " bytes, but has " +
-                                  std::to_string(t.bytes.size()));
+    lora::detail::raise_value("safetensors::write", io_detail::in_quotes(t.name) + " is " + std::string(name_of(t.dtype)) +
+                                                        " " + io_detail::shape_list(t.shape) + ", which takes " +
+                                                        (needed ? std::to_string(*needed) : "no countable number of") +
+                                                        " bytes, but has " + std::to_string(t.bytes.size()));
 }
 
 /// The reference's order. Throws value_error for a name that is there twice.

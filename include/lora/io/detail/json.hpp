@@ -223,8 +223,7 @@ class json_scanner {
     if (source_.text.substr(0, 3) == "\xEF\xBB\xBF")
       refuse("a byte order mark", "JSON text begins without one: save it as plain UTF-8");
     skip_space();
-    if (at_ == source_.text.size())
-      refuse("the JSON text ends too early", source_.text.empty() ? "the text is empty" : "");
+    if (at_ == source_.text.size()) refuse("the JSON text ends too early", source_.text.empty() ? "the text is empty" : "");
     value();
     while (!open_.empty()) inside();
     skip_space();

@@ -93,7 +93,8 @@ inline void output_file::open(std::uint64_t size) {
   if (descriptor_ < 0) refuse("a folder that can be written", "", errno);
   if (replaces) ::fchmod(descriptor_, old.st_mode & 07777u);
 #if defined(__linux__)
-  if (const int code = size == 0 ? 0 : ::posix_fallocate(descriptor_, 0, static_cast<off_t>(size)); code == ENOSPC || code == EFBIG) {
+  if (const int code = size == 0 ? 0 : ::posix_fallocate(descriptor_, 0, static_cast<off_t>(size));
+      code == ENOSPC || code == EFBIG) {
     abandon();
     refuse("room for " + std::to_string(size) + " bytes", "", code);
   }

@@ -69,8 +69,9 @@ inline constexpr std::array peft_name_meanings = std::to_array<name_meaning>({
 });
 
 /// Names of embeddings whose weight PEFT saves with an adapter that changes or resizes them.
-inline constexpr std::array embedding_names = std::to_array<std::string_view>(
-    {"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings", "shared", "embeddings", "tok_embeddings"});
+inline constexpr std::array embedding_names =
+    std::to_array<std::string_view>({"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings", "shared",
+                                     "embeddings", "tok_embeddings"});
 
 /// The part of a path behind its last dot.
 inline std::string_view last_segment(std::string_view path) { return path.substr(path.rfind('.') + 1); }
@@ -135,7 +136,8 @@ class peft_keys {
       if (path.find(".lora_") != std::string_view::npos) break;
       auto& module = modules_.try_emplace(std::string(path)).first->second;
       const bool factor = p.where == &module_tensors::A || p.where == &module_tensors::B;
-      if (module.*p.where != nullptr || (factor && (module.A != nullptr || module.B != nullptr) && module.embedding != p.embedding))
+      if (module.*p.where != nullptr ||
+          (factor && (module.A != nullptr || module.B != nullptr) && module.embedding != p.embedding))
         refuse(t, "one adapter for a module", "a second tensor of the same part, " + in_quotes((module.any())->name), "");
       module.*p.where = &t;
       if (factor) module.embedding = p.embedding;
@@ -193,7 +195,8 @@ class peft_keys {
   /// PEFT writes some biases of saved modules twice; the copies must agree, or which is meant is not known.
   void check_copies() const {
     for (const auto& copy : replacing_) {
-      if (copy.why != replacing_tensor::reason::unused_copy || copy.tensor->name.find(".original_module.") != std::string_view::npos)
+      if (copy.why != replacing_tensor::reason::unused_copy ||
+          copy.tensor->name.find(".original_module.") != std::string_view::npos)
         continue;
       const auto same = std::find_if(replacing_.begin(), replacing_.end(), [&](const auto& r) {
         return r.name == copy.name && r.why == replacing_tensor::reason::saved_module;

@@ -132,7 +132,8 @@ class peft_modules {
     return {peft::entry_kind::parameter, name, name};
   }
 
-  std::vector<std::string> in_order(const std::string& module, std::vector<std::string> names, const module_tensors& t) const {
+  std::vector<std::string> in_order(const std::string& module, std::vector<std::string> names,
+                                    const module_tensors& t) const {
     const auto& order = options_.parameter_order;
     std::vector<std::string> result;
     for (const auto& each : order)
@@ -147,7 +148,8 @@ class peft_modules {
   [[noreturn]] void refuse(const module_tensors& t, std::string expected, std::string found, std::string hint = "") const {
     refuse(*t.any(), std::move(expected), std::move(found), std::move(hint));
   }
-  [[noreturn]] void refuse(const safetensors::entry& t, std::string expected, std::string found, std::string hint = "") const {
+  [[noreturn]] void refuse(const safetensors::entry& t, std::string expected, std::string found,
+                           std::string hint = "") const {
     detail::raise(format_error({.path = tensors_.name(),
                                 .item = std::string(t.name),
                                 .offset = t.offset,

@@ -60,7 +60,7 @@ inline std::string shape_list(std::span<const std::uint64_t> shape) {
 
 /// One tensor, without memory of its own: a header can name more than a million.
 struct header_entry {
-  std::uint64_t begin = 0, end = 0;        // in the data
+  std::uint64_t begin = 0, end = 0;          // in the data
   std::uint32_t name_at = 0, name_size = 0;  // in header::names
   std::uint32_t shape_at = 0;                // in header::shapes
   std::uint32_t offset = 0;                  // of the name, in the file: at most 8 + 100,000,000
@@ -363,7 +363,8 @@ class name_order {
     for (std::size_t k = 1; k < h_.tensors.size() && length > 0; ++k) {
       const std::string_view other = name(k);
       length = static_cast<std::size_t>(
-          std::mismatch(first.begin(), first.begin() + static_cast<std::ptrdiff_t>(std::min(length, other.size())), other.begin())
+          std::mismatch(first.begin(), first.begin() + static_cast<std::ptrdiff_t>(std::min(length, other.size())),
+                        other.begin())
               .first -
           first.begin());
     }
@@ -372,8 +373,7 @@ class name_order {
   std::uint64_t key(std::size_t k) const {
     const std::string_view rest = name(k).substr(shared_);
     std::uint64_t result = 0;
-    for (std::size_t i = 0; i < 8; ++i)
-      result = result << 8 | (i < rest.size() ? static_cast<unsigned char>(rest[i]) : 0u);
+    for (std::size_t i = 0; i < 8; ++i) result = result << 8 | (i < rest.size() ? static_cast<unsigned char>(rest[i]) : 0u);
     return result;
   }
 
