@@ -139,7 +139,7 @@ TEST_CASE("an unknown key is refused unless it asks for nothing or the caller vo
   for (const std::string value : {"null", "false", "\"\"", "[]", "{}"})
     CHECK(parse(config("\"use_new\":" + value)).ignored_keys == std::vector<std::string>{"use_new"});
   CHECK(parse(config("\"use_new\":7"), {.ignore_keys = {"use_new"}}).ignored_keys == std::vector<std::string>{"use_new"});
-  refused([] { (void)parse(config("\"use_dora\":true"), {.ignore_keys = {"use_dora"}}); }, {"use_dora"});
+  refused([] { (void)parse(config("\"use_qalora\":true"), {.ignore_keys = {"use_qalora"}}); }, {"use_qalora"});
 }
 
 TEST_CASE("alpha beside lora_alpha must say the same", "[peft][config]") {
