@@ -1,16 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
-# Headers, a CMake package and a pkg-config file. lora::io is a target set of its own: a program that does not read files
-# does not need nlohmann-json to find the package.
+# Headers, a CMake package and a pkg-config file.
 include(GNUInstallDirs)
 include(CMakePackageConfigHelpers)
 set(lora_package_dir "${CMAKE_INSTALL_DATADIR}/cmake/lora")
 
 install(TARGETS lora_lora EXPORT lora-core FILE_SET HEADERS)
 install(EXPORT lora-core NAMESPACE lora:: FILE lora-core.cmake DESTINATION "${lora_package_dir}")
-if(TARGET lora_io)
-  install(TARGETS lora_io EXPORT lora-io FILE_SET HEADERS)
-  install(EXPORT lora-io NAMESPACE lora:: FILE lora-io.cmake DESTINATION "${lora_package_dir}")
-endif()
+install(TARGETS lora_io EXPORT lora-io FILE_SET HEADERS)
+install(EXPORT lora-io NAMESPACE lora:: FILE lora-io.cmake DESTINATION "${lora_package_dir}")
 
 configure_package_config_file(cmake/lora-config.cmake.in "${PROJECT_BINARY_DIR}/lora-config.cmake"
   INSTALL_DESTINATION "${lora_package_dir}")

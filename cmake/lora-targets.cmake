@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-# lora::lora (needs Eigen) and lora::io (needs also nlohmann-json; absent where that is not found).
+# lora::lora (the core) and lora::io (the files). Both need Eigen alone.
 
 # Without a version: Eigen 5 would refuse a request for 3.4.
 find_package(Eigen3 REQUIRED NO_MODULE)
@@ -19,6 +19,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/batch.hpp
   include/lora/concepts.hpp
   include/lora/delta.hpp
+  include/lora/dora.hpp
   include/lora/detail/convert.hpp
   include/lora/detail/factors.hpp
   include/lora/detail/memory.hpp
@@ -42,33 +43,40 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/merge.hpp
   include/lora/packed_adapter.hpp
   include/lora/packed_weight.hpp
+  include/lora/residual.hpp
+  include/lora/rounding.hpp
+  include/lora/rows.hpp
   include/lora/scaled.hpp
   include/lora/scaling.hpp
   include/lora/tensor_view.hpp
+  include/lora/through.hpp
   include/lora/version.hpp
   include/lora/workspace.hpp)
 
-find_package(nlohmann_json 3.10 QUIET)
-if(nlohmann_json_FOUND)
-  add_library(lora_io INTERFACE)
-  add_library(lora::io ALIAS lora_io)
-  set_target_properties(lora_io PROPERTIES EXPORT_NAME io)
-  target_link_libraries(lora_io INTERFACE lora_lora nlohmann_json::nlohmann_json)
-  target_sources(lora_io INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DIR}/include" FILES
-    include/lora/io/detail/input_file.hpp
-    include/lora/io/detail/json.hpp
-    include/lora/io/detail/json_tree.hpp
-    include/lora/io/detail/module_pattern.hpp
-    include/lora/io/detail/pattern.hpp
-    include/lora/io/detail/peft_keys.hpp
-    include/lora/io/detail/safetensors_header.hpp
-    include/lora/io/detail/text.hpp
-    include/lora/io/dtype.hpp
-    include/lora/io/format_error.hpp
-    include/lora/io/peft.hpp
-    include/lora/io/peft_config.hpp
-    include/lora/io/peft_entry.hpp
-    include/lora/io/safetensors.hpp)
-else()
-  message(STATUS "lora: nlohmann_json not found, so no target lora::io (the file readers)")
-endif()
+add_library(lora_io INTERFACE)
+add_library(lora::io ALIAS lora_io)
+set_target_properties(lora_io PROPERTIES EXPORT_NAME io)
+target_link_libraries(lora_io INTERFACE lora_lora)
+target_sources(lora_io INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DIR}/include" FILES
+  include/lora/io/detail/input_file.hpp
+  include/lora/io/detail/json.hpp
+  include/lora/io/detail/json_text.hpp
+  include/lora/io/detail/json_tree.hpp
+  include/lora/io/detail/module_pattern.hpp
+  include/lora/io/detail/output_file.hpp
+  include/lora/io/detail/pattern.hpp
+  include/lora/io/detail/peft_keys.hpp
+  include/lora/io/detail/peft_modules.hpp
+  include/lora/io/detail/safetensors_header.hpp
+  include/lora/io/detail/text.hpp
+  include/lora/io/dtype.hpp
+  include/lora/io/format_error.hpp
+  include/lora/io/peft.hpp
+  include/lora/io/peft_config.hpp
+  include/lora/io/peft_convert.hpp
+  include/lora/io/peft_entry.hpp
+  include/lora/io/peft_inventory.hpp
+  include/lora/io/peft_verbs.hpp
+  include/lora/io/peft_write.hpp
+  include/lora/io/safetensors.hpp
+  include/lora/io/safetensors_write.hpp)

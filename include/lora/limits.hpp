@@ -104,7 +104,6 @@ class limits_probe {
     LORA_DETAIL_UNROLL
     for (int i = 0; i < 8; ++i) sum[i] = v::zero();
     for (const float* const end = p + share_; p != end; p += step) {
-      prefetch(p + 2048);
       LORA_DETAIL_UNROLL
       for (int i = 0; i < 8; ++i) sum[i] = v::multiply_add(v::load(p + i * v::width), one, sum[i]);
     }

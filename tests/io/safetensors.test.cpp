@@ -102,7 +102,7 @@ TEST_CASE("a well-formed file is read as it is", "[safetensors]") {
 TEST_CASE("iteration follows the data, names() the alphabet", "[safetensors]") {
   const parsed p(safetensors("{" + entry("a", "U8", "[1]", "[2,3]") + "," + entry("b", "U8", "[2]", "[0,2]") + "}", 3));
   std::vector<std::string> order;
-  for (const auto& t : p.file) order.push_back(t.name);
+  for (const auto& t : p.file) order.emplace_back(t.name);
   CHECK(order == std::vector<std::string>{"b", "a"});
   CHECK(p.file.names() == std::vector<std::string_view>{"a", "b"});
 }

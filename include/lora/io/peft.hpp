@@ -1,16 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // lora::peft::read<T = float>(directory)   a LoRA adapter as Hugging Face PEFT saves it: adapter_config.json and
-//                                          adapter_model.safetensors, as a map from module names to adapters
+//                                          adapter_model.safetensors, as a map from module names to entries
 //
 //   const auto file = lora::peft::read("adapters/style");
 //   lora::merge(W, file.at("model.layers.0.self_attn.q_proj"));
+//   for (const auto& each : file.replacements()) ...              // tensors that replace ones of the base
+//   for (const auto& [embedding, rows] : file.token_rows()) ...   // trained rows of embeddings
 //
-// Names are the modules' without base_model.model. Each entry holds A [rank, in] and B [out, rank], widened exactly to T, and
-// the scaling that PEFT would use: alpha / r or alpha / sqrt(r), with rank_pattern and alpha_pattern (the first key that
-// fits wins). Linear layers and Conv1D (fan_in_fan_out) are read. Whatever else a config or a tensor asks for (DoRA, biases,
-// embeddings, convolutions, whole modules, other kinds of adapters) is refused by name: no tensor is passed over in silence.
-// Values are not looked at: NaN passes, and merge_checked finds it.
+// Names are the modules' without base_model.model. Each entry holds A [rank, in] and B [out, rank], widened exactly to T, the
+// scaling that PEFT would use (alpha / r or alpha / sqrt(r), with rank_pattern and alpha_pattern: the first key that fits wins)
+// and whatever else the file has for the module: docs/formats.md has the table of every kind. What cannot be right from the
+// files alone is refused with what is missing: no tensor is passed over in silence. read_options has what a caller may know
+// beyond the files, and `lenient`, which follows PEFT and lists what it let pass. Values are not looked at: NaN passes, and
+// merge_checked finds it.
 //
 //   throws   format_error naming the file and the tensor or key; std::bad_alloc.
 #pragma once
@@ -25,19 +28,60 @@
 #include <vector>
 
 #include "lora/io/detail/peft_keys.hpp"
+#include "lora/io/detail/peft_modules.hpp"
 #include "lora/io/format_error.hpp"
 #include "lora/io/peft_config.hpp"
 #include "lora/io/peft_entry.hpp"
+#include "lora/io/peft_verbs.hpp"
 #include "lora/io/safetensors.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::peft {
 
-/// The adapters of one file by module name, in byte order of the names. Immutable.
+/// A tensor of the file that replaces one of the base: values, not a difference. Owns its bytes.
+struct replacement {
+  enum class reason {
+    saved_module,  ///< of modules_to_save: the whole module is another
+    bias,          ///< a trained bias (bias = "all" or "lora_only")
+    embedding,     ///< an embedding's weight, saved because it was adapted or resized
+    unused_copy,   ///< written by PEFT beside the value that counts; not to be applied
+  };
+  std::string name;  ///< of the base's tensor
+  std::string key;   ///< in the file, without base_model.model.
+  reason why;
+  safetensors::dtype dtype;
+  std::vector<std::uint64_t> shape;
+  std::vector<std::byte> bytes;
+
+  bool applies() const { return why != reason::unused_copy; }
+  /// The values, widened exactly. Throws value_error for a dtype whose values T does not hold.
+  template <scalar T>
+  std::vector<T> values() const {
+    std::vector<T> result;
+    if (!safetensors::widen_to(dtype, bytes, result))
+      lora::detail::raise_value("peft::replacement::values",
+                                key + " is " + std::string(name_of(dtype)) + ", whose values this type does not hold");
+    return result;
+  }
+};
+
+/// The adapters of one file by module name, in byte order of the names, and everything else that the file changes. Immutable.
 template <scalar T>
 class adapter_file {
  public:
-  adapter_file(peft::config config, std::map<std::string, entry<T>, std::less<>> entries, std::vector<std::string> left_out)
-      : config_(std::move(config)), entries_(std::move(entries)), left_out_(std::move(left_out)) {}
+  using entry_map = std::map<std::string, entry<T>, std::less<>>;
+  using row_map = std::map<std::string, replaced_rows<T>, std::less<>>;
+  struct rest {
+    std::vector<replacement> replacements = {};
+    row_map token_rows = {};
+    std::map<std::string, safetensors::dtype, std::less<>> row_dtypes = {};  ///< in which the rows were stored
+    std::vector<std::string> left_out = {}, passed_over = {};
+    bool prefixed = true;
+  };
+
+  adapter_file(peft::config config, entry_map entries, std::vector<std::string> left_out)
+      : adapter_file(std::move(config), std::move(entries), rest{.left_out = std::move(left_out)}) {}
+  adapter_file(peft::config config, entry_map entries, rest more = {})
+      : config_(std::move(config)), entries_(std::move(entries)), more_(std::move(more)) {}
 
   const peft::config& config() const { return config_; }
   std::size_t size() const { return entries_.size(); }
@@ -61,15 +105,29 @@ class adapter_file {
                                   (near.empty() ? "; the file has none" : "; near: " + io_detail::listed(near)));
   }
 
+  /// Tensors that replace ones of the base, in byte order of their keys.
+  const std::vector<replacement>& replacements() const { return more_.replacements; }
+  /// Trained rows of embeddings (trainable_token_indices), by the embedding's name.
+  const row_map& token_rows() const { return more_.token_rows; }
+  /// The format in which the file had those of an embedding; that of T for others.
+  safetensors::dtype row_dtype(std::string_view embedding) const {
+    const auto found = more_.row_dtypes.find(embedding);
+    return found == more_.row_dtypes.end() ? safetensors::dtype_of<T>() : found->second;
+  }
+
   /// Config keys that were passed over (see read_options::ignore_keys).
   const std::vector<std::string>& ignored_keys() const { return config_.ignored_keys; }
   /// Tensors of whole modules that were left out (see read_options::leave_out_saved_modules).
-  const std::vector<std::string>& left_out() const { return left_out_; }
+  const std::vector<std::string>& left_out() const { return more_.left_out; }
+  /// What read_options::lenient let pass, in words.
+  const std::vector<std::string>& passed_over() const { return more_.passed_over; }
+  /// Whether the file's names begin with base_model.model.
+  bool prefixed() const { return more_.prefixed; }
 
  private:
   peft::config config_;
-  std::map<std::string, entry<T>, std::less<>> entries_;
-  std::vector<std::string> left_out_;
+  entry_map entries_;
+  rest more_;
 };
 
 namespace read_detail {
@@ -79,59 +137,252 @@ template <scalar T>
 class assembler {
  public:
   assembler(const config& c, const safetensors::file& tensors, const read_options& options)
-      : config_(c), tensors_(tensors), keys_(c, tensors, options.leave_out_saved_modules) {}
+      : config_(c), tensors_(tensors), options_(options), keys_(c, tensors, options), modules_(c, keys_, tensors, options) {}
 
   adapter_file<T> run() {
     check_pattern_work();
-    std::map<std::string, entry<T>, std::less<>> entries;
-    for (const auto& [module, pair] : keys_.modules()) entries.emplace_hint(entries.end(), module, one(module, pair));
-    if (entries.empty())
+    for (const auto& [path, t] : keys_.modules()) add(path, t);
+    for (const auto& each : keys_.replacing()) add_replacement(each);
+    for (const auto& [module, t] : keys_.token_rows()) add_rows(module, *t);
+    if (entries_.empty() && more_.token_rows.empty())
       lora::detail::raise(format_error(
           {.path = tensors_.name(), .expected = "tensors named ...lora_A.weight and ...lora_B.weight", .found = "none"}));
-    return {config_, std::move(entries), keys_.left_out()};
+    more_.left_out = keys_.left_out();
+    more_.passed_over.insert(more_.passed_over.begin(), keys_.passed_over().begin(), keys_.passed_over().end());
+    more_.prefixed = keys_.prefixed();
+    return {config_, std::move(entries_), std::move(more_)};
   }
 
  private:
   using matrix = lora::detail::row_major_matrix<T>;
 
-  entry<T> one(const std::string& module, const io_detail::factor_pair& pair) const {
-    if (pair.A == nullptr) missing(*pair.B, module, "lora_A.weight");
-    if (pair.B == nullptr) missing(*pair.A, module, "lora_B.weight");
-    check_shapes(module, *pair.A, *pair.B);
-    const matrix A = widened(*pair.A), B = widened(*pair.B);
-    return {module, lora::adapter<T>(A, B, config_.scaling_of(module)), config_.fan_in_fan_out};
+  void add(const std::string& path, const io_detail::module_tensors& t) {
+    const auto what = modules_.identify(path, t);
+    if (!modules_.would_load(what)) {
+      if (!options_.lenient)
+        refuse(*t.any(), "an adapter of a module that target_modules selects", "one that it does not",
+               "PEFT would ignore this tensor; read_options::lenient does too");
+      more_.passed_over.push_back("module " + io_detail::in_quotes(what.name) + ": not selected by target_modules");
+      return;
+    }
+    if (t.A == nullptr)
+      refuse(*t.any(), "a tensor " + path + suffix(t, 'A') + " beside it", "none", "the file is incomplete");
+    if (t.B == nullptr) {
+      if (!options_.lenient)
+        refuse(*t.A, "a tensor " + path + suffix(t, 'B') + " beside it", "none", "the file is incomplete");
+      more_.passed_over.push_back("module " + io_detail::in_quotes(what.name) + ": no lora_B, which PEFT takes as zero");
+      return;
+    }
+    auto parts = factors_of(path, what, t);
+    add_extras(parts, t);
+    parts.shared_with = modules_.shared_with(what.name, *t.A);
+    if (entries_.contains(what.name)) refuse(*t.A, "one adapter for " + io_detail::in_quotes(what.name), "two", "");
+    entries_.emplace(what.name, entry<T>(std::move(parts)));
+  }
+  static std::string suffix(const io_detail::module_tensors& t, char factor) {
+    return t.embedding ? std::string(".lora_embedding_") + factor : std::string(".lora_") + factor + ".weight";
   }
 
-  void check_shapes(const std::string& module, const safetensors::entry& A, const safetensors::entry& B) const {
-    check_matrix(A);
-    check_matrix(B);
-    const auto r = static_cast<std::uint64_t>(config_.rank_of(module));
-    if (A.shape[0] != r)
-      refuse(A, "rank " + std::to_string(r) + ", as the config says for this module, as its first dimension", A.text(),
-             "the config and the tensors do not belong together, or rank_pattern lacks this module");
-    if (B.shape[1] != r)
-      refuse(B, "rank " + std::to_string(r) + ", as the config says for this module, as its second dimension", B.text(),
-             "the config and the tensors do not belong together, or rank_pattern lacks this module");
+  // ---- the factors
+  entry_parts<T> factors_of(const std::string& path, const io_detail::adapted& what, const io_detail::module_tensors& t) {
+    entry_parts<T> parts;
+    parts.name = what.name;
+    parts.path = path;
+    parts.kind = what.kind;
+    parts.scale = config_.scaling_of(what.looked_up);
+    parts.dtype_A = t.A->dtype;
+    parts.dtype_B = t.B->dtype;
+    parts.fan_in_fan_out = what.kind == entry_kind::linear      ? config_.fan_in_fan_out
+                           : what.kind == entry_kind::parameter ? options_.parameters_in_out
+                                                                : false;
+    parts.twice = what.kind == entry_kind::attention_out && options_.attention_out_proj_twice;
+    const index_t rank = config_.rank_of(what.looked_up);
+    if (what.kind == entry_kind::convolution)
+      convolution(parts, t, rank);
+    else if (what.kind == entry_kind::parameter)
+      experts(parts, t, rank);
+    else
+      matrices(parts, t, rank);
+    return parts;
   }
 
-  void check_matrix(const safetensors::entry& t) const {
+  lora::adapter<T> adapter_of(const entry_parts<T>& parts, const matrix& A, const matrix& B, index_t rank) const {
+    const double s = resolve(parts.scale, rank);
+    return {A, B, {.alpha = parts.twice ? 2 * s : s, .rule = scaling_rule::fixed}};
+  }
+
+  void matrices(entry_parts<T>& parts, const io_detail::module_tensors& t, index_t rank) {
+    check_matrix(*t.A);
+    check_matrix(*t.B);
+    choose_packing(parts, *t.A);
+    const auto r = static_cast<std::uint64_t>(rank);
+    const auto blocks = static_cast<std::uint64_t>(parts.blocks);
+    if (t.A->shape[0] != r) refuse_rank(*t.A, rank, "first");
+    const bool packed_B = parts.packed == packed_factor::B;
+    if (t.B->shape[1] != (packed_B ? r / blocks : r)) refuse_rank(*t.B, rank, "second");
+    matrix A = widened(*t.A), B = widened(*t.B);
+    if (parts.packed != packed_factor::none) {
+      const auto& packed = packed_B ? *t.B : *t.A;
+      if (packed.shape[0] % blocks != 0 || r % blocks != 0)
+        refuse(packed, "rows and a rank that " + std::to_string(blocks) + " blocks divide", packed.text(), "");
+      (packed_B ? B : A) = spread(packed_B ? B : A, parts.blocks);
+    }
+    parts.experts.push_back(adapter_of(parts, A, B, rank));
+  }
+
+  /// The blocks below each other in `packed`, on the diagonal.
+  static matrix spread(const matrix& packed, index_t blocks) {
+    const index_t rows = packed.rows() / blocks;
+    matrix result = matrix::Zero(packed.rows(), packed.cols() * blocks);
+    for (index_t b = 0; b < blocks; ++b)
+      result.block(b * rows, b * packed.cols(), rows, packed.cols()) = packed.middleRows(b * rows, rows);
+    return result;
+  }
+
+  void choose_packing(entry_parts<T>& parts, const safetensors::entry& t) const {
+    if (!config_.bd || parts.kind != entry_kind::linear) return;
+    const auto last = io_detail::last_segment(parts.name);
+    const auto in = [&](const std::vector<std::string>& names) {
+      return std::any_of(names.begin(), names.end(), [&](const auto& n) { return last.find(n) != std::string_view::npos; });
+    };
+    const bool in_A = in(config_.bd->in_A), in_B = in(config_.bd->in_B);
+    if (in_A == in_B && (in_A || config_.bd->strict))
+      refuse(t, "a module that use_bdlora puts in one of target_modules_bd_a and target_modules_bd_b",
+             in_A ? "one in both" : "one in neither", "");
+    if (!in_A && !in_B) return;
+    parts.packed = in_A ? packed_factor::A : packed_factor::B;
+    parts.blocks = static_cast<index_t>(config_.bd->blocks);
+  }
+
+  /// A [r, channels, kernel...], B [out, r / groups, 1...]. With groups, the blocks of B go on the diagonal, so that U = A * x
+  /// over all channels and B * U are what PEFT computes.
+  void convolution(entry_parts<T>& parts, const io_detail::module_tensors& t, index_t rank) {
+    const auto& A = t.A->shape;
+    const auto& B = t.B->shape;
+    check_not_empty(*t.A);
+    check_not_empty(*t.B);
+    const auto r = static_cast<std::uint64_t>(rank);
+    if (A.size() < 3 || A.size() > 5) refuse(*t.A, "the kernel of a convolution, of 3 to 5 dimensions", t.A->text(), "");
+    if (A[0] != r) refuse_rank(*t.A, rank, "first");
+    const bool ones = std::all_of(B.begin() + std::min<std::ptrdiff_t>(2, static_cast<std::ptrdiff_t>(B.size())), B.end(),
+                                  [](auto extent) { return extent == 1; });
+    if (B.size() != A.size() || !ones)
+      refuse(*t.B, "a kernel of 1 in every direction, with " + std::to_string(A.size()) + " dimensions", t.B->text(), "");
+    if (r % B[1] != 0) refuse(*t.B, "a second dimension that divides the rank " + std::to_string(rank), t.B->text(), "");
+    parts.groups = static_cast<index_t>(r / B[1]);
+    if (B[0] % (r / B[1]) != 0)
+      refuse(*t.B, "outputs that the " + std::to_string(parts.groups) + " groups divide", t.B->text(), "");
+    parts.in_channels = static_cast<index_t>(A[1]);
+    for (std::size_t k = 2; k < A.size(); ++k) parts.kernel.push_back(static_cast<index_t>(A[k]));
+    const matrix lora_A = widened(*t.A);
+    const matrix lora_B = widened(*t.B);
+    parts.experts.push_back(adapter_of(parts, lora_A, parts.groups == 1 ? lora_B : spread(lora_B, parts.groups), rank));
+  }
+
+  /// A has the ranks of the experts one after the other, expert by expert; B the experts of each rank, rank by rank.
+  void experts(entry_parts<T>& parts, const io_detail::module_tensors& t, index_t rank) {
+    check_matrix(*t.A);
+    check_matrix(*t.B);
+    const auto r = static_cast<std::uint64_t>(rank);
+    if (t.A->shape[0] % r != 0) refuse_rank(*t.A, rank, "a multiple of it as its first");
+    if (t.B->shape[1] != t.A->shape[0])
+      refuse(*t.B, "as many columns as lora_A has rows, " + std::to_string(t.A->shape[0]), t.B->text(), "");
+    const auto count = static_cast<index_t>(t.A->shape[0] / r);
+    const matrix A = widened(*t.A), B = widened(*t.B);
+    parts.experts.reserve(static_cast<std::size_t>(count));
+    for (index_t e = 0; e < count; ++e) {
+      matrix of_expert(B.rows(), rank);
+      for (index_t k = 0; k < rank; ++k) of_expert.col(k) = B.col(k * count + e);
+      parts.experts.push_back(adapter_of(parts, A.middleRows(e * rank, rank), of_expert, rank));
+    }
+  }
+
+  // ---- what a module has beside factors
+  void add_extras(entry_parts<T>& parts, const io_detail::module_tensors& t) {
+    const auto out = static_cast<std::uint64_t>(parts.experts.front().out_features());
+    const auto rank = static_cast<std::uint64_t>(parts.experts.front().rank());
+    extra(parts.bias, parts.dtype_bias, t, t.bias, config_.lora_bias, "lora_bias", ".lora_B.bias", out, parts.name);
+    extra(parts.magnitude, parts.dtype_magnitude, t, t.magnitude, config_.use_dora, "use_dora", ".lora_magnitude_vector",
+          out, parts.name);
+    const bool kasa = config_.change == base_change::kasa && parts.kind == entry_kind::linear;
+    extra(parts.diagonal, parts.dtype_diagonal, t, t.diagonal, kasa, "kasa_config", ".lora_diag", rank, parts.name);
+    if (parts.kind == entry_kind::linear) parts.change = config_.change;
+  }
+
+  void extra(std::vector<T>& values, safetensors::dtype& dtype, const io_detail::module_tensors& t,
+             const safetensors::entry* tensor, bool asked_for, const char* key, const char* suffix, std::uint64_t size,
+             const std::string& module) {
+    if (tensor == nullptr && !asked_for) return;
+    if (tensor == nullptr)
+      refuse(*t.A, "a tensor " + module + suffix + " beside it, for " + key, "none", "the file is incomplete");
+    if (!asked_for) {
+      if (!options_.lenient)
+        refuse(*tensor, std::string(key) + " in the config, for this tensor", "none",
+               "PEFT would ignore this tensor; read_options::lenient does too");
+      more_.passed_over.push_back("tensor " + io_detail::in_quotes(tensor->name) + ": the config does not ask for it");
+      return;
+    }
     std::uint64_t elements = 1;
-    for (const auto extent : t.shape) elements = extent == 0 ? 0 : elements;
-    if (elements == 0)
+    for (const auto extent : tensor->shape) elements *= extent;  // cannot overflow: the reader counted the bytes
+    if (elements != size) refuse(*tensor, std::to_string(size) + " values", tensor->text(), "");
+    check_holds(*tensor);
+    values = tensors_.template copy<T>(tensor->name);
+    dtype = tensor->dtype;
+  }
+
+  void add_replacement(const io_detail::replacing_tensor& each) {
+    const auto& t = *each.tensor;
+    replacement result{each.name,
+                       std::string(keys_.prefixed() ? t.name.substr(io_detail::peft_keys::prefix.size()) : t.name),
+                       static_cast<replacement::reason>(each.why),
+                       t.dtype,
+                       {t.shape.begin(), t.shape.end()},
+                       {t.bytes.begin(), t.bytes.end()}};
+    more_.replacements.push_back(std::move(result));
+  }
+
+  void add_rows(const std::string& module, const safetensors::entry& t) {
+    check_matrix(t);
+    const std::vector<index_t>* ids = nullptr;
+    for (const auto& [name, numbers] : config_.trainable_tokens)
+      if (name.empty() || config_detail::is_or_ends_with(module, name)) ids = &numbers;
+    if (ids == nullptr) refuse(t, "trainable_token_indices in the config for " + io_detail::in_quotes(module), "none", "");
+    if (ids->size() != t.shape[0])
+      refuse(t, "a row for each of the " + std::to_string(ids->size()) + " tokens of the config", t.text(), "");
+    if (entries_.find(module) != entries_.end())
+      refuse(t, "an embedding with trained rows or with an adapter", "one with both",
+             "which of them wins for a trained row is not defined");
+    auto sorted = *ids;
+    std::sort(sorted.begin(), sorted.end());
+    if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end())
+      refuse(t, "every token of trainable_token_indices once", "one twice", "");
+    more_.token_rows.emplace(module, replaced_rows<T>(*ids, widened(t)));
+    more_.row_dtypes.emplace(module, t.dtype);
+  }
+
+  // ---- tensors
+  void check_not_empty(const safetensors::entry& t) const {
+    if (t.bytes.empty())
       refuse(t, "values", t.text(),
              "an empty tensor: saved from a sharded model (DeepSpeed ZeRO-3) without gathering its parts");
-    if (t.shape.size() > 2) refuse(t, "two dimensions", t.text(), "adapters of convolutions are not supported");
-    if (t.shape.size() < 2) refuse(t, "two dimensions", t.text(), "");
   }
-
-  matrix widened(const safetensors::entry& t) const {
+  void check_matrix(const safetensors::entry& t) const {
+    check_not_empty(t);
+    if (t.shape.size() != 2) refuse(t, "two dimensions", t.text(), "");
+  }
+  void check_holds(const safetensors::entry& t) const {
     if (!safetensors::holds_exactly<T>(t.dtype))
       refuse(t, std::string(name_of(safetensors::dtype_of<T>())) + " or a type whose every value it holds", t.text(),
              t.dtype == safetensors::dtype::f64   ? "read<double>() keeps every value"
              : t.dtype == safetensors::dtype::f32 ? "read<float>() keeps every value"
                                                   : "");
+  }
+  /// First dimension x product of the others.
+  matrix widened(const safetensors::entry& t) const {
+    check_holds(t);
     const auto values = tensors_.template copy<T>(t.name);
-    return Eigen::Map<const matrix>(values.data(), static_cast<index_t>(t.shape[0]), static_cast<index_t>(t.shape[1]));
+    const auto rows = static_cast<index_t>(t.shape[0]);
+    return Eigen::Map<const matrix>(values.data(), rows, static_cast<index_t>(values.size()) / rows);
   }
 
   /// Patterns are looked up for every module. Both come from files, so their product is bounded.
@@ -149,12 +400,13 @@ class assembler {
                                         .hint = "use plain names, or fewer patterns"}));
   }
 
-  [[noreturn]] void missing(const safetensors::entry& other, const std::string& module, const char* factor) const {
-    refuse(other, "a tensor " + module + "." + factor + " beside it", "none", "the file is incomplete");
+  [[noreturn]] void refuse_rank(const safetensors::entry& t, index_t rank, const char* dimension) const {
+    refuse(t, "rank " + std::to_string(rank) + ", as the config says for this module, as its " + dimension + " dimension",
+           t.text(), "the config and the tensors do not belong together, or rank_pattern lacks this module");
   }
   [[noreturn]] void refuse(const safetensors::entry& t, std::string expected, std::string found, std::string hint) const {
     lora::detail::raise(format_error({.path = tensors_.name(),
-                                      .item = t.name,
+                                      .item = std::string(t.name),
                                       .offset = t.offset,
                                       .expected = std::move(expected),
                                       .found = std::move(found),
@@ -163,7 +415,11 @@ class assembler {
 
   const config& config_;
   const safetensors::file& tensors_;
+  const read_options& options_;
   io_detail::peft_keys keys_;
+  io_detail::peft_modules modules_;
+  typename adapter_file<T>::entry_map entries_;
+  typename adapter_file<T>::rest more_;
 };
 
 /// Where an adapter's file lies, or a format_error that says what is there instead.

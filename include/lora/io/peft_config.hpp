@@ -9,6 +9,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <map>
+#include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
@@ -61,6 +63,25 @@ struct module_selection {
   std::optional<std::vector<std::string>> names = {};
 };
 
+/// Which of the base's biases the adapter's file holds.
+enum class trained_biases { none, all, lora_only };
+
+/// What PEFT does to the base's weight when it loads the adapter. Only `none` leaves the stored factors the whole adapter;
+/// the others are made plain with converted() (lora/io/peft_convert.hpp).
+enum class base_change {
+  none,
+  pissa,  ///< its principal part is subtracted
+  olora,  ///< the part of its first columns is subtracted
+  kasa,   ///< its smallest components are dropped
+};
+
+/// BD-LoRA: the modules whose A or B is block-diagonal and stored as its blocks. Entries are parts of a module's last name.
+struct block_diagonal {
+  std::uint64_t blocks = 1;
+  std::vector<std::string> in_A, in_B;
+  bool strict = true;  ///< a module in neither list is an error
+};
+
 /// The config, with PEFT's defaults for keys that are absent.
 struct config {
   std::string path;  ///< for messages
@@ -74,9 +95,20 @@ struct config {
   std::vector<std::uint64_t> layers_to_transform;
   std::vector<std::string> layers_pattern;
   std::vector<std::string> modules_to_save;
+  std::vector<std::string> target_parameters;
+  trained_biases bias = trained_biases::none;
+  bool use_dora = false, lora_bias = false, ensure_weight_tying = false;
+  base_change change = base_change::none;
+  std::optional<block_diagonal> bd;
+  /// [begin, end) of the base's layers, one behind the other.
+  std::vector<std::pair<std::uint64_t, std::uint64_t>> layer_replication;
+  /// Rows of embeddings by the module's name, or under "" for the input embedding.
+  std::map<std::string, std::vector<index_t>> trainable_tokens;
   std::string task_type, base_model_name_or_path, revision, peft_version;
   std::string init_lora_weights = "true";
   std::vector<std::string> ignored_keys;  ///< not known here: without a value that asks for something, or vouched for
+  /// The keys as they were read, for writing them back; null for a config that was not read.
+  std::shared_ptr<const io_detail::json_node> source;
 
   /// The rank and the scaling (alpha with its rule) of one module.
   index_t rank_of(std::string_view module) const { return rank_pattern.find(module).value_or(r); }
@@ -85,7 +117,7 @@ struct config {
   }
 };
 
-/// What a caller knows beyond the files.
+/// What a caller knows beyond the files, and how strict to be.
 struct read_options {
   /// Whether the base stores its weights as [in, out] (GPT-2's Conv1D). PEFT corrects this word of the config when it sees
   /// the base; a reader of files cannot.
@@ -95,6 +127,16 @@ struct read_options {
   /// Read the adapters of a file that also holds whole modules (modules_to_save), and leave those out. They are listed by
   /// adapter_file::left_out(); without them the model is not the one that was trained.
   bool leave_out_saved_modules = false;
+  /// Follow PEFT where it passes over things: unknown config keys, tensors that it would not use, a missing lora_B (which is
+  /// zero then). adapter_file::passed_over() lists each. What PEFT refuses, and what would be random, stays an error.
+  bool lenient = false;
+  /// target_parameters: the names of a module's parameters in the order in which the module registers them, for modules
+  /// with more than one adapted parameter. Their names are not in the file, only their nesting, which follows that order.
+  std::vector<std::string> parameter_order = {};
+  /// target_parameters: whether the base stores them as [expert, in, out] (a module with is_transposed).
+  bool parameters_in_out = false;
+  /// PEFT up to 0.21 adds the delta of an attention's out_proj twice, also while it trains. True: the same function, W + 2 D.
+  bool attention_out_proj_twice = false;
 };
 
 /// Whether the config selects a module by name, as PEFT 0.21 decides it: not excluded, not in modules_to_save, named by
@@ -148,22 +190,32 @@ inline constexpr std::array known_keys = std::to_array<known_key>({
     {"qalora_group_size", meaning::no_effect},
     {"runtime_config", meaning::no_effect},
     {"merge_weights", meaning::no_effect},
-    {"use_dora", meaning::refused},
-    {"lora_bias", meaning::refused},
+    {"use_dora", meaning::handled},
+    {"lora_bias", meaning::handled},
     {"use_qalora", meaning::refused},
     {"alora_invocation_tokens", meaning::refused},
-    {"layer_replication", meaning::refused},
-    {"target_parameters", meaning::refused},
-    {"trainable_token_indices", meaning::refused},
-    {"ensure_weight_tying", meaning::refused},
+    {"layer_replication", meaning::handled},
+    {"target_parameters", meaning::handled},
+    {"trainable_token_indices", meaning::handled},
+    {"ensure_weight_tying", meaning::handled},
     {"enable_lora", meaning::refused},
-    {"use_bdlora", meaning::refused_also_empty},
-    {"kasa_config", meaning::refused_also_empty},
+    {"use_bdlora", meaning::handled},
+    {"kasa_config", meaning::handled},
     {"arrow_config", meaning::refused_also_empty},
 });
 
-/// Initializations that leave the base as it is, so that the stored factors are the whole adapter. The others (pissa,
-/// olora, corda, loftq, lora_ga, kasa) also change the base when PEFT loads the adapter.
+/// Why a variant is refused.
+inline std::string reason_of(std::string_view key) {
+  if (key == "alora_invocation_tokens")
+    return "the adapter applies only from its invocation tokens on, so it is no change of a weight";
+  if (key == "use_qalora")
+    return "its lora_A takes means of groups of inputs beside a quantized base, which is not supported";
+  if (key == "arrow_config") return "each token is routed over several adapters, so it is no change of a weight";
+  return "this variant of LoRA is not supported";
+}
+
+/// Initializations that leave the base as it is, so that the stored factors are the whole adapter. pissa and olora change the
+/// base in a way that can be computed again; the others (pissa_niter_N, corda, loftq, lora_ga) depend on random numbers or data.
 inline constexpr std::array<std::string_view, 6> harmless_inits{"true", "false", "gaussian", "eva", "orthogonal", "mica"};
 
 inline constexpr std::array<std::string_view, 6> task_types{"SEQ_CLS",   "SEQ_2_SEQ_LM", "CAUSAL_LM",
@@ -183,7 +235,9 @@ class reader {
     read_numbers();
     read_patterns();
     read_modules();
+    read_variants();
     read_texts();
+    result_.source = std::make_shared<const json_node>(root_);
     return std::move(result_);
   }
 
@@ -203,16 +257,16 @@ class reader {
   void check_key(const std::string& key, const json_node& value) {
     const auto known = std::find_if(known_keys.begin(), known_keys.end(), [&](const auto& k) { return k.name == key; });
     if (known == known_keys.end()) return check_unknown(key, value);
-    const bool off = value.kind == json_kind::null || (value.kind == json_kind::boolean && !value.boolean);
+    const bool off = is_off(value);
     if (known->what == meaning::refused && !value.asks_for_nothing())
-      refuse(value, key, "null or false", value.text(), "this variant of LoRA is not supported");
+      refuse(value, key, "null or false", value.text(), reason_of(key));
     if (known->what == meaning::refused_also_empty && !off)
-      refuse(value, key, "null or false", value.text(), "this variant of LoRA is not supported");
+      refuse(value, key, "null or false", value.text(), reason_of(key));
   }
 
   void check_unknown(const std::string& key, const json_node& value) {
     const auto& vouched = options_.ignore_keys;
-    if (!value.asks_for_nothing() && std::find(vouched.begin(), vouched.end(), key) == vouched.end())
+    if (!options_.lenient && !value.asks_for_nothing() && std::find(vouched.begin(), vouched.end(), key) == vouched.end())
       refuse(value, key, "a key that this version knows", value.text(),
              "if it does not change the arithmetic, name it in read_options::ignore_keys");
     result_.ignored_keys.push_back(key);
@@ -283,17 +337,113 @@ class reader {
     for (const auto& item : layers->items) add(item);
   }
 
-  void read_texts() {
+  // ---- variants
+  void read_variants() {
+    result_.use_dora = flag("use_dora");
+    result_.lora_bias = flag("lora_bias");
+    result_.ensure_weight_tying = flag("ensure_weight_tying");
+    result_.target_parameters = names("target_parameters");
+    read_bias();
+    read_init();
+    read_block_diagonal();
+    read_layer_replication();
+    read_tokens();
+    if (result_.use_dora && result_.lora_bias)
+      refuse(*value_of("lora_bias"), "lora_bias", "false beside use_dora", "true", "PEFT refuses the two together");
+  }
+
+  void read_bias() {
     const auto* bias = value_of("bias");
-    if (bias != nullptr && bias->kind != json_kind::null && (bias->kind != json_kind::string || bias->string != "none"))
-      refuse(*bias, "bias", "\"none\"", bias->text(), "adapters that train the base's biases are not supported");
-    if (const auto* init = value_of("init_lora_weights"); init != nullptr && init->kind != json_kind::null) {
-      result_.init_lora_weights = init->kind == json_kind::string ? init->string : init->text();
-      if (std::find(harmless_inits.begin(), harmless_inits.end(), result_.init_lora_weights) == harmless_inits.end())
-        refuse(*init, "init_lora_weights", "an initialization that leaves the base as it is", init->text(),
-               "PEFT also changes the base weights when it loads this adapter: convert it with "
-               "path_initial_model_for_weight_conversion of save_pretrained");
+    if (bias == nullptr || bias->kind == json_kind::null) return;
+    if (bias->kind == json_kind::string && bias->string == "none") return;
+    const bool all = bias->kind == json_kind::string && bias->string == "all";
+    if (!all && (bias->kind != json_kind::string || bias->string != "lora_only"))
+      refuse(*bias, "bias", "\"none\", \"all\" or \"lora_only\"", bias->text(), "");
+    result_.bias = all ? trained_biases::all : trained_biases::lora_only;
+  }
+
+  void read_init() {
+    if (const auto* kasa = value_of("kasa_config"); kasa != nullptr && !is_off(*kasa)) result_.change = base_change::kasa;
+    const auto* init = value_of("init_lora_weights");
+    if (init == nullptr || init->kind == json_kind::null) return;
+    result_.init_lora_weights = init->kind == json_kind::string ? init->string : init->text();
+    const std::string& name = result_.init_lora_weights;
+    if (std::find(harmless_inits.begin(), harmless_inits.end(), name) != harmless_inits.end()) return;
+    if (name != "pissa" && name != "olora")
+      refuse(
+          *init, "init_lora_weights", "an initialization that leaves the base as it is, pissa or olora", init->text(),
+          "PEFT also changes the base when it loads this adapter, in a way that the files do not determine (random numbers, "
+          "data): convert it with path_initial_model_for_weight_conversion of save_pretrained");
+    if (result_.change != base_change::none) refuse(*init, "init_lora_weights", "true beside kasa_config", init->text(), "");
+    result_.change = name == "pissa" ? base_change::pissa : base_change::olora;
+  }
+
+  void read_block_diagonal() {
+    const auto* bd = value_of("use_bdlora");
+    if (bd == nullptr || is_off(*bd)) return;
+    if (bd->kind != json_kind::object) refuse(*bd, "use_bdlora", "an object or null", bd->text(), "");
+    block_diagonal result;
+    for (const auto& item : bd->items) {
+      if (item.key == "nblocks") {
+        result.blocks = static_cast<std::uint64_t>(positive(item, "use_bdlora"));
+      } else if (item.key == "match_strict") {
+        if (item.kind != json_kind::boolean) refuse(item, "use_bdlora", "match_strict as true or false", item.text(), "");
+        result.strict = item.boolean;
+      } else if (item.key == "target_modules_bd_a" || item.key == "target_modules_bd_b") {
+        if (item.kind == json_kind::null) continue;
+        if (item.kind != json_kind::array) refuse(item, "use_bdlora", "module names", item.text(), "");
+        (item.key.back() == 'a' ? result.in_A : result.in_B) = list(item, "use_bdlora");
+      } else if (!item.asks_for_nothing() && !options_.lenient) {
+        refuse(item, "use_bdlora", "a key that this version knows", in_quotes(item.key), "");
+      }
     }
+    result_.bd = std::move(result);
+  }
+
+  void read_layer_replication() {
+    const auto* map = value_of("layer_replication");
+    if (map == nullptr || map->asks_for_nothing()) return;
+    const auto bad = [&](const json_node& at) {
+      refuse(at, "layer_replication", "pairs [begin, end) of layer numbers", at.text(), "");
+    };
+    if (map->kind != json_kind::array) bad(*map);
+    std::uint64_t layers = 0;
+    for (const auto& pair : map->items) {
+      if (pair.kind != json_kind::array || pair.items.size() != 2) bad(pair);
+      for (const auto& number : pair.items)
+        if (number.kind != json_kind::unsigned_integer || number.unsigned_integer > 100'000) bad(number);
+      const auto begin = pair.items[0].unsigned_integer, end = pair.items[1].unsigned_integer;
+      if (end <= begin || (layers += end - begin) > 1'000'000) bad(pair);
+      result_.layer_replication.emplace_back(begin, end);
+    }
+  }
+
+  void read_tokens() {
+    const auto* tokens = value_of("trainable_token_indices");
+    if (tokens == nullptr || tokens->asks_for_nothing()) return;
+    const auto ids = [&](const json_node& array) {
+      std::vector<index_t> result;
+      if (array.kind != json_kind::array)
+        refuse(array, "trainable_token_indices", "token numbers, or an object of them", array.text(), "");
+      for (const auto& id : array.items) {
+        if (id.kind != json_kind::unsigned_integer || id.unsigned_integer > 0x7fffffffu)
+          refuse(id, "trainable_token_indices", "token numbers", id.text(), "");
+        result.push_back(static_cast<index_t>(id.unsigned_integer));
+      }
+      return result;
+    };
+    if (tokens->kind != json_kind::object) {
+      result_.trainable_tokens.emplace("", ids(*tokens));
+    } else {
+      for (const auto& item : tokens->items) result_.trainable_tokens.emplace(item.key, ids(item));
+    }
+  }
+
+  static bool is_off(const json_node& value) {
+    return value.kind == json_kind::null || (value.kind == json_kind::boolean && !value.boolean);
+  }
+
+  void read_texts() {
     result_.task_type = text("task_type");
     if (!result_.task_type.empty() && std::find(task_types.begin(), task_types.end(), result_.task_type) == task_types.end())
       refuse(*value_of("task_type"), "task_type", "one of PEFT's " + io_detail::listed(task_types),

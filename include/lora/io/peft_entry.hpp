@@ -1,71 +1,195 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One module's adapter out of a PEFT file, with what the file says of the base's storage, and the merges that honour it:
-// merge, unmerge, merged and merge_checked take W as the base stores it.
-//
-// PEFT's fan_in_fan_out says that the base stores W as [in, out] (GPT-2's Conv1D). The factors do not tell: they are always
-// A [rank, in] and B [out, rank], and a square W fits both ways. An entry is therefore not itself an adapter that a verb
-// takes (a verb would ignore the word); it has one.
+// One module's adapter out of a PEFT file, with everything the file says of it. An entry is more than factors: how the base
+// stores its weight, a bias of its own, a magnitude, a kernel, several experts. So it is not an adapter that a verb of the core
+// takes (a verb would ignore the rest); lora/io/peft_verbs.hpp has the verbs that honour all of it.
 #pragma once
 
+#include <algorithm>
+#include <cstdint>
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
 #include "lora/adapter.hpp"
-#include "lora/merge.hpp"
+#include "lora/io/dtype.hpp"
+#include "lora/io/peft_config.hpp"
 #include "lora/scaled.hpp"
 
-namespace lora::inline LORA_DETAIL_ABI {
-namespace peft {
+namespace lora::inline LORA_DETAIL_ABI::peft {
 
-/// A module's name (without base_model.model.), its factors with their resolved scaling, and the orientation of the base's
-/// weight. Owns the factors; immutable.
+enum class entry_kind {
+  linear,         ///< a Linear or Conv1D module: <name>.weight, out x in (in x out with fan_in_fan_out)
+  embedding,      ///< <name>.weight, vocabulary x features: the delta weight is its transpose
+  convolution,    ///< <name>.weight, out x in/groups x kernel, flattened to out x (in * kernel)
+  attention_in,   ///< in_proj of a MultiheadAttention: <name>_weight, 3 E x E
+  attention_out,  ///< out_proj of a MultiheadAttention
+  parameter,      ///< a bare parameter, also a stack of experts: <name>, [experts,] out x in (or in x out)
+};
+
+inline const char* name_of(entry_kind kind) {
+  switch (kind) {
+    case entry_kind::linear: return "linear";
+    case entry_kind::embedding: return "embedding";
+    case entry_kind::convolution: return "convolution";
+    case entry_kind::attention_in: return "attention in_proj";
+    case entry_kind::attention_out: return "attention out_proj";
+    case entry_kind::parameter: return "parameter";
+  }
+  return "";
+}
+
+/// Which factor of BD-LoRA is stored as its blocks.
+enum class packed_factor { none, A, B };
+
+/// What an entry consists of; fields that do not apply stay as they are.
+template <scalar T>
+struct entry_parts {
+  std::string name;  ///< of the module, or of the parameter
+  std::string path;  ///< PEFT's key before .lora_A: the name, with base_layer where wrappers are nested
+  entry_kind kind = entry_kind::linear;
+  /// One, or one for each expert.
+  std::vector<lora::adapter<T>> experts;
+  lora::scaling scale{.alpha = 1, .rule = scaling_rule::fixed};  ///< as the config has it
+  bool fan_in_fan_out = false;                                   ///< the base stores in x out
+  std::vector<T> bias = {};                                      ///< of lora_B
+  std::vector<T> magnitude = {};                                 ///< of DoRA
+  std::vector<T> diagonal = {};                                  ///< of KaSA, between B and A
+  base_change change = base_change::none;
+  std::vector<index_t> kernel = {};  ///< of a convolution
+  index_t in_channels = 0;           ///< of a convolution: of lora_A, which sees all of them
+  index_t groups = 1;                ///< of a convolution
+  packed_factor packed = packed_factor::none;
+  index_t blocks = 1;
+  bool twice = false;            ///< read_options::attention_out_proj_twice
+  std::string shared_with = {};  ///< the base's module, when replicated layers share its weight
+  safetensors::dtype dtype_A = safetensors::dtype_of<T>(), dtype_B = dtype_A, dtype_bias = dtype_A,
+                     dtype_magnitude = dtype_A, dtype_diagonal = dtype_A;
+};
+
+/// Owns what it holds; immutable.
 template <scalar T>
 class entry {
  public:
+  explicit entry(entry_parts<T> parts) : p_(std::move(parts)) {
+    if (p_.experts.empty()) lora::detail::raise_value("peft::entry", "an entry needs an adapter");
+    if (p_.path.empty()) p_.path = p_.name;
+  }
+  /// A plain adapter of a linear layer.
   entry(std::string name, lora::adapter<T> factors, bool fan_in_fan_out)
-      : name_(std::move(name)), factors_(std::move(factors)), fan_in_fan_out_(fan_in_fan_out) {}
+      : entry(plain_parts(name, factors, fan_in_fan_out)) {}
 
-  const std::string& name() const { return name_; }
-  index_t in_features() const { return factors_.in_features(); }
-  index_t out_features() const { return factors_.out_features(); }
+  const entry_parts<T>& parts() const { return p_; }
+  const std::string& name() const { return p_.name; }
+  entry_kind kind() const { return p_.kind; }
+  /// The base's tensor that the delta weight belongs to.
+  std::string weight_name() const {
+    if (p_.kind == entry_kind::parameter) return p_.name;
+    return p_.name + (p_.kind == entry_kind::attention_in ? "_weight" : ".weight");
+  }
+  /// The base's tensor that lora_bias() belongs to.
+  std::string bias_name() const { return p_.name + (p_.kind == entry_kind::attention_in ? "_bias" : ".bias"); }
+
+  index_t rank() const { return p_.experts.front().rank(); }
+  double scaling() const { return p_.experts.front().scaling(); }
+  index_t in_features() const { return p_.experts.front().in_features(); }
+  index_t out_features() const { return p_.experts.front().out_features(); }
   /// The base stores W as [in, out].
-  bool fan_in_fan_out() const { return fan_in_fan_out_; }
+  bool fan_in_fan_out() const { return p_.fan_in_fan_out; }
+  index_t experts() const { return static_cast<index_t>(p_.experts.size()); }
 
-  /// The adapter, for a weight that the caller views as out x in whatever the orientation: W, or W.transpose().
-  const lora::adapter<T>& factors() const { return factors_; }
+  /// Values that lora_B adds to its output before the scaling; empty without lora_bias.
+  const std::vector<T>& lora_bias() const { return p_.bias; }
+  /// One for each output; empty without DoRA.
+  const std::vector<T>& magnitude() const { return p_.magnitude; }
+  peft::base_change change() const { return p_.change; }
+  const std::vector<index_t>& kernel() const { return p_.kernel; }
+  index_t in_channels() const { return p_.in_channels; }
+  index_t groups() const { return p_.groups; }
+  /// The base's module whose weight several replicated layers use; empty when this layer has a weight of its own.
+  const std::string& shared_with() const { return p_.shared_with; }
 
-  /// The adapter, for a caller who passes W as it is stored. Throws value_error when that would be the wrong way round.
+  /// The low-rank factors alone, for a weight that the caller views as out x in (W, W.transpose(), a kernel flattened). What
+  /// else the entry holds is the caller's to add. Throws value_error for a stack of experts: see expert().
+  const lora::adapter<T>& factors() const {
+    if (p_.experts.size() != 1)
+      lora::detail::raise_value("peft::entry::factors",
+                                p_.name + " is a stack of " + std::to_string(p_.experts.size()) + " experts: use expert(k)");
+    return p_.experts.front();
+  }
+  /// The factors of one expert. Throws value_error when there is no such.
+  const lora::adapter<T>& expert(index_t k) const {
+    if (k < 0 || k >= experts())
+      lora::detail::raise_value("peft::entry::expert",
+                                p_.name + " has " + std::to_string(experts()) + " experts, not one " + std::to_string(k));
+    return p_.experts[static_cast<std::size_t>(k)];
+  }
+
+  /// The adapter, for a caller who passes W as it is stored. Throws value_error when the entry is more than that, or the
+  /// weight is stored the other way round.
   const lora::adapter<T>& plain() const {
-    if (fan_in_fan_out_)
-      lora::detail::raise_value("peft::entry::plain", "the base stores the weight of " + name_ +
+    const std::string more = what_else();
+    if (!more.empty())
+      lora::detail::raise_value("peft::entry::plain",
+                                p_.name + " has " + more + ": use the verbs of lora/io/peft_verbs.hpp, or factors()");
+    if (p_.fan_in_fan_out || p_.kind == entry_kind::embedding)
+      lora::detail::raise_value("peft::entry::plain", "the base stores the weight of " + p_.name +
                                                           " as in_features x out_features (fan_in_fan_out): pass "
                                                           "W.transpose() and factors(), or merge(W, entry)");
-    return factors_;
+    return factors();
+  }
+
+  /// What makes the entry more than a low-rank delta of one weight, in words; empty when nothing does.
+  std::string what_else() const {
+    std::string result;
+    const auto add = [&](bool holds, const std::string& what) {
+      if (holds) result += (result.empty() ? "" : ", ") + what;
+    };
+    add(!p_.bias.empty(), "a bias (lora_bias)");
+    add(!p_.magnitude.empty(), "a magnitude (DoRA)");
+    add(p_.change != base_change::none, "a change of the base (" + std::string(change_name(p_.change)) + ")");
+    add(p_.groups > 1, "a convolution with groups");
+    add(p_.experts.size() > 1, "several experts");
+    add(!p_.shared_with.empty(), "a weight that replicated layers share");
+    return result;
+  }
+  static const char* change_name(peft::base_change change) {
+    constexpr const char* names[] = {"none", "PiSSA", "OLoRA", "KaSA"};
+    return names[static_cast<std::size_t>(change)];
   }
 
  private:
-  std::string name_;
-  lora::adapter<T> factors_;
-  bool fan_in_fan_out_;
+  static entry_parts<T> plain_parts(std::string& name, lora::adapter<T>& factors, bool fan_in_fan_out) {
+    entry_parts<T> parts;
+    parts.name = std::move(name);
+    parts.scale = {.alpha = factors.scaling(), .rule = scaling_rule::fixed};
+    parts.experts.push_back(std::move(factors));
+    parts.fan_in_fan_out = fan_in_fan_out;
+    return parts;
+  }
+
+  entry_parts<T> p_;
 };
 
-/// weight * (an entry). Looks at the entry, which must outlive it.
+/// weight * (an entry): the delta and the bias at that strength; a magnitude stays. Looks at the entry, which must outlive it.
 template <scalar T>
 class scaled_entry {
  public:
-  scaled_entry(double weight, const entry<T>& of) : factors_(weight, of.factors()), entry_(&of) {}
+  scaled_entry(double weight, const entry<T>& of) : weight_(weight), entry_(&of) {
+    if (!lora::detail::is_finite(weight)) lora::detail::raise_value("scaled", "the weight is not finite");
+  }
+  double weight() const { return weight_; }
+  const entry<T>& of() const { return *entry_; }
+
   const std::string& name() const { return entry_->name(); }
   index_t in_features() const { return entry_->in_features(); }
   index_t out_features() const { return entry_->out_features(); }
   bool fan_in_fan_out() const { return entry_->fan_in_fan_out(); }
-  const scaled_adapter<lora::adapter<T>>& factors() const { return factors_; }
-  double weight() const { return factors_.weight(); }
-  const entry<T>& of() const { return *entry_; }
+  scaled_adapter<lora::adapter<T>> factors() const { return {weight_, entry_->factors()}; }
 
  private:
-  scaled_adapter<lora::adapter<T>> factors_;
+  double weight_;
   const entry<T>* entry_;
 };
 
@@ -82,51 +206,11 @@ template <class E>
 concept adapter_entry = entry_detail::is_entry<std::remove_cvref_t<E>>;
 
 static_assert(!low_rank<entry<float>> && !low_rank<scaled_entry<float>>,
-              "an entry must not pass as an adapter: its orientation would be ignored");
+              "an entry must not pass as an adapter: what else it holds would be ignored");
 
-namespace entry_detail {
+}  // namespace lora::inline LORA_DETAIL_ABI::peft
 
-/// Throws value_error when the entries disagree on how one weight is stored.
-template <class First, class... Rest>
-bool common_orientation(const char* operation, const First& first, const Rest&... rest) {
-  [[maybe_unused]] const auto agree = [&](const auto& other) {
-    if (other.fan_in_fan_out() != first.fan_in_fan_out())
-      lora::detail::raise_value(
-          operation, "the config of one adapter says fan_in_fan_out and the other's does not, for " + first.name() +
-                         " and " + other.name() +
-                         "; one weight is stored one way: read them with read_options::fan_in_fan_out");
-  };
-  (agree(rest), ...);
-  return first.fan_in_fan_out();
-}
-
-/// Throws shape_error, with a way out when W only fits the other way round.
-template <class View, class E>
-void check_shape(const char* operation, const View& stored, const E& e) {
-  const bool swapped = e.fan_in_fan_out();
-  const index_t rows = swapped ? e.in_features() : e.out_features();
-  const index_t cols = swapped ? e.out_features() : e.in_features();
-  if (stored.rows() == rows && stored.cols() == cols) return;
-  std::string what = "the weight of " + e.name() + " is " + lora::detail::shape_text<index_t>(stored.rows(), stored.cols()) +
-                     " and the adapter is for " + lora::detail::shape_text(rows, cols);
-  if (stored.rows() == cols && stored.cols() == rows)
-    what += swapped ? "; it fits transposed: the config says fan_in_fan_out, but this base stores out x in: read with "
-                      "{.fan_in_fan_out = false}"
-                    : "; it fits transposed: this base stores in x out (fan_in_fan_out, as GPT-2 does) and the config does "
-                      "not say so: read with {.fan_in_fan_out = true}";
-  lora::detail::raise_shape(operation, what);
-}
-
-/// verb(out x in view of the stored weight, factors...)
-template <class View, class Verb, class... E>
-auto oriented(const char* operation, const View& stored, const Verb& verb, const E&... e) {
-  const bool swapped = common_orientation(operation, e...);
-  (check_shape(operation, stored, e), ...);
-  return swapped ? verb(stored.transpose(), e.factors()...) : verb(stored, e.factors()...);
-}
-
-}  // namespace entry_detail
-}  // namespace peft
+namespace lora::inline LORA_DETAIL_ABI {
 
 /// The entry at weight times its own scaling, as a view. Throws value_error when the weight is not finite.
 template <scalar T>
@@ -138,45 +222,6 @@ void scaled(double weight, peft::entry<T>&& temporary) = delete;  // the view wo
 template <scalar T>
 auto scaled(double weight, const peft::scaled_entry<T>& e) {
   return peft::scaled_entry<T>(weight * e.weight(), e.of());
-}
-
-/// merge(W, entries...): as lora::merge, with W as the base stores it. Throws also value_error when the entries disagree on
-/// that.
-template <class M, peft::adapter_entry... E>
-  requires matrix_like<M> && (sizeof...(E) > 0)
-merge_report merge(M&& W, const E&... e) {
-  detail::refuse_temporary<M>();
-  return peft::entry_detail::oriented(
-      "merge", detail::output_view(W), [](const auto& view, const auto&... l) { return lora::merge(view, l...); }, e...);
-}
-
-/// unmerge(W, entries...): as lora::unmerge, with W as the base stores it.
-template <class M, peft::adapter_entry... E>
-  requires matrix_like<M> && (sizeof...(E) > 0)
-merge_report unmerge(M&& W, const E&... e) {
-  detail::refuse_temporary<M>();
-  return peft::entry_detail::oriented(
-      "unmerge", detail::output_view(W), [](const auto& view, const auto&... l) { return lora::unmerge(view, l...); }, e...);
-}
-
-/// merge_checked(W, entries...): as lora::merge_checked, with W as the base stores it.
-template <class M, peft::adapter_entry... E>
-  requires matrix_like<M> && (sizeof...(E) > 0)
-void merge_checked(M&& W, const E&... e) {
-  detail::refuse_temporary<M>();
-  peft::entry_detail::oriented(
-      "merge_checked", detail::output_view(W), [](const auto& view, const auto&... l) { lora::merge_checked(view, l...); },
-      e...);
-}
-
-/// merged(W, entries...): as lora::merged; the result is stored as W is.
-template <class M, peft::adapter_entry... E>
-  requires matrix_like<M> && (sizeof...(E) > 0)
-auto merged(const M& W, const E&... e) {
-  const auto stored = as_matrix(W);
-  auto result = lora::merged(stored);  // a copy; merging in place then needs no second one
-  merge(result, e...);
-  return result;
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

@@ -52,14 +52,14 @@ class json_tree_builder {
  public:
   json_tree_builder(std::string_view path, json_node& root) : path_(path), open_{&root} {}
 
-  void key(std::string& name, std::uint64_t) { pending_ = std::move(name); }
+  void key(std::string_view name, std::uint64_t) { pending_ = name; }
   void scalar(const json_scalar& value, std::uint64_t offset) {
     json_node& node = place(offset);
     node.kind = value.kind;
     node.boolean = value.boolean;
     node.number = value.number;
     node.unsigned_integer = value.unsigned_integer;
-    if (value.string != nullptr) node.string = std::move(*value.string);
+    node.string = value.string;
   }
   void begin(json_kind kind, std::uint64_t offset) {
     json_node& node = place(offset);

@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The tensor names of a PEFT file: which belong to which module, and what those ask for that are not plain factors. Every
-// name ends in one of these two places.
+// The tensor names of a PEFT file: which belong to which module and which part of its adapter they are, which replace a tensor
+// of the base, and which are nothing that is known. Every name ends in one of these places.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <map>
@@ -19,28 +20,42 @@
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
-struct factor_pair {
+/// The tensors of one adapted module (or of one wrapper of it), each null when it is not there.
+struct module_tensors {
   const safetensors::entry* A = nullptr;
   const safetensors::entry* B = nullptr;
+  const safetensors::entry* bias = nullptr;
+  const safetensors::entry* magnitude = nullptr;
+  const safetensors::entry* diagonal = nullptr;
+  bool embedding = false;
+
+  const safetensors::entry* any() const {
+    for (const auto* t : {A, B, bias, magnitude, diagonal})
+      if (t != nullptr) return t;
+    return nullptr;
+  }
 };
 
-/// What a part of a tensor's name means when the tensor is not a plain factor.
+/// A tensor that replaces one of the base, under its name there.
+struct replacing_tensor {
+  enum class reason { saved_module, bias, embedding, unused_copy };
+  const safetensors::entry* tensor;
+  std::string name;
+  reason why;
+};
+
+/// What a part of a tensor's name means when nothing in the file or its config explains it.
 struct name_meaning {
   std::string_view part;
   std::string_view what;
 };
 inline constexpr std::array peft_name_meanings = std::to_array<name_meaning>({
-    {".lora_magnitude_vector", "the magnitude of DoRA, which is not supported"},
-    {".lora_embedding_", "an adapter of an embedding, which is not supported"},
-    {".lora_A.bias", "a bias of an adapter (lora_bias), which is not supported"},
-    {".lora_B.bias", "a bias of an adapter (lora_bias), which is not supported"},
-    {".lora_diag", "the diagonal of KaSA, which is not supported"},
     {".lora_E", "AdaLoRA, which is not supported"},
     {".ranknum", "AdaLoRA, which is not supported"},
-    {".trainable_tokens_delta", "rows of an embedding (trainable tokens), which are not supported"},
-    {".modules_to_save.", "a whole module (modules_to_save), which is not supported"},
-    {".base_layer.",
-     "a weight of the base, or an adapter of a parameter or of attention in one piece, which is not supported"},
+    {".modules_to_save.", "a whole module that modules_to_save does not name"},
+    {".original_module.", "the base's own copy of a module that modules_to_save does not name"},
+    {".base_layer.", "a weight of the base under an adapter, which nothing in the config asks for"},
+    {".lora_A.bias", "a bias of lora_A, which PEFT does not have"},
     {".lora_A.", "a factor under the name of an adapter: a state that was not saved with save_pretrained"},
     {".lora_B.", "a factor under the name of an adapter: a state that was not saved with save_pretrained"},
     {"lora_down", "a name of the kohya, diffusers or ComfyUI formats, which are not read yet"},
@@ -53,60 +68,170 @@ inline constexpr std::array peft_name_meanings = std::to_array<name_meaning>({
     {"hada_", "a factor of LoHa, which is not supported"},
 });
 
+/// Names of embeddings whose weight PEFT saves with an adapter that changes or resizes them.
+inline constexpr std::array embedding_names =
+    std::to_array<std::string_view>({"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings", "shared",
+                                     "embeddings", "tok_embeddings"});
+
+/// The part of a path behind its last dot.
+inline std::string_view last_segment(std::string_view path) { return path.substr(path.rfind('.') + 1); }
+/// The part before it; empty without a dot.
+inline std::string_view without_last_segment(std::string_view path) {
+  const auto dot = path.rfind('.');
+  return dot == std::string_view::npos ? std::string_view{} : path.substr(0, dot);
+}
+
 class peft_keys {
  public:
-  /// Throws format_error for the first tensor, in byte order of the names, that is not a factor.
-  peft_keys(const peft::config& config, const safetensors::file& tensors, bool leave_out_saved)
-      : config_(config), path_(tensors.name()) {
-    for (const auto name : tensors.names()) place(tensors.at(name), leave_out_saved);
+  /// Throws format_error for the first tensor, in byte order of the names, that nothing explains; with lenient they are
+  /// listed by passed_over() instead.
+  peft_keys(const peft::config& config, const safetensors::file& tensors, const peft::read_options& options)
+      : config_(config), tensors_(tensors), options_(options) {
+    for (const auto name : tensors.names()) place(tensors.at(name));
+    for (const auto* t : other_) place_other(*t);
+    check_copies();
   }
 
-  const std::map<std::string, factor_pair, std::less<>>& modules() const { return modules_; }
+  /// By PEFT's path: the module's name, with base_layer where wrappers are nested.
+  const std::map<std::string, module_tensors, std::less<>>& modules() const { return modules_; }
+  /// Trained rows by the embedding's name.
+  const std::map<std::string, const safetensors::entry*, std::less<>>& token_rows() const { return token_rows_; }
+  const std::vector<replacing_tensor>& replacing() const { return replacing_; }
   const std::vector<std::string>& left_out() const { return left_out_; }
+  const std::vector<std::string>& passed_over() const { return passed_over_; }
+  /// Whether the file's names begin with base_model.model.
+  bool prefixed() const { return prefixed_.value_or(true); }
 
- private:
   static constexpr std::string_view prefix = "base_model.model.";
 
-  void place(const safetensors::entry& t, bool leave_out_saved) {
-    std::string_view name = t.name;
-    const bool prefixed = name.starts_with(prefix);
-    if (prefixed) name.remove_prefix(prefix.size());
+ private:
+  struct part {
+    std::string_view suffix;
+    const safetensors::entry* module_tensors::*where;
+    bool embedding;
+  };
+  static constexpr std::array<part, 8> parts{{{".lora_A.weight", &module_tensors::A, false},
+                                              {".lora_B.weight", &module_tensors::B, false},
+                                              {".lora_embedding_A", &module_tensors::A, true},
+                                              {".lora_embedding_B", &module_tensors::B, true},
+                                              {".lora_B.bias", &module_tensors::bias, false},
+                                              {".lora_magnitude_vector", &module_tensors::magnitude, false},
+                                              {".lora_magnitude_vector.weight", &module_tensors::magnitude, false},
+                                              {".lora_diag", &module_tensors::diagonal, false}}};
+  static constexpr std::string_view token_suffix = ".token_adapter.trainable_tokens_delta";
+
+  std::string_view bare(const safetensors::entry& t) const {
+    return prefixed() ? t.name.substr(std::min(prefix.size(), t.name.size())) : t.name;
+  }
+
+  void place(const safetensors::entry& t) {
+    const bool prefixed = t.name.starts_with(prefix);
     if (prefixed_.value_or(prefixed) != prefixed)
       refuse(t, "all names with the prefix base_model.model., or none", prefixed ? "both" : "a name without it", "");
     prefixed_ = prefixed;
-    const bool is_A = name.ends_with(".lora_A.weight"), is_B = name.ends_with(".lora_B.weight");
-    const std::string_view module = is_A || is_B ? name.substr(0, name.size() - 14) : std::string_view{};
-    if (module.empty() || nested(module)) return place_other(t, name, leave_out_saved);
-    auto& pair = modules_.try_emplace(std::string(module)).first->second;
-    (is_A ? pair.A : pair.B) = &t;
-  }
-
-  /// x.base_layer.y: PEFT wraps a module in an adapter for another part of it.
-  static bool nested(std::string_view module) {
-    return module.find(".base_layer") != std::string_view::npos || module.starts_with("base_layer") ||
-           module.find(".lora_") != std::string_view::npos;
-  }
-
-  void place_other(const safetensors::entry& t, std::string_view name, bool leave_out_saved) {
-    const bool saved = peft::config_detail::is_saved(config_.modules_to_save, name);
-    if (saved && leave_out_saved) {
-      left_out_.push_back(t.name);
+    const std::string_view name = bare(t);
+    for (const auto& p : parts) {
+      if (!name.ends_with(p.suffix) || name.size() == p.suffix.size()) continue;
+      const auto path = name.substr(0, name.size() - p.suffix.size());
+      if (path.find(".lora_") != std::string_view::npos) break;
+      auto& module = modules_.try_emplace(std::string(path)).first->second;
+      const bool factor = p.where == &module_tensors::A || p.where == &module_tensors::B;
+      if (module.*p.where != nullptr ||
+          (factor && (module.A != nullptr || module.B != nullptr) && module.embedding != p.embedding))
+        refuse(t, "one adapter for a module", "a second tensor of the same part, " + in_quotes((module.any())->name), "");
+      module.*p.where = &t;
+      if (factor) module.embedding = p.embedding;
       return;
     }
-    if (saved)
-      refuse(t, "factors only", "a tensor of a module in modules_to_save, a whole copy that replaces the base's",
-             "not supported yet; read_options::leave_out_saved_modules reads the rest");
-    for (const auto& meaning : peft_name_meanings)
-      if (name.find(meaning.part) != std::string_view::npos)
-        refuse(t, "a name that ends in lora_A.weight or lora_B.weight", std::string(meaning.what), "");
-    refuse(t, "a name that ends in lora_A.weight or lora_B.weight", "another",
-           name.ends_with(".weight") || name.ends_with(".bias") ? "a tensor of the base model, saved with the adapter"
-                                                                : "this is not a file that PEFT wrote for LoRA");
+    if (name.ends_with(token_suffix)) {
+      token_rows_.emplace(name.substr(0, name.size() - token_suffix.size()), &t);
+      return;
+    }
+    other_.push_back(&t);
   }
 
+  /// Tensors that are no part of an adapter. All adapters are known by now.
+  void place_other(const safetensors::entry& t) {
+    const std::string_view name = bare(t);
+    const auto leaf = last_segment(name);
+    const auto module = without_last_segment(name);
+    const auto inner = last_segment(module);
+    if (inner == "modules_to_save" || inner == "original_module") {
+      const auto saved = without_last_segment(module);
+      if (peft::config_detail::is_saved(config_.modules_to_save, saved))
+        return add_replacing(t, std::string(saved) + "." + std::string(leaf), replacing_tensor::reason::unused_copy);
+    }
+    if (peft::config_detail::is_saved(config_.modules_to_save, name)) {
+      if (!options_.leave_out_saved_modules)
+        return add_replacing(t, std::string(name), replacing_tensor::reason::saved_module);
+      left_out_.emplace_back(t.name);
+      return;
+    }
+    const auto wrapped = inner == "base_layer" ? without_last_segment(module) : module;
+    const std::string base_name = std::string(wrapped) + "." + std::string(leaf);
+    if (leaf == "bias" && trains_bias_of(wrapped)) return add_replacing(t, base_name, replacing_tensor::reason::bias);
+    if (leaf == "weight" && is_saved_embedding(wrapped))
+      return add_replacing(t, base_name, replacing_tensor::reason::embedding);
+    if (options_.lenient) {
+      passed_over_.push_back("tensor " + in_quotes(t.name) + ": not a part of a LoRA adapter");
+      return;
+    }
+    refuse_unknown(t, name);
+  }
+
+  bool trains_bias_of(std::string_view module) const {
+    if (config_.bias == peft::trained_biases::none) return false;
+    return config_.bias == peft::trained_biases::all || modules_.find(module) != modules_.end();
+  }
+  bool is_saved_embedding(std::string_view module) const {
+    const auto adapted = modules_.find(module);
+    if (adapted != modules_.end() && adapted->second.embedding) return true;
+    return std::find(embedding_names.begin(), embedding_names.end(), last_segment(module)) != embedding_names.end();
+  }
+  void add_replacing(const safetensors::entry& t, std::string name, replacing_tensor::reason why) {
+    replacing_.push_back({&t, std::move(name), why});
+  }
+
+  /// PEFT writes some biases of saved modules twice; the copies must agree, or which is meant is not known.
+  void check_copies() const {
+    for (const auto& copy : replacing_) {
+      if (copy.why != replacing_tensor::reason::unused_copy ||
+          copy.tensor->name.find(".original_module.") != std::string_view::npos)
+        continue;
+      const auto same = std::find_if(replacing_.begin(), replacing_.end(), [&](const auto& r) {
+        return r.name == copy.name && r.why == replacing_tensor::reason::saved_module;
+      });
+      if (same == replacing_.end()) continue;
+      const auto& a = *copy.tensor;
+      const auto& b = *same->tensor;
+      if (a.dtype != b.dtype || !std::equal(a.bytes.begin(), a.bytes.end(), b.bytes.begin(), b.bytes.end()))
+        refuse(a, "the values of " + in_quotes(b.name) + ", of which it is a copy", "others", "");
+    }
+  }
+
+  static const name_meaning* meaning_of(std::string_view name) {
+    const auto found = std::find_if(peft_name_meanings.begin(), peft_name_meanings.end(),
+                                    [&](const auto& m) { return name.find(m.part) != std::string_view::npos; });
+    return found == peft_name_meanings.end() ? nullptr : &*found;
+  }
+  [[noreturn]] void refuse_unknown(const safetensors::entry& t, std::string_view name) const {
+    const std::string expected = "a name that ends in lora_A.weight or lora_B.weight";
+    if (const auto* meaning = meaning_of(name)) refuse(t, expected, std::string(meaning->what), "");
+    const bool of_base = name.ends_with(".weight") || name.ends_with(".bias");
+    std::string hint = of_base ? "a tensor of the base model, saved with the adapter without a word in the config "
+                                 "(modules_to_save, bias)"
+                               : "this is not a file that PEFT wrote for LoRA";
+    // The first unknown name may say nothing where a later one tells what the file is.
+    for (const auto* other : other_)
+      if (const auto* meaning = meaning_of(bare(*other))) {
+        hint = "the file has also " + in_quotes(other->name) + ": " + std::string(meaning->what);
+        break;
+      }
+    refuse(t, expected, "another", std::move(hint));
+  }
   [[noreturn]] void refuse(const safetensors::entry& t, std::string expected, std::string found, std::string hint) const {
-    detail::raise(format_error({.path = path_,
-                                .item = t.name,
+    detail::raise(format_error({.path = tensors_.name(),
+                                .item = std::string(t.name),
                                 .offset = t.offset,
                                 .expected = std::move(expected),
                                 .found = std::move(found),
@@ -114,10 +239,14 @@ class peft_keys {
   }
 
   const peft::config& config_;
-  std::string path_;
+  const safetensors::file& tensors_;
+  const peft::read_options& options_;
   std::optional<bool> prefixed_;
-  std::map<std::string, factor_pair, std::less<>> modules_;
-  std::vector<std::string> left_out_;
+  std::map<std::string, module_tensors, std::less<>> modules_;
+  std::map<std::string, const safetensors::entry*, std::less<>> token_rows_;
+  std::vector<const safetensors::entry*> other_;
+  std::vector<replacing_tensor> replacing_;
+  std::vector<std::string> left_out_, passed_over_;
 };
 
 }  // namespace lora::inline LORA_DETAIL_ABI::io_detail

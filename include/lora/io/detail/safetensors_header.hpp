@@ -24,40 +24,66 @@
 namespace lora::inline LORA_DETAIL_ABI {
 namespace safetensors {
 
-/// What a reader is willing to take. The defaults are those of the format; lower them for files from strangers.
+/// What a reader is willing to take. The defaults are those of the format, or far above every real file; lower them for
+/// files from strangers.
 struct limits {
   std::uint64_t header_bytes = 100'000'000;  ///< may be lowered, not raised: the format's own limit
   std::uint64_t tensors = 4'000'000;
-  std::uint64_t dimensions = 64;
+  std::uint64_t dimensions = 64;  ///< of one tensor; at most 65535
   std::uint64_t name_bytes = 65536;
+  std::uint64_t metadata = 65536;     ///< pairs
+  std::uint64_t other_fields = 1024;  ///< of one tensor, beside dtype, shape and data_offsets
+};
+
+/// Breaches of the format that files in the wild have, each to be allowed by its name. What was let pass is listed by
+/// file::tolerated(). The default allows none.
+struct tolerances {
+  /// Bytes behind the last tensor. They are not read. Not with fewer than eight bytes that look like uncounted_padding:
+  /// then where the data begins is not known.
+  bool trailing_bytes = false;
+  /// NUL bytes behind the header's JSON in place of spaces.
+  bool nul_padding = false;
+  /// A header that was padded with NUL bytes or spaces to a multiple of 8 without counting them in its length: the data
+  /// begins behind them.
+  bool uncounted_padding = false;
 };
 
 }  // namespace safetensors
 
 namespace io_detail {
 
-inline std::string shape_list(const std::vector<std::uint64_t>& shape) {
+inline std::string shape_list(std::span<const std::uint64_t> shape) {
   std::string result;
   for (const auto extent : shape) result += (result.empty() ? "" : ", ") + std::to_string(extent);
   return "[" + result + "]";
 }
 
+/// One tensor, without memory of its own: a header can name more than a million.
 struct header_entry {
-  std::string name;
+  std::uint64_t begin = 0, end = 0;          // in the data
+  std::uint32_t name_at = 0, name_size = 0;  // in header::names
+  std::uint32_t shape_at = 0;                // in header::shapes
+  std::uint32_t offset = 0;                  // of the name, in the file: at most 8 + 100,000,000
+  std::uint16_t dimensions = 0;
   safetensors::dtype type = safetensors::dtype::f32;
-  std::vector<std::uint64_t> shape;
-  std::uint64_t begin = 0, end = 0;  // in the data
-  std::uint64_t offset = 0;          // of the name, in the file
 };
 
 struct header {
   std::string path;
   std::uint64_t json_bytes = 0, data_bytes = 0;
+  std::uint64_t padding = 0;          // between JSON and data, not counted in json_bytes
+  std::string names;                  // of all tensors
+  std::vector<std::uint64_t> shapes;  // of all tensors
   std::vector<header_entry> tensors;  // in the order of their data
   std::vector<std::uint32_t> by_name;
-  std::map<std::string, std::string> metadata;
+  std::map<std::string, std::string, std::less<>> metadata;
+  std::vector<std::string> tolerated;
 
-  std::uint64_t data_offset() const { return 8 + json_bytes; }
+  std::uint64_t data_offset() const { return 8 + json_bytes + padding; }
+  std::string_view name_of(const header_entry& t) const { return std::string_view(names).substr(t.name_at, t.name_size); }
+  std::span<const std::uint64_t> shape_of(const header_entry& t) const {
+    return std::span(shapes).subspan(t.shape_at, t.dimensions);
+  }
 };
 
 /// What a file is that does not begin with a sensible length, by its first bytes.
@@ -105,12 +131,15 @@ class header_handler {
  public:
   header_handler(header& result, const safetensors::limits& limit) : result_(result), limit_(limit) {}
 
-  void key(std::string& name, std::uint64_t offset) {
+  void key(std::string_view name, std::uint64_t offset) {
     switch (level_) {
       case level::root: begin_item(name, offset); break;
       case level::metadata:
-        if (result_.metadata.contains(name)) refuse(offset, name, "a __metadata__ key once", "it twice");
-        metadata_key_ = std::move(name);
+        if (result_.metadata.find(name) != result_.metadata.end())
+          refuse(offset, std::string(name), "a __metadata__ key once", "it twice");
+        if (result_.metadata.size() >= limit_.metadata)
+          refuse(offset, metadata_name, "at most " + std::to_string(limit_.metadata) + " pairs", "more");
+        metadata_key_ = name;
         break;
       case level::entry: begin_field(name, offset); break;
       default: break;
@@ -127,7 +156,7 @@ class header_handler {
       case level::metadata:
         if (value.kind != json_kind::string)
           refuse(offset, metadata_name, "text under the key " + in_quotes(metadata_key_), value.text());
-        result_.metadata.emplace(std::move(metadata_key_), std::move(*value.string));
+        result_.metadata.emplace(std::move(metadata_key_), value.string);
         break;
       case level::entry: field_value(value, offset); break;
       case level::shape: add_extent(value, offset); break;
@@ -152,7 +181,7 @@ class header_handler {
     } else if (level_ == level::entry) {
       begin_field_value(kind, offset);
     } else {
-      refuse(offset, entry_.name, "unsigned integers in " + field_, json_kind_name(kind));
+      refuse(offset, "unsigned integers in " + std::string(fields[field_]), json_kind_name(kind));
     }
   }
 
@@ -163,7 +192,7 @@ class header_handler {
         break;
       case level::shape: level_ = level::entry; break;
       case level::offsets:
-        if (offsets_ != 2) refuse(offset, entry_.name, "two data_offsets", std::to_string(offsets_));
+        if (offsets_ != 2) refuse(offset, "two data_offsets", std::to_string(offsets_));
         level_ = level::entry;
         break;
       case level::entry:
@@ -179,86 +208,93 @@ class header_handler {
   enum class level { start, root, metadata, entry, shape, offsets, skipped };
   static constexpr const char* metadata_name = "__metadata__";
 
-  void begin_item(std::string& name, std::uint64_t offset) {
+  void begin_item(std::string_view name, std::uint64_t offset) {
     in_metadata_ = name == metadata_name;
     if (in_metadata_) {
       if (std::exchange(metadata_seen_, true)) refuse(offset, metadata_name, "it once", "it twice");
       return;
     }
     if (name.size() > limit_.name_bytes)
-      refuse(offset, name, "a name of at most " + std::to_string(limit_.name_bytes) + " bytes", std::to_string(name.size()));
+      refuse(offset, std::string(name), "a name of at most " + std::to_string(limit_.name_bytes) + " bytes",
+             std::to_string(name.size()));
     if (result_.tensors.size() >= limit_.tensors)
-      refuse(offset, name, "at most " + std::to_string(limit_.tensors) + " tensors", "more");
-    entry_ = {};
-    entry_.name = std::move(name);
-    entry_.offset = offset;
+      refuse(offset, std::string(name), "at most " + std::to_string(limit_.tensors) + " tensors", "more");
+    entry_ = {.name_at = static_cast<std::uint32_t>(result_.names.size()),
+              .name_size = static_cast<std::uint32_t>(name.size()),
+              .shape_at = static_cast<std::uint32_t>(result_.shapes.size()),
+              .offset = static_cast<std::uint32_t>(offset)};
+    result_.names += name;
     seen_ = {};
     other_fields_.clear();
   }
 
-  void begin_field(const std::string& name, std::uint64_t offset) {
-    field_ = name;
-    const auto known = std::find(fields.begin(), fields.end(), std::string_view(name));
-    if (known == fields.end()) {
-      other_fields_.push_back(name);
+  void begin_field(std::string_view name, std::uint64_t offset) {
+    field_ = static_cast<std::size_t>(std::find(fields.begin(), fields.end(), name) - fields.begin());
+    if (field_ == other) {
+      if (other_fields_.size() >= limit_.other_fields)
+        refuse(offset, "at most " + std::to_string(limit_.other_fields) + " other fields", "more");
+      other_fields_.emplace_back(name);
       return;
     }
-    auto& seen = seen_[static_cast<std::size_t>(known - fields.begin())];
-    if (seen) refuse(offset, entry_.name, "the field " + in_quotes(name) + " once", "it twice");
-    seen = true;
+    if (seen_[field_]) refuse(offset, "the field " + in_quotes(name) + " once", "it twice");
+    seen_[field_] = true;
   }
 
   void field_value(const json_scalar& value, std::uint64_t offset) {
-    if (field_ == fields[0]) {
-      if (value.kind != json_kind::string) refuse(offset, entry_.name, "a dtype as text", value.text());
-      const auto known = safetensors::dtype_named(*value.string);
+    if (field_ == dtype_field) {
+      if (value.kind != json_kind::string) refuse(offset, "a dtype as text", value.text());
+      const auto known = safetensors::dtype_named(value.string);
       if (!known)
-        refuse(offset, entry_.name, "a dtype this reader knows (" + safetensors::all_dtype_names() + ")",
-               in_quotes(*value.string));
+        refuse(offset, "a dtype this reader knows (" + safetensors::all_dtype_names() + ")", in_quotes(value.string));
       entry_.type = *known;
-    } else if (field_ == fields[1] || field_ == fields[2]) {
-      refuse(offset, entry_.name, "an array of unsigned integers as " + field_, value.text());
+    } else if (field_ != other) {
+      refuse(offset, "an array of unsigned integers as " + std::string(fields[field_]), value.text());
     }
   }
 
   void begin_field_value(json_kind kind, std::uint64_t offset) {
-    if (field_ == fields[0]) refuse(offset, entry_.name, "a dtype as text", json_kind_name(kind));
-    const bool known = field_ == fields[1] || field_ == fields[2];
-    if (known && kind != json_kind::array)
-      refuse(offset, entry_.name, "an array of unsigned integers as " + field_, json_kind_name(kind));
-    level_ = !known ? level::skipped : field_ == fields[1] ? level::shape : level::offsets;
+    if (field_ == dtype_field) refuse(offset, "a dtype as text", json_kind_name(kind));
+    if (field_ != other && kind != json_kind::array)
+      refuse(offset, "an array of unsigned integers as " + std::string(fields[field_]), json_kind_name(kind));
+    level_ = field_ == other ? level::skipped : field_ == shape_field ? level::shape : level::offsets;
     if (level_ == level::skipped) skipped_depth_ = 1;
     if (level_ == level::offsets) offsets_ = 0;
   }
 
   void add_extent(const json_scalar& value, std::uint64_t offset) {
-    if (value.kind != json_kind::unsigned_integer) refuse(offset, entry_.name, "unsigned integers in shape", value.text());
+    if (value.kind != json_kind::unsigned_integer) refuse(offset, "unsigned integers in shape", value.text());
     if (value.unsigned_integer > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()))
-      refuse(offset, entry_.name, "a dimension below 2^63", value.text());
-    if (entry_.shape.size() >= limit_.dimensions)
-      refuse(offset, entry_.name, "at most " + std::to_string(limit_.dimensions) + " dimensions", "more");
-    entry_.shape.push_back(value.unsigned_integer);
+      refuse(offset, "a dimension below 2^63", value.text());
+    if (entry_.dimensions >= std::min<std::uint64_t>(limit_.dimensions, std::numeric_limits<std::uint16_t>::max()))
+      refuse(offset, "at most " + std::to_string(limit_.dimensions) + " dimensions", "more");
+    result_.shapes.push_back(value.unsigned_integer);
+    ++entry_.dimensions;
   }
 
   void add_offset(const json_scalar& value, std::uint64_t offset) {
-    if (value.kind != json_kind::unsigned_integer)
-      refuse(offset, entry_.name, "unsigned integers in data_offsets", value.text());
+    if (value.kind != json_kind::unsigned_integer) refuse(offset, "unsigned integers in data_offsets", value.text());
     if (offsets_ == 0) entry_.begin = value.unsigned_integer;
     if (offsets_ == 1) entry_.end = value.unsigned_integer;
-    if (++offsets_ > 2) refuse(offset, entry_.name, "two data_offsets", "more");
+    if (++offsets_ > 2) refuse(offset, "two data_offsets", "more");
   }
 
   void finish_entry(std::uint64_t offset) {
     for (std::size_t k = 0; k < fields.size(); ++k)
-      if (!seen_[k]) refuse(offset, entry_.name, "the field " + std::string(fields[k]), "none");
-    std::sort(other_fields_.begin(), other_fields_.end());
-    const auto twice = std::adjacent_find(other_fields_.begin(), other_fields_.end());
-    if (twice != other_fields_.end()) refuse(offset, entry_.name, "the field " + in_quotes(*twice) + " once", "it twice");
-    result_.tensors.push_back(std::move(entry_));
+      if (!seen_[k]) refuse(offset, "the field " + std::string(fields[k]), "none");
+    if (other_fields_.size() > 1) {
+      std::sort(other_fields_.begin(), other_fields_.end());
+      const auto twice = std::adjacent_find(other_fields_.begin(), other_fields_.end());
+      if (twice != other_fields_.end()) refuse(offset, "the field " + in_quotes(*twice) + " once", "it twice");
+    }
+    result_.tensors.push_back(entry_);
   }
 
   [[noreturn]] void refuse_entry(std::uint64_t offset, std::string found) const {
-    refuse(offset, entry_.name, "an object with dtype, shape and data_offsets", std::move(found));
+    refuse(offset, "an object with dtype, shape and data_offsets", std::move(found));
+  }
+  /// Of the tensor that is being read.
+  [[noreturn]] void refuse(std::uint64_t offset, std::string expected, std::string found) const {
+    refuse(offset, std::string(result_.name_of(entry_)), std::move(expected), std::move(found));
   }
   [[noreturn]] void refuse(std::uint64_t offset, std::string item, std::string expected, std::string found) const {
     detail::raise(format_error({.path = result_.path,
@@ -269,12 +305,14 @@ class header_handler {
   }
 
   static constexpr std::array<std::string_view, 3> fields{"dtype", "shape", "data_offsets"};
+  static constexpr std::size_t dtype_field = 0, shape_field = 1, other = fields.size();
 
   header& result_;
   const safetensors::limits& limit_;
   level level_ = level::start;
   bool in_metadata_ = false, metadata_seen_ = false;
-  std::string metadata_key_, field_;
+  std::string metadata_key_;
+  std::size_t field_ = other;
   std::vector<std::string> other_fields_;
   header_entry entry_;
   std::array<bool, 3> seen_{};
@@ -283,7 +321,7 @@ class header_handler {
 };
 
 /// Bytes that a shape takes; nothing when they do not fit 64 bits, or when sub-byte elements do not fill the last byte.
-inline std::optional<std::uint64_t> bytes_of(const std::vector<std::uint64_t>& shape, safetensors::dtype type) {
+inline std::optional<std::uint64_t> bytes_of(std::span<const std::uint64_t> shape, safetensors::dtype type) {
   std::uint64_t bits = safetensors::bits_of(type);
   if (std::find(shape.begin(), shape.end(), 0u) != shape.end()) return 0;
   for (const auto extent : shape) {
@@ -293,44 +331,90 @@ inline std::optional<std::uint64_t> bytes_of(const std::vector<std::uint64_t>& s
   return bits % 8 == 0 ? std::optional(bits / 8) : std::nullopt;
 }
 
+/// The order of names by their bytes, for many of them: behind what all share, eight bytes are compared as one number.
+class name_order {
+ public:
+  explicit name_order(const header& h) : h_(h), shared_(shared_beginning()) {}
+
+  std::vector<std::uint32_t> sorted() const {
+    struct item {
+      std::uint64_t key;
+      std::uint32_t index;
+    };
+    std::vector<item> items(h_.tensors.size());
+    for (std::size_t k = 0; k < items.size(); ++k) items[k] = {key(k), static_cast<std::uint32_t>(k)};
+    const auto less = [&](const item& a, const item& b) {
+      if (a.key != b.key) return a.key < b.key;
+      const int order = name(a.index).compare(name(b.index));
+      return order != 0 ? order < 0 : h_.tensors[a.index].offset < h_.tensors[b.index].offset;
+    };
+    if (!std::is_sorted(items.begin(), items.end(), less)) std::sort(items.begin(), items.end(), less);
+    std::vector<std::uint32_t> result(items.size());
+    std::transform(items.begin(), items.end(), result.begin(), [](const item& i) { return i.index; });
+    return result;
+  }
+
+ private:
+  std::string_view name(std::size_t k) const { return h_.name_of(h_.tensors[k]); }
+  std::size_t shared_beginning() const {
+    if (h_.tensors.empty()) return 0;
+    const std::string_view first = name(0);
+    std::size_t length = first.size();
+    for (std::size_t k = 1; k < h_.tensors.size() && length > 0; ++k) {
+      const std::string_view other = name(k);
+      length = static_cast<std::size_t>(
+          std::mismatch(first.begin(), first.begin() + static_cast<std::ptrdiff_t>(std::min(length, other.size())),
+                        other.begin())
+              .first -
+          first.begin());
+    }
+    return length;
+  }
+  std::uint64_t key(std::size_t k) const {
+    const std::string_view rest = name(k).substr(shared_);
+    std::uint64_t result = 0;
+    for (std::size_t i = 0; i < 8; ++i) result = result << 8 | (i < rest.size() ? static_cast<unsigned char>(rest[i]) : 0u);
+    return result;
+  }
+
+  const header& h_;
+  std::size_t shared_;
+};
+
 /// The rules that need more than one value at a time. Throws format_error.
 class header_rules {
  public:
-  explicit header_rules(header& h) : h_(h) {}
+  header_rules(header& h, std::string_view after_json, const safetensors::tolerances& tolerate)
+      : h_(h), after_json_(after_json), tolerate_(tolerate) {}
 
   void check() {
     sort_by_name();
     for (const auto& t : h_.tensors) check_size(t);
-    std::sort(h_.tensors.begin(), h_.tensors.end(),
-              [](const auto& a, const auto& b) { return std::pair(a.begin, a.end) < std::pair(b.begin, b.end); });
+    const auto before = [](const auto& a, const auto& b) { return std::pair(a.begin, a.end) < std::pair(b.begin, b.end); };
+    const bool in_order = std::is_sorted(h_.tensors.begin(), h_.tensors.end(), before);
+    if (!in_order) std::sort(h_.tensors.begin(), h_.tensors.end(), before);
     check_order();
     check_end();
-    sort_by_name();  // again: the numbers changed
+    if (!in_order) sort_by_name();  // again: the numbers changed
   }
 
  private:
   void sort_by_name() {
-    h_.by_name.resize(h_.tensors.size());
-    for (std::size_t k = 0; k < h_.by_name.size(); ++k) h_.by_name[k] = static_cast<std::uint32_t>(k);
-    const auto& t = h_.tensors;
-    std::sort(h_.by_name.begin(), h_.by_name.end(), [&](auto a, auto b) {
-      const int order = t[a].name.compare(t[b].name);
-      return order != 0 ? order < 0 : t[a].offset < t[b].offset;
-    });
+    h_.by_name = name_order(h_).sorted();
     for (std::size_t k = 1; k < h_.by_name.size(); ++k) {
-      const auto& second = t[h_.by_name[k]];
-      if (second.name == t[h_.by_name[k - 1]].name)
+      const auto& second = h_.tensors[h_.by_name[k]];
+      if (h_.name_of(second) == h_.name_of(h_.tensors[h_.by_name[k - 1]]))
         refuse(second, "every tensor name once", "it twice", "readers differ in which of the two they take");
     }
   }
 
   void check_size(const header_entry& t) const {
     if (t.end < t.begin) refuse(t, "data_offsets that begin before they end", range(t), "");
-    const auto needed = bytes_of(t.shape, t.type);
-    const std::string what = std::string(safetensors::name_of(t.type)) + " " + shape_list(t.shape);
+    const auto needed = bytes_of(h_.shape_of(t), t.type);
+    if (needed && t.end - t.begin == *needed) return;
+    const std::string what = std::string(safetensors::name_of(t.type)) + " " + shape_list(h_.shape_of(t));
     if (!needed) refuse(t, "a shape whose bytes can be counted", what, "it overflows 64 bits or ends inside a byte");
-    if (t.end - t.begin != *needed)
-      refuse(t, std::to_string(*needed) + " bytes for " + what, std::to_string(t.end - t.begin) + " at " + range(t), "");
+    refuse(t, std::to_string(*needed) + " bytes for " + what, std::to_string(t.end - t.begin) + " at " + range(t), "");
   }
 
   void check_order() const {
@@ -339,7 +423,7 @@ class header_rules {
     for (const auto& t : h_.tensors) {
       if (t.begin != at) {
         const std::string neighbour =
-            before == nullptr ? "the beginning of the data" : in_quotes(before->name) + " " + range(*before);
+            before == nullptr ? "the beginning of the data" : in_quotes(h_.name_of(*before)) + " " + range(*before);
         refuse(t, "to begin at " + std::to_string(at) + ", where " + neighbour + " ends", range(t),
                t.begin > at ? "a hole in the data" : "two tensors share bytes");
       }
@@ -348,21 +432,40 @@ class header_rules {
     }
   }
 
-  void check_end() const {
+  void check_end() {
     const std::uint64_t end = h_.tensors.empty() ? 0 : h_.tensors.back().end;
     if (end == h_.data_bytes) return;
     const bool cut = end > h_.data_bytes;
     const std::uint64_t off = cut ? end - h_.data_bytes : h_.data_bytes - end;
-    const bool padding = !cut && off < 8 && (h_.json_bytes + off) % 8 == 0;
+    const bool padding = !cut && looks_like_padding(off);
+    if (padding && tolerate_.uncounted_padding) return take_padding(off);
+    if (!cut && !padding && tolerate_.trailing_bytes) return drop_trailing(off);
     detail::raise(format_error({.path = h_.path,
-                                .item = h_.tensors.empty() ? "" : h_.tensors.back().name,
+                                .item = h_.tensors.empty() ? "" : std::string(h_.name_of(h_.tensors.back())),
                                 .offset = h_.data_offset() + std::min(end, h_.data_bytes),
                                 .expected = "tensor data to end at " + std::to_string(end),
                                 .found = "a data size of " + std::to_string(h_.data_bytes) + ", " + std::to_string(off) +
                                          (cut ? " bytes missing" : " bytes too many"),
                                 .hint = cut       ? "the file is cut off"
-                                        : padding ? "probably uncounted header padding: the data would be shifted by it"
-                                                  : ""}));
+                                        : padding ? "probably uncounted header padding: the data would be shifted by it "
+                                                    "(tolerances::uncounted_padding reads it so)"
+                                                  : "tolerances::trailing_bytes reads the file without them"}));
+  }
+
+  /// As many bytes as bring the header to a multiple of 8, and all of them NUL or all spaces.
+  bool looks_like_padding(std::uint64_t bytes) const {
+    if (bytes >= 8 || (h_.json_bytes + bytes) % 8 != 0 || after_json_.size() < bytes) return false;
+    const auto first = after_json_.substr(0, static_cast<std::size_t>(bytes));
+    return first.find_first_not_of('\0') == std::string_view::npos || first.find_first_not_of(' ') == std::string_view::npos;
+  }
+  void take_padding(std::uint64_t bytes) {
+    h_.padding = bytes;
+    h_.data_bytes -= bytes;
+    h_.tolerated.push_back(std::to_string(bytes) + " bytes of header padding, not counted in the header's length");
+  }
+  void drop_trailing(std::uint64_t bytes) {
+    h_.data_bytes -= bytes;
+    h_.tolerated.push_back(std::to_string(bytes) + " bytes behind the last tensor");
   }
 
   static std::string range(const header_entry& t) {
@@ -370,7 +473,7 @@ class header_rules {
   }
   [[noreturn]] void refuse(const header_entry& t, std::string expected, std::string found, std::string hint) const {
     detail::raise(format_error({.path = h_.path,
-                                .item = t.name,
+                                .item = std::string(h_.name_of(t)),
                                 .offset = t.offset,
                                 .expected = std::move(expected),
                                 .found = std::move(found),
@@ -378,13 +481,23 @@ class header_rules {
   }
 
   header& h_;
+  std::string_view after_json_;
+  const safetensors::tolerances& tolerate_;
 };
 
-/// Reads the JSON of a header whose length is checked already, and applies every rule. Throws format_error.
-inline void read_header(header& result, std::string_view json, const safetensors::limits& limit) {
+/// Reads the JSON of a header whose length is checked already, and applies every rule. after_json are the up to 8 bytes
+/// that follow the header. Throws format_error.
+inline void read_header(header& result, std::string_view json, std::string_view after_json, const safetensors::limits& limit,
+                        const safetensors::tolerances& tolerate) {
+  if (tolerate.nul_padding) {
+    const auto kept = json.find_last_not_of('\0') + 1;
+    if (kept < json.size())
+      result.tolerated.push_back(std::to_string(json.size() - kept) + " NUL bytes of header padding in place of spaces");
+    json = json.substr(0, kept);
+  }
   header_handler handler(result, limit);
   parse_json({.text = json, .path = result.path, .offset = 8}, handler);
-  header_rules(result).check();
+  header_rules(result, after_json, tolerate).check();
 }
 
 /// How far behind a multiple of 64 the data must begin so that each tensor lies at a multiple of its element's size; 0

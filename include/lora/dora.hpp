@@ -1,0 +1,414 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// DoRA: a low-rank difference, and a magnitude m for each output.     W' = diag(m / n) (W + D),  n_i = |row i of (W + D)|
+//
+//   const lora::dora_adapter<float> style{A, B, {.alpha = 16}, m};
+//   lora::merge(W, style);                                 // the merged weight
+//   const auto layer = lora::attach(W, style);             // n is computed once, from W as it is now
+//   y.noalias() = W * x;   lora::apply(x, y, layer);       // your product (without bias), our correction
+//   lora::forward(lora::with_bias(W, b), x, y, layer);     // the layer; a bias is not scaled
+//
+// It is not additive: the base's own part is scaled too. attach(W, l...) takes any number of adapters, with and without
+// magnitude, in order. With f = m / n (1 for one without magnitude), each n from the pristine W and its own delta alone:
+//   W'_0 = W,  W'_k = diag(f_k) (W'_{k-1} + D_k),     so that    W' = diag(g_0) W + sum of diag(g_k) D_k,  g_k = f_k ... f_n
+// The order matters, as it does in PEFT. The g are what attach keeps: the norms are not computed again for each token, and
+// every verb on the result is a scaling of the base's rows and plain low-rank adapters.
+//   shapes   W out_features x in_features, any storage order; m out_features. Weights stored in x out, and embeddings, are
+//            passed as their transpose; a convolution's as out x (in * kernel).
+//   rounding the norms in double; g W + sum in float (double if anything is double), then once to the stored scalar.
+//   error    |merged - exact| <= u_s |exact| + (1+u_s) |g| (gamma_{in+R+8} (|W| + sum |s| |B| |A|)) + eta/2 for float factors and
+//            base; mixing adds what forward and apply add (their headers).
+//   cost     attach: 2 r out in FLOPs per adapter with a magnitude and one pass over W; copies the factors. merge: as merge.
+//   throws   value_error for a row of W + D that is zero (PEFT divides by it), a magnitude or norm that is not finite;
+//            shape_error; before anything is written.
+// Liu et al., arXiv 2402.09353; PEFT 0.21, tuners/lora/dora.py and variants.py (the norm from the base weight as it was before
+// any merge: peft#3609).
+#pragma once
+
+#include <Eigen/Core>
+#include <algorithm>
+#include <cmath>
+#include <iterator>
+#include <span>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "lora/adapter.hpp"
+#include "lora/delta.hpp"
+#include "lora/forward.hpp"
+#include "lora/merge.hpp"
+#include "lora/rows.hpp"
+#include "lora/through.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI {
+
+/// Factors with their scaling, and a magnitude for each output. Owns both; immutable. Not an adapter of the other verbs (it
+/// is not low_rank): those would leave the magnitude out.
+template <scalar T>
+class dora_adapter {
+ public:
+  /// Throws as adapter; shape_error when there is not one magnitude for each output.
+  template <matrix_like A, matrix_like B>
+  dora_adapter(const A& lora_A, const B& lora_B, const lora::scaling& scale, std::vector<T> magnitude)
+      : dora_adapter(lora::adapter<T>(lora_A, lora_B, scale), std::move(magnitude)) {}
+  dora_adapter(lora::adapter<T> factors, std::vector<T> magnitude)
+      : factors_(std::move(factors)), magnitude_(std::move(magnitude)) {
+    if (static_cast<index_t>(magnitude_.size()) != factors_.out_features())
+      detail::raise_shape("dora_adapter", std::to_string(magnitude_.size()) + " magnitudes for " +
+                                              std::to_string(factors_.out_features()) + " outputs");
+  }
+
+  const lora::adapter<T>& factors() const { return factors_; }
+  const std::vector<T>& magnitude() const { return magnitude_; }
+
+ private:
+  lora::adapter<T> factors_;
+  std::vector<T> magnitude_;
+};
+
+/// A look at factors at some strength and a magnitude, or at factors alone (an empty span: a plain adapter in the order).
+template <scalar T>
+struct dora_view {
+  scaled_adapter<lora::adapter<T>> factors;
+  std::span<const T> magnitude;
+};
+
+/// The delta at weight times its scaling; the magnitude stays. This is what PEFT's scale of an adapter does.
+template <scalar T>
+dora_view<T> scaled(double weight, const dora_adapter<T>& adapter) {
+  return {scaled_adapter<lora::adapter<T>>(weight, adapter.factors()), adapter.magnitude()};
+}
+template <scalar T>
+void scaled(double weight, dora_adapter<T>&& temporary) = delete;  // the view would outlive it
+
+namespace dora_detail {
+
+template <class L>
+inline constexpr bool is_dora = false;
+template <class T>
+inline constexpr bool is_dora<dora_adapter<T>> = true;
+template <class T>
+inline constexpr bool is_dora<dora_view<T>> = true;
+
+template <class L>
+struct scalar_of;
+template <class T>
+struct scalar_of<dora_adapter<T>> {
+  using type = T;
+};
+template <class T>
+struct scalar_of<dora_view<T>> {
+  using type = T;
+};
+
+}  // namespace dora_detail
+
+/// An adapter with a magnitude.
+template <class L>
+concept weight_decomposed = dora_detail::is_dora<std::remove_cvref_t<L>>;
+
+template <class R>
+concept weight_decomposed_range = !weight_decomposed<R> && requires(const R& r) {
+  { *std::begin(r) } -> weight_decomposed;
+  { std::end(r) };
+};
+
+/// What attach takes: adapters with and without magnitude, and ranges of either.
+template <class L>
+concept attachable = weight_decomposed<L> || weight_decomposed_range<L> || detail::adapters<L>;
+
+namespace dora_detail {
+
+template <class L>
+struct operand {
+  using type = L;
+};
+template <weight_decomposed L>
+struct operand<L> {
+  using type = typename scalar_of<std::remove_cvref_t<L>>::type;
+};
+template <weight_decomposed_range R>
+struct operand<R> : operand<std::remove_cvref_t<decltype(*std::begin(std::declval<const R&>()))>> {};
+/// Double if the base or any factor is double, else float.
+template <class T, class... L>
+using acc_t = accumulator_t<T, typename operand<L>::type...>;
+
+template <class Acc>
+using column = Eigen::Matrix<Acc, Eigen::Dynamic, 1>;
+
+/// m / n for each row of W + delta.
+template <class Acc, class View, class M>
+column<double> factors_of(const View& W, const adapter<Acc>& l, const M& magnitude) {
+  constexpr index_t block = 64;
+  column<double> result(W.rows());
+  for (index_t first = 0; first < W.rows(); first += block) {
+    const index_t rows = std::min(block, W.rows() - first);
+    const auto delta = delta_weight(basic_adapter(as_matrix(l.lora_A()), as_matrix(l.lora_B()).middle_rows(first, rows),
+                                                  {.alpha = l.scaling(), .rule = scaling_rule::fixed}));
+    for (index_t i = 0; i < rows; ++i) {
+      double squares = 0;
+      for (index_t j = 0; j < W.cols(); ++j) {
+        const double sum = detail::widen<double>(W(first + i, j)) + static_cast<double>(delta(i, j));
+        squares += sum * sum;
+      }
+      const double norm = std::sqrt(squares);
+      const auto m = detail::widen<double>(magnitude[static_cast<std::size_t>(first + i)]);
+      if (!detail::is_finite(norm) || norm == 0 || !detail::is_finite(m))
+        detail::raise_value("attach", "output " + std::to_string(first + i) + " has " +
+                                          (detail::is_finite(m) ? "a row of W + delta whose norm is " + std::to_string(norm)
+                                                                : std::string("a magnitude that is not finite")) +
+                                          ", so that magnitude / norm is not defined");
+      result(first + i) = m / norm;
+    }
+  }
+  return result;
+}
+
+}  // namespace dora_detail
+
+/// The adapters of attach(W, l...) with their norms: W' = diag(base_scale()) W + the sum of adapters(). Owns copies of the
+/// factors, scaled by rows; it does not look at W any more. It is right for that W alone: after W changed, attach again.
+template <class Acc>
+class attached_dora {
+ public:
+  attached_dora(dora_detail::column<Acc> base_scale, std::vector<adapter<Acc>> adapters, index_t in_features)
+      : base_scale_(std::move(base_scale)), adapters_(std::move(adapters)), in_features_(in_features) {}
+
+  const dora_detail::column<Acc>& base_scale() const { return base_scale_; }
+  const std::vector<adapter<Acc>>& adapters() const { return adapters_; }
+  index_t out_features() const { return base_scale_.size(); }
+  index_t in_features() const { return in_features_; }
+
+ private:
+  dora_detail::column<Acc> base_scale_;
+  std::vector<adapter<Acc>> adapters_;
+  index_t in_features_;
+};
+
+namespace dora_detail {
+
+/// Collects the adapters in order, then turns them into what attached_dora holds.
+template <class Acc, class View>
+class attacher {
+ public:
+  explicit attacher(const View& W) : W_(W) {}
+
+  template <class L>
+  void add(const L& l) {
+    if constexpr (weight_decomposed<L>) {
+      add_one(l.factors, l.magnitude);
+    } else if constexpr (weight_decomposed_range<L>) {
+      for (const auto& each : l) add(each);
+    } else {
+      detail::visit_adapters([&](const auto& one) { add_one(one, std::span<const Acc>()); }, l);
+    }
+  }
+  template <class T>
+  void add(const dora_adapter<T>& l) {
+    add_one(l.factors(), std::span<const T>(l.magnitude()));
+  }
+
+  attached_dora<Acc> finish() && {
+    column<double> g = column<double>::Ones(W_.rows());
+    std::vector<adapter<Acc>> scaled;
+    for (std::size_t k = pieces_.size(); k-- > 0;) {
+      const auto& [l, f] = pieces_[k];
+      if (f.size() != 0) g.array() *= f.array();
+      detail::row_major_matrix<Acc> B = l.lora_B();
+      for (index_t i = 0; i < B.rows(); ++i) B.row(i) *= static_cast<Acc>(g(i) * l.scaling());
+      scaled.emplace(scaled.begin(), l.lora_A(), B, lora::scaling{.alpha = 1, .rule = scaling_rule::fixed});
+    }
+    return {g.template cast<Acc>(), std::move(scaled), W_.cols()};
+  }
+
+ private:
+  template <class L, class M>
+  void add_one(const L& l, const M& magnitude) {
+    detail::check_adapter("attach", l, W_.rows(), W_.cols());
+    if (!magnitude.empty() && static_cast<index_t>(magnitude.size()) != W_.rows())
+      detail::raise_shape("attach",
+                          std::to_string(magnitude.size()) + " magnitudes for " + std::to_string(W_.rows()) + " outputs");
+    adapter<Acc> copy(l.lora_A(), l.lora_B(), {.alpha = l.scaling(), .rule = scaling_rule::fixed});
+    column<double> f = magnitude.empty() ? column<double>() : factors_of(W_, copy, magnitude);
+    pieces_.push_back({std::move(copy), std::move(f)});
+  }
+
+  struct piece {
+    adapter<Acc> factors;
+    column<double> scale;  // empty without magnitude
+  };
+  const View& W_;
+  std::vector<piece> pieces_;
+};
+
+template <class W, class Layer>
+void check_weight(const char* operation, const W& weight, const Layer& layer) {
+  if (weight.rows() != layer.out_features() || weight.cols() != layer.in_features())
+    detail::raise_shape(operation, "W is " + detail::shape_text(weight.rows(), weight.cols()) +
+                                       " and the adapters were attached to one of " +
+                                       detail::shape_text(layer.out_features(), layer.in_features()));
+}
+
+/// W(i, j) := step(W(i, j), delta(i, j), i) with the sum of the layer's adapters, in blocks of rows.
+template <class Acc, class View, class Step>
+merge_report each_element(const View& W, const attached_dora<Acc>& layer, const Step& step) {
+  constexpr index_t block = 64;
+  using value = typename View::value_type;
+  using factor = matrix_view<const Acc, storage_order::row_major>;
+  merge_report report;
+  for (index_t first = 0; first < W.rows(); first += block) {
+    const index_t rows = std::min(block, W.rows() - first);
+    std::vector<basic_adapter<factor, factor>> part;
+    for (const auto& l : layer.adapters())
+      part.emplace_back(as_matrix(l.lora_A()), factor(as_matrix(l.lora_B())).middle_rows(first, rows),
+                        lora::scaling{.alpha = 1, .rule = scaling_rule::fixed});
+    Eigen::Matrix<Acc, Eigen::Dynamic, Eigen::Dynamic> delta;
+    if (part.empty())
+      delta.setZero(rows, W.cols());
+    else
+      delta = delta_weight(part);
+    for (index_t i = 0; i < rows; ++i)
+      for (index_t j = 0; j < W.cols(); ++j) {
+        value& element = W(first + i, j);
+        const bool was_finite = detail::is_finite(element);
+        element = detail::narrow<value>(step(detail::widen<Acc>(element), delta(i, j), layer.base_scale()(first + i)));
+        if (was_finite && !detail::is_finite(element)) ++report.became_nonfinite;
+      }
+  }
+  return report;
+}
+
+}  // namespace dora_detail
+
+/// The adapters in order, with their norms from W as it is now; see the top of this file.
+template <class M, class... L>
+  requires matrix_like<M> && (attachable<L> && ...)
+auto attach(const M& W, const L&... l) {
+  const auto weight = as_matrix(W);
+  using view = std::remove_const_t<decltype(weight)>;
+  dora_detail::attacher<dora_detail::acc_t<typename view::value_type, L...>, view> result(weight);
+  (result.add(l), ...);
+  return std::move(result).finish();
+}
+
+/// W := round(diag(g_0) W + sum of deltas), for what was attached to this W.
+template <class M, class Acc>
+  requires matrix_like<M>
+merge_report merge(M&& W, const attached_dora<Acc>& layer) {
+  detail::refuse_temporary<M>();
+  const auto weight = detail::output_view(W);
+  dora_detail::check_weight("merge", weight, layer);
+  return dora_detail::each_element(weight, layer, [](Acc w, Acc delta, Acc g) { return g * w + delta; });
+}
+
+/// W := round((W - sum of deltas) / diag(g_0)): the base within rounding, not bit for bit. Throws value_error when a
+/// magnitude is 0: then the base's row is gone.
+template <class M, class Acc>
+  requires matrix_like<M>
+merge_report unmerge(M&& W, const attached_dora<Acc>& layer) {
+  detail::refuse_temporary<M>();
+  const auto weight = detail::output_view(W);
+  dora_detail::check_weight("unmerge", weight, layer);
+  for (index_t i = 0; i < layer.out_features(); ++i)
+    if (layer.base_scale()(i) == Acc(0))
+      detail::raise_value("unmerge", "output " + std::to_string(i) + " has the magnitude 0, so its row of W is lost");
+  return dora_detail::each_element(weight, layer, [](Acc w, Acc delta, Acc g) { return (w - delta) / g; });
+}
+
+/// attach and merge in one: at least one adapter has a magnitude.
+template <class M, class... L>
+  requires matrix_like<M> && (attachable<L> && ...) && (weight_decomposed<L> || ...)
+merge_report merge(M&& W, const L&... l) {
+  detail::refuse_temporary<M>();
+  const auto weight = detail::output_view(W);
+  return lora::merge(W, lora::attach(weight, l...));
+}
+
+/// y := round(diag(g_0) y + sum of deltas * x), for y = W * x without bias.
+template <class X, class Y, class Acc>
+  requires activations<X> && activations<Y>
+void apply(const X& x, Y&& y, const attached_dora<Acc>& layer) {
+  detail::refuse_temporary<Y>();
+  const auto to = detail::output_view(y);
+  using value = typename std::remove_const_t<decltype(to)>::value_type;
+  using acc = accumulator_t<value, Acc>;
+  through_detail::matrix<acc> sums;
+  sums.setZero(to.rows(), to.cols());
+  lora::apply(x, sums, layer.adapters());  // checks the shapes and writes nothing of y
+  if (to.rows() != layer.out_features())
+    detail::raise_shape("apply", "y has " + std::to_string(to.rows()) + " rows and the layer " +
+                                     std::to_string(layer.out_features()) + " outputs");
+  for (index_t j = 0; j < to.cols(); ++j)
+    for (index_t i = 0; i < to.rows(); ++i)
+      to(i, j) = detail::narrow<value>(static_cast<acc>(layer.base_scale()(i)) * detail::widen<acc>(to(i, j)) + sums(i, j));
+}
+
+/// y := round(diag(g_0) W x + sum of deltas * x (+ b)); W is a matrix or with_bias(W, b).
+template <class M, class X, class Y, class Acc>
+  requires(matrix_like<M> || detail::is_biased<M>) && activations<X> && activations<Y>
+void forward(const M& W, const X& x, Y&& y, const attached_dora<Acc>& layer) {
+  detail::refuse_temporary<Y>();
+  const auto to = detail::output_view(y);
+  using value = typename std::remove_const_t<decltype(to)>::value_type;
+  using acc = accumulator_t<value, Acc, X>;
+  through_detail::matrix<acc> sums(to.rows(), to.cols());
+  const auto finish = [&](const auto& weight, const auto& bias) {
+    dora_detail::check_weight("forward", weight, layer);
+    lora::forward(weight, x, sums);
+    lora::apply(x, sums, layer);
+    for (index_t j = 0; j < to.cols(); ++j)
+      for (index_t i = 0; i < to.rows(); ++i) to(i, j) = detail::narrow<value>(sums(i, j) + bias(i));
+  };
+  if constexpr (detail::is_biased<M>)
+    finish(W.weight, [&](index_t i) { return detail::widen<acc>(W.bias(i, 0)); });
+  else
+    finish(as_matrix(W), [](index_t) { return acc(0); });
+}
+
+/// y(:, t) := round(c (g_0 W(ids[t], :) + sum of deltas)), for what was attached to W.transpose(); see rows.hpp.
+template <class M, class R, class Y, class Acc>
+  requires(matrix_like<M> || rows_detail::is_scaled_embedding<M>) && token_range<R> && activations<Y>
+void rows(const M& W, const R& ids, Y&& y, const attached_dora<Acc>& layer) {
+  detail::refuse_temporary<Y>();
+  const auto to = detail::output_view(y);
+  using value = typename std::remove_const_t<decltype(to)>::value_type;
+  const auto run = [&](const auto& weight, double scale) {
+    using acc = accumulator_t<typename std::remove_cvref_t<decltype(weight)>::value_type, value, Acc>;
+    const auto tokens = rows_detail::checked_ids("rows", ids, weight.rows());
+    rows_detail::check_y("rows", to.rows(), to.cols(), weight.cols(), tokens.size());
+    dora_detail::check_weight("rows", weight.transpose(), layer);
+    detail::refuse_overlap("rows", "y", to, "W", weight);
+    const auto each = detail::each_of(layer.adapters());
+    const auto sum = rows_detail::gather<acc>("rows", each, tokens, weight.cols(), weight.rows());
+    sum.run(to, [&](value& element, acc delta, index_t i, index_t t) {
+      const acc base = detail::widen<acc>(weight(tokens[static_cast<std::size_t>(t)], i));
+      element = detail::narrow<value>((static_cast<acc>(layer.base_scale()(i)) * base + delta) * static_cast<acc>(scale));
+    });
+  };
+  if constexpr (rows_detail::is_scaled_embedding<M>)
+    run(W.weight, W.scale);
+  else
+    run(as_matrix(W), 1.0);
+}
+
+/// y := round(diag(g_0) y + sum of B * down(A)), for y the base's convolution without bias; see through.hpp.
+template <class Down, class Y, class Acc>
+  requires activations<Y>
+void apply_through(const Down& down, Y&& y, const attached_dora<Acc>& layer) {
+  detail::refuse_temporary<Y>();
+  const auto to = detail::output_view(y);
+  using value = typename std::remove_const_t<decltype(to)>::value_type;
+  using acc = accumulator_t<value, Acc>;
+  const auto each = detail::each_of(layer.adapters());
+  if (to.rows() != layer.out_features())
+    detail::raise_shape("apply_through", "y has " + std::to_string(to.rows()) + " rows and the layer " +
+                                             std::to_string(layer.out_features()) + " outputs");
+  const auto sum = through_detail::expand<acc>("apply_through", down, each, to.rows(), to.cols());
+  sum.run(to, [&](value& element, acc delta, index_t i, index_t) {
+    element = detail::narrow<value>(static_cast<acc>(layer.base_scale()(i)) * detail::widen<acc>(element) + delta);
+  });
+}
+
+}  // namespace lora::inline LORA_DETAIL_ABI

@@ -1,0 +1,384 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// lora::peft::write(directory, file)      an adapter as a PEFT directory: adapter_config.json and adapter_model.safetensors
+// lora::peft::make_file(entries, ...)     the file that holds given entries, for adapters that were made here
+//
+//   lora::peft::write("adapters/both", lora::peft::make_file<float>({{"model.layers.0.self_attn.q_proj", both, false}}));
+//
+// PEFT loads what is written as the same function. Every module's rank and alpha are resolved: where they differ from r and
+// lora_alpha, rank_pattern and alpha_pattern name the module in full (anchored, so that no key fits two modules and their
+// order does not matter); an entry whose scaling has another rule than the file's gets the alpha that gives its scaling, bit for
+// bit where a double does. Factors are written in the dtype in which they were read. Config keys that were read are kept; a
+// file that was read whole and not changed gives the same tensors, byte for byte.
+//   writes   both files durably, each complete or not at all, the weights first: a directory without a config is not read
+//   throws   value_error for a file that was read with parts left out or passed over (they would be lost), or for entries made
+//            by converted() whose file's config says otherwise; format_error with the system's reason.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <filesystem>
+#include <map>
+#include <set>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "lora/io/detail/json_text.hpp"
+#include "lora/io/peft.hpp"
+#include "lora/io/safetensors_write.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI::peft {
+
+/// A file of these entries, with the config that PEFT needs. Throws value_error for a name that is there twice.
+template <scalar T>
+adapter_file<T> make_file(std::vector<entry<T>> entries, std::string base_model = "", std::string task_type = "") {
+  config c;
+  c.base_model_name_or_path = std::move(base_model);
+  c.task_type = std::move(task_type);
+  std::vector<std::string> names;
+  typename adapter_file<T>::entry_map map;
+  for (auto& e : entries) {
+    c.fan_in_fan_out = c.fan_in_fan_out || e.fan_in_fan_out();
+    names.push_back(e.name());
+    if (!map.emplace(e.name(), std::move(e)).second)
+      lora::detail::raise_value("peft::make_file", "two entries are called " + io_detail::in_quotes(names.back()));
+  }
+  c.target_modules.names = std::move(names);
+  return {std::move(c), std::move(map)};
+}
+
+namespace write_detail {
+
+/// Owns the bytes of tensors until they are written.
+class tensor_store {
+ public:
+  /// Values in one of the formats that hold them: they were widened from it, so this is exact.
+  template <class T, class Get>
+  void add(std::string name, safetensors::dtype dtype, std::vector<std::uint64_t> shape, const Get& get, std::size_t count) {
+    auto& bytes = bytes_.emplace_back(count * (safetensors::bits_of(dtype) / 8));
+    const auto put = [&]<class Stored>(Stored) {
+      for (std::size_t k = 0; k < count; ++k) {
+        const T value = get(k);
+        Stored stored;
+        if constexpr (std::is_same_v<lora::detail::storage_t<T>, Stored>)
+          stored = std::bit_cast<Stored>(value);
+        else
+          stored = lora::detail::narrow<Stored>(lora::detail::widen<double>(value));
+        std::memcpy(bytes.data() + k * sizeof(Stored), &stored, sizeof(Stored));
+      }
+    };
+    switch (dtype) {
+      case safetensors::dtype::f32: put(float()); break;
+      case safetensors::dtype::f64: put(double()); break;
+      case safetensors::dtype::f16: put(float16()); break;
+      default: put(bfloat16()); break;
+    }
+    tensors_.push_back({std::move(name), dtype, std::move(shape), {}});
+  }
+  void add(std::string name, safetensors::dtype dtype, std::vector<std::uint64_t> shape,
+           const std::vector<std::byte>& bytes) {
+    bytes_.push_back(bytes);
+    tensors_.push_back({std::move(name), dtype, std::move(shape), {}});
+  }
+  const std::vector<safetensors::tensor>& tensors() {
+    for (std::size_t k = 0; k < tensors_.size(); ++k) tensors_[k].bytes = bytes_[k];
+    return tensors_;
+  }
+
+ private:
+  std::vector<safetensors::tensor> tensors_;
+  std::vector<std::vector<std::byte>> bytes_;
+};
+
+using shape = std::vector<std::uint64_t>;
+inline std::uint64_t extent(index_t n) { return static_cast<std::uint64_t>(n); }
+
+/// The blocks on the diagonal of a matrix, below each other: how BD-LoRA and grouped convolutions store it.
+template <class M>
+auto gathered(const M& m, index_t blocks) {
+  const index_t rows = m.rows() / blocks, cols = m.cols() / blocks;
+  lora::detail::row_major_matrix<typename M::Scalar> result(m.rows(), cols);
+  for (index_t b = 0; b < blocks; ++b) result.middleRows(b * rows, rows) = m.block(b * rows, b * cols, rows, cols);
+  return result;
+}
+
+/// The factors as the file stores them.
+template <scalar T>
+class entry_writer {
+  using matrix = lora::detail::row_major_matrix<T>;
+
+ public:
+  entry_writer(tensor_store& store, const std::string& prefix, const entry<T>& e)
+      : store_(store), p_(e.parts()), path_(prefix + p_.path) {}
+
+  void run() {
+    const matrix A = stored_A(), B = stored_B();
+    const bool embedding = p_.kind == entry_kind::embedding;
+    shape shape_A{extent(A.rows()), extent(A.cols())}, shape_B{extent(B.rows()), extent(B.cols())};
+    if (p_.kind == entry_kind::convolution) {
+      shape_A = {extent(A.rows()), extent(p_.in_channels)};
+      for (const auto k : p_.kernel) {
+        shape_A.push_back(extent(k));
+        shape_B.push_back(1);
+      }
+    }
+    add(embedding ? ".lora_embedding_A" : ".lora_A.weight", p_.dtype_A, std::move(shape_A), A.data(), A.size());
+    add(embedding ? ".lora_embedding_B" : ".lora_B.weight", p_.dtype_B, shape_B, B.data(), B.size());
+    add_vector(".lora_B.bias", p_.dtype_bias, p_.bias, {});
+    // A convolution's magnitude is [1, out, 1...].
+    shape magnitude;
+    if (p_.kind == entry_kind::convolution) {
+      magnitude.assign(p_.kernel.size() + 2, 1);
+      magnitude[1] = p_.magnitude.size();
+    }
+    add_vector(".lora_magnitude_vector", p_.dtype_magnitude, p_.magnitude, magnitude);
+    add_vector(".lora_diag", p_.dtype_diagonal, p_.diagonal, {});
+  }
+
+ private:
+  matrix stored_A() const {
+    if (p_.kind == entry_kind::parameter) {
+      const auto& first = p_.experts.front();
+      matrix A(first.rank() * static_cast<index_t>(p_.experts.size()), first.in_features());
+      for (std::size_t e = 0; e < p_.experts.size(); ++e)
+        A.middleRows(static_cast<index_t>(e) * first.rank(), first.rank()) = p_.experts[e].lora_A();
+      return A;
+    }
+    const matrix& A = p_.experts.front().lora_A();
+    return p_.packed == packed_factor::A ? gathered(A, p_.blocks) : A;
+  }
+  matrix stored_B() const {
+    if (p_.kind == entry_kind::parameter) {
+      const auto& first = p_.experts.front();
+      const auto count = static_cast<index_t>(p_.experts.size());
+      matrix B(first.out_features(), first.rank() * count);
+      for (index_t e = 0; e < count; ++e)
+        for (index_t k = 0; k < first.rank(); ++k)
+          B.col(k * count + e) = p_.experts[static_cast<std::size_t>(e)].lora_B().col(k);
+      return B;
+    }
+    const matrix& B = p_.experts.front().lora_B();
+    if (p_.packed == packed_factor::B) return gathered(B, p_.blocks);
+    return p_.groups > 1 ? gathered(B, p_.groups) : B;
+  }
+
+  void add(const char* suffix, safetensors::dtype dtype, shape extents, const T* values, index_t count) {
+    store_.add<T>(
+        path_ + suffix, dtype, std::move(extents), [&](std::size_t k) { return values[k]; },
+        static_cast<std::size_t>(count));
+  }
+  void add_vector(const char* suffix, safetensors::dtype dtype, const std::vector<T>& values, const shape& extents) {
+    if (!values.empty())
+      add(suffix, dtype, extents.empty() ? shape{values.size()} : extents, values.data(),
+          static_cast<index_t>(values.size()));
+  }
+
+  tensor_store& store_;
+  const entry_parts<T>& p_;
+  std::string path_;
+};
+
+// ---- the config
+
+/// alpha with which PEFT computes exactly this scaling, where a double does; else the nearest.
+inline double alpha_for(double scaling, scaling_rule rule, index_t rank) {
+  const double by = rule == scaling_rule::rank_stabilized ? std::sqrt(static_cast<double>(rank)) : static_cast<double>(rank);
+  const double guess = scaling * by;
+  double below = guess, above = guess;
+  for (int k = 0; k < 4; ++k) {
+    if (below / by == scaling) return below;
+    if (above / by == scaling) return above;
+    below = std::nextafter(below, -HUGE_VAL);
+    above = std::nextafter(above, HUGE_VAL);
+  }
+  return guess;
+}
+
+using json = io_detail::json_node;
+inline json number(double value) {
+  json node;
+  const bool whole = value >= 0 && value < 9e15 && value == std::floor(value);
+  node.kind = whole ? io_detail::json_kind::unsigned_integer : io_detail::json_kind::real;
+  node.unsigned_integer = whole ? static_cast<std::uint64_t>(value) : 0;
+  node.number = value;
+  return node;
+}
+inline json boolean(bool value) {
+  json node;
+  node.kind = io_detail::json_kind::boolean;
+  node.boolean = value;
+  return node;
+}
+inline json text(std::string value) {
+  json node;
+  node.kind = io_detail::json_kind::string;
+  node.string = std::move(value);
+  return node;
+}
+inline json text_or_null(const std::string& value) { return value.empty() ? json{} : text(value); }
+inline json list(const std::vector<std::string>& values) {
+  json node;
+  node.kind = io_detail::json_kind::array;
+  for (const auto& value : values) node.items.push_back(text(value));
+  return node;
+}
+
+/// A regular expression that fits this module and no other: PEFT matches (.*\.)?(KEY)$ from the beginning of the name.
+inline std::string exact_key(const std::string& module) {
+  std::string key = "^";
+  for (const char c : module) {
+    if (std::string_view(".^$*+?{}[]\\|()").find(c) != std::string_view::npos) key += '\\';
+    key += c;
+  }
+  return key;
+}
+
+/// The name under which PEFT looks up an entry's patterns.
+template <scalar T>
+std::string looked_up(const entry<T>& e) {
+  const bool attention = e.kind() == entry_kind::attention_in || e.kind() == entry_kind::attention_out;
+  return attention ? std::string(io_detail::without_last_segment(e.name())) : e.name();
+}
+
+template <scalar T>
+class config_writer {
+ public:
+  explicit config_writer(const adapter_file<T>& file) : file_(file), c_(file.config()) {}
+
+  std::string run() {
+    if (c_.source != nullptr)
+      for (const auto& item : c_.source->items) keys_[item.key] = item;
+    else
+      defaults();
+    resolve_ranks();
+    keys_["peft_type"] = text("LORA");
+    keys_["inference_mode"] = boolean(true);
+    json root;
+    root.kind = io_detail::json_kind::object;
+    for (auto& [key, value] : keys_) {
+      value.key = key;
+      root.items.push_back(value);
+    }
+    return io_detail::json_text(root);
+  }
+
+ private:
+  void defaults() {
+    keys_["base_model_name_or_path"] = text_or_null(c_.base_model_name_or_path);
+    keys_["task_type"] = text_or_null(c_.task_type);
+    keys_["bias"] = text("none");
+    keys_["fan_in_fan_out"] = boolean(c_.fan_in_fan_out);
+    keys_["init_lora_weights"] = boolean(true);
+    keys_["lora_dropout"] = number(0);
+    bool dora = false, bias = false;
+    for (const auto& [name, e] : file_) {
+      dora = dora || !e.magnitude().empty();
+      bias = bias || !e.lora_bias().empty();
+    }
+    keys_["use_dora"] = boolean(dora);
+    keys_["lora_bias"] = boolean(bias);
+    std::set<std::string> targets;
+    for (const auto& [name, e] : file_) targets.insert(looked_up(e));
+    keys_["target_modules"] = list({targets.begin(), targets.end()});
+    if (file_.size() != 0) {
+      const auto& first = file_.begin()->second;
+      r_ = first.rank();
+      alpha_ = alpha_for(first.scaling(), scaling_rule::standard, r_);
+    }
+  }
+
+  void resolve_ranks() {
+    json ranks, alphas;
+    ranks.kind = alphas.kind = io_detail::json_kind::object;
+    std::map<std::string, std::pair<index_t, double>> modules;
+    for (const auto& [name, e] : file_) modules[looked_up(e)] = {e.rank(), alpha_of(e)};
+    for (const auto& [name, values] : modules) {
+      if (values.first != r_) add(ranks, name, number(static_cast<double>(values.first)));
+      if (values.second != alpha_) add(alphas, name, number(values.second));
+    }
+    keys_["r"] = number(static_cast<double>(r_));
+    keys_["lora_alpha"] = number(alpha_);
+    keys_["use_rslora"] = boolean(c_.rule == scaling_rule::rank_stabilized);
+    keys_["rank_pattern"] = ranks;
+    keys_["alpha_pattern"] = alphas;
+  }
+  static void add(json& table, const std::string& module, json value) {
+    value.key = exact_key(module);
+    table.items.push_back(std::move(value));
+  }
+  double alpha_of(const entry<T>& e) const {
+    const auto& scale = e.parts().scale;
+    if (scale.rule == c_.rule) return scale.alpha;
+    return alpha_for(e.parts().twice ? e.scaling() / 2 : e.scaling(), c_.rule, e.rank());
+  }
+
+  const adapter_file<T>& file_;
+  const config& c_;
+  index_t r_ = file_.config().r;
+  double alpha_ = file_.config().lora_alpha;
+  std::map<std::string, json> keys_;
+};
+
+/// Throws value_error where the written file would be another function than the entries, or would lack something.
+template <scalar T>
+void check(const adapter_file<T>& file) {
+  if (!file.left_out().empty() || !file.passed_over().empty())
+    lora::detail::raise_value("peft::write", "the file was read without " +
+                                                 io_detail::printable(file.left_out().empty() ? file.passed_over().front()
+                                                                                              : file.left_out().front()) +
+                                                 ", which would be lost: read it strictly and whole");
+  for (const auto& [name, e] : file)
+    if (e.change() != file.config().change && e.kind() == entry_kind::linear)
+      lora::detail::raise_value("peft::write", name +
+                                                   " was converted, but the config still says that PEFT changes the base "
+                                                   "(init_lora_weights, kasa_config): write it with make_file");
+}
+
+}  // namespace write_detail
+
+/// The tensors of a file as bytes of adapter_model.safetensors.
+template <scalar T>
+std::vector<std::byte> tensor_bytes(const adapter_file<T>& file) {
+  write_detail::check(file);
+  write_detail::tensor_store store;
+  const std::string prefix(file.prefixed() ? io_detail::peft_keys::prefix : "");
+  for (const auto& [name, e] : file) write_detail::entry_writer<T>(store, prefix, e).run();
+  for (const auto& each : file.replacements()) store.add(prefix + each.key, each.dtype, each.shape, each.bytes);
+  for (const auto& [name, rows] : file.token_rows()) {
+    const auto& values = rows.values();
+    store.template add<T>(
+        prefix + name + ".token_adapter.trainable_tokens_delta", file.row_dtype(name),
+        {write_detail::extent(values.rows()), write_detail::extent(values.cols())},
+        [&](std::size_t k) { return values.data()[k]; }, static_cast<std::size_t>(values.size()));
+  }
+  return safetensors::to_bytes(store.tensors(), {{"format", "pt"}});
+}
+
+/// The text of adapter_config.json.
+template <scalar T>
+std::string config_text(const adapter_file<T>& file) {
+  write_detail::check(file);
+  return write_detail::config_writer<T>(file).run();
+}
+
+/// Writes a directory; see the top of this file. It is created when it is not there.
+template <scalar T>
+void write(const std::filesystem::path& directory, const adapter_file<T>& file,
+           const safetensors::write_options& options = {}) {
+  const auto bytes = tensor_bytes(file);
+  const auto text = config_text(file);
+  std::error_code failure;
+  std::filesystem::create_directories(directory, failure);
+  if (failure)
+    lora::detail::raise(format_error({.path = directory.string(),
+                                      .expected = "a directory to write",
+                                      .found = failure.message(),
+                                      .hint = "nothing was written"}));
+  io_detail::output_file weights(directory / "adapter_model.safetensors", bytes.size(), options.durability);
+  weights.write(bytes);
+  weights.commit();
+  io_detail::write_text(directory / "adapter_config.json", text, options.durability);
+}
+
+}  // namespace lora::inline LORA_DETAIL_ABI::peft

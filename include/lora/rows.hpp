@@ -1,0 +1,219 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// rows(W, ids, y, l...)                   y(:, t) := round(W(ids[t], :) + sum of s * lora_B * lora_A(:, ids[t]))
+// rows(with_scale(W, c), ids, y, l...)    y(:, t) := round(c * (...)), for an embedding that multiplies by a constant
+// merge(W, replaced)                      W(i, :) := the trained row of every replaced id i
+// apply(ids, y, replaced)                 y(:, t) := the trained row where ids[t] is replaced; other columns stay
+//
+// An embedding with its adapters mixed in: only the rows that are asked for are read, of W and of the adapters.
+//   shapes   W vocabulary x features, as PyTorch stores it; lora_A rank x vocabulary, lora_B features x rank (PEFT's
+//            lora_embedding_A and _B): the delta weight is features x vocabulary, and merge(W.transpose(), l) merges it.
+//            ids is a range of integers, one for each token; y features x tokens.
+//   rounding once, to y's scalar: the sum over the stacked ranks is a chain of multiply-adds from zero in float (double if W, y
+//            or a factor is double), with s folded into lora_B; W's row is added, then the sum is multiplied by c.
+//   error    |result - exact| <= u_y |exact| + (1+u_y) |c| (3 u |W row| + gamma_{R+4} sum |s| |lora_B| |lora_A column|) +
+//            eta_y/2; exact without adapters where y holds W's scalar and c = 1.
+//   cost     2 R features FLOPs per token; allocates R (features + tokens) accumulators.
+//   aliasing y must not overlap W, the replaced rows or a factor: shape_error.
+//   throws   value_error for an id outside the vocabulary, shape_error, value_error (scaling not finite), before anything is
+//            written.
+// PEFT: tuners/lora/layer.py, Embedding (embed_scale); tuners/trainable_tokens.
+#pragma once
+
+#include <Eigen/Core>
+#include <algorithm>
+#include <concepts>
+#include <cstdint>
+#include <iterator>
+#include <numeric>
+#include <span>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "lora/adapter.hpp"
+#include "lora/detail/operands.hpp"
+#include "lora/through.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI {
+
+/// Token numbers: a vector, span or array of any integer type.
+template <class R>
+concept token_range = requires(const R& r) {
+  { std::size(r) } -> std::convertible_to<std::size_t>;
+  requires std::integral<std::remove_cvref_t<decltype(*std::begin(r))>>;
+};
+
+/// An embedding's weight with the constant by which its output is multiplied. Looks at the weight.
+template <class W>
+struct scaled_embedding {
+  W weight;  ///< matrix_view, vocabulary x features
+  double scale;
+};
+
+/// W and the constant c as one argument of rows. Throws value_error when c is not finite. W must outlive the result.
+template <class M>
+  requires matrix_like<M>
+auto with_scale(const M& W, double c) {
+  if (!detail::is_finite(c)) detail::raise_value("with_scale", "the scale is not finite");
+  const auto weight = as_matrix(W);
+  return scaled_embedding<std::remove_const_t<decltype(weight)>>{weight, c};
+}
+
+/// Whole rows of an embedding that training replaced: values, not differences. Owns them. Invariant: the ids are not
+/// negative and each is there once.
+template <scalar T>
+class replaced_rows {
+ public:
+  /// values holds ids.size() x features, row k for ids[k]. Throws shape_error, value_error for an id twice or negative.
+  template <class M>
+    requires matrix_like<M>
+  replaced_rows(std::vector<index_t> ids, const M& values) : ids_(std::move(ids)), values_(detail::exact_copy<T>(values)) {
+    if (static_cast<index_t>(ids_.size()) != values_.rows())
+      detail::raise_shape("replaced_rows",
+                          std::to_string(ids_.size()) + " ids and " + std::to_string(values_.rows()) + " rows of values");
+    order_.resize(ids_.size());
+    std::iota(order_.begin(), order_.end(), std::size_t{0});
+    std::sort(order_.begin(), order_.end(), [&](auto a, auto b) { return ids_[a] < ids_[b]; });
+    for (std::size_t k = 0; k < order_.size(); ++k)
+      if (ids_[order_[k]] < 0 || (k > 0 && ids_[order_[k]] == ids_[order_[k - 1]]))
+        detail::raise_value("replaced_rows", "the id " + std::to_string(ids_[order_[k]]) + " is negative or there twice");
+  }
+
+  const std::vector<index_t>& ids() const { return ids_; }
+  const detail::row_major_matrix<T>& values() const { return values_; }
+  index_t features() const { return values_.cols(); }
+  /// The row of values for an id; -1 when it is not replaced.
+  index_t find(index_t id) const {
+    const auto at = std::lower_bound(order_.begin(), order_.end(), id, [&](auto k, index_t v) { return ids_[k] < v; });
+    return at != order_.end() && ids_[*at] == id ? static_cast<index_t>(*at) : -1;
+  }
+
+ private:
+  std::vector<index_t> ids_;
+  detail::row_major_matrix<T> values_;
+  std::vector<std::size_t> order_;
+};
+
+namespace rows_detail {
+
+template <class M>
+inline constexpr bool is_scaled_embedding = false;
+template <class W>
+inline constexpr bool is_scaled_embedding<scaled_embedding<W>> = true;
+
+template <class R>
+std::vector<index_t> checked_ids(const char* operation, const R& ids, index_t vocabulary) {
+  std::vector<index_t> result;
+  result.reserve(std::size(ids));
+  for (const auto id : ids) {
+    if (std::cmp_less(id, 0) || std::cmp_greater_equal(id, vocabulary))
+      detail::raise_value(operation, "token " + std::to_string(result.size()) + " has the id " + std::to_string(id) +
+                                         ", which is not a row of the " + std::to_string(vocabulary) + " of the embedding");
+    result.push_back(static_cast<index_t>(id));
+  }
+  return result;
+}
+
+inline void check_y(const char* operation, index_t rows, index_t cols, index_t features, std::size_t tokens) {
+  if (rows != features || cols != static_cast<index_t>(tokens))
+    detail::raise_shape(operation, "y is " + detail::shape_text(rows, cols) + ", not features x tokens, which is " +
+                                       detail::shape_text(features, static_cast<index_t>(tokens)));
+}
+
+/// The stacked factors, gathered: U has the columns of lora_A for the ids.
+template <class Acc, class Each>
+through_detail::expansion<Acc> gather(const char* operation, const Each& each, const std::vector<index_t>& ids,
+                                      index_t features, index_t vocabulary) {
+  through_detail::expansion<Acc> result(features, detail::checked_total_rank(operation, each, features, vocabulary),
+                                        static_cast<index_t>(ids.size()));
+  index_t at = 0;
+  each([&](const auto& l) {
+    if (!detail::is_read(l)) return;
+    const auto& lora_A = l.lora_A();
+    const auto& lora_B = l.lora_B();
+    const auto A = as_matrix(lora_A);
+    result.set_B(at, as_matrix(lora_B), static_cast<double>(l.scaling()));
+    for (std::size_t t = 0; t < ids.size(); ++t)
+      for (index_t i = 0; i < A.rows(); ++i) result.U(at + i, static_cast<index_t>(t)) = detail::widen<Acc>(A(i, ids[t]));
+    at += A.rows();
+  });
+  return result;
+}
+
+template <class W, class R, class Y, class... L>
+void run(const W& weight, double scale, const R& ids, Y& y, const L&... l) {
+  const auto to = detail::output_view(y);
+  using value = typename std::remove_const_t<decltype(to)>::value_type;
+  using acc = accumulator_t<typename W::value_type, value, L...>;
+  const auto tokens = checked_ids("rows", ids, weight.rows());
+  check_y("rows", to.rows(), to.cols(), weight.cols(), tokens.size());
+  const auto each = detail::each_of(l...);
+  detail::refuse_overlap("rows", "y", to, "W", weight);
+  detail::refuse_factor_overlap("rows", "y", to, each);
+  const auto sum = gather<acc>("rows", each, tokens, weight.cols(), weight.rows());
+  sum.run(to, [&](value& element, acc delta, index_t i, index_t t) {
+    const acc base = detail::widen<acc>(weight(tokens[static_cast<std::size_t>(t)], i));
+    // Not base + 0 * ...: without an adapter the row passes through bit for bit.
+    const acc total = sum.B.cols() == 0 ? base : base + delta;
+    element = detail::narrow<value>(scale == 1.0 ? total : total * static_cast<acc>(scale));
+  });
+}
+
+}  // namespace rows_detail
+
+/// y(:, t) := round(c (W(ids[t], :) + sum of deltas)); W is a matrix or with_scale(W, c). See the top of this file.
+template <class M, class R, class Y, class... L>
+  requires(matrix_like<M> || rows_detail::is_scaled_embedding<M>) && token_range<R> && activations<Y> &&
+          (detail::adapters<L> && ...)
+void rows(const M& W, const R& ids, Y&& y, const L&... l) {
+  detail::refuse_temporary<Y>();
+  if constexpr (rows_detail::is_scaled_embedding<M>)
+    rows_detail::run(W.weight, W.scale, ids, y, l...);
+  else
+    rows_detail::run(as_matrix(W), 1.0, ids, y, l...);
+}
+
+/// W(id, :) := the trained row, for every replaced id; exact where W's scalar holds the values, else one rounding. W is
+/// vocabulary x features. Throws value_error for an id outside W, shape_error; then nothing is written.
+template <class M, scalar T>
+  requires matrix_like<M>
+void merge(M&& W, const replaced_rows<T>& replaced) {
+  detail::refuse_temporary<M>();
+  const auto weight = detail::output_view(W);
+  using value = typename std::remove_const_t<decltype(weight)>::value_type;
+  rows_detail::checked_ids("merge", replaced.ids(), weight.rows());
+  if (weight.cols() != replaced.features())
+    detail::raise_shape("merge", "W has " + std::to_string(weight.cols()) + " features and the replaced rows " +
+                                     std::to_string(replaced.features()) + "; W must be vocabulary x features");
+  detail::refuse_overlap("merge", "W", weight, "the replaced rows", as_matrix(replaced.values()));
+  for (std::size_t k = 0; k < replaced.ids().size(); ++k)
+    for (index_t j = 0; j < weight.cols(); ++j)
+      weight(replaced.ids()[k], j) =
+          detail::narrow<value>(detail::widen<accumulator_t<value, T>>(replaced.values()(static_cast<index_t>(k), j)));
+}
+
+/// y(:, t) := scale * the trained row where ids[t] is replaced: what rows() gives on a W into which they were merged, for a
+/// base that is not touched. Throws shape_error.
+template <class R, class Y, scalar T>
+  requires token_range<R> && activations<Y>
+void apply(const R& ids, Y&& y, const replaced_rows<T>& replaced, double scale = 1.0) {
+  detail::refuse_temporary<Y>();
+  const auto to = detail::output_view(y);
+  using value = typename std::remove_const_t<decltype(to)>::value_type;
+  using acc = accumulator_t<value, T>;
+  rows_detail::check_y("apply", to.rows(), to.cols(), replaced.features(), std::size(ids));
+  detail::refuse_overlap("apply", "y", to, "the replaced rows", as_matrix(replaced.values()));
+  index_t t = 0;
+  for (const auto id : ids) {
+    const index_t k = std::in_range<index_t>(id) ? replaced.find(static_cast<index_t>(id)) : -1;
+    for (index_t i = 0; k >= 0 && i < to.rows(); ++i) {
+      const acc row = detail::widen<acc>(replaced.values()(k, i));
+      to(i, t) = detail::narrow<value>(scale == 1.0 ? row : row * static_cast<acc>(scale));
+    }
+    ++t;
+  }
+}
+
+}  // namespace lora::inline LORA_DETAIL_ABI

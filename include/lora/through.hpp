@@ -1,0 +1,117 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// apply_through(down, y, l...)    y := round(y + sum of s * lora_B * down(lora_A))
+//
+// An adapter whose first factor is not a matrix product but something that only the caller can do with it: a convolution
+// with the base's stride, padding and dilation. down(lora_A) is called once for each adapter, with lora_A as a view rank x
+// (in_channels * kernel), row-major, and returns rank x positions: the channels that lora_A, used as a kernel, makes of the
+// input. For a convolution without groups, y then is what the merged kernel would give.
+//   shapes   y out_features x positions (one image [out, H, W] is row_major(data, out, H * W)); lora_B out_features x rank
+//   rounding once, to y's scalar: the sum over the stacked ranks is a chain of multiply-adds from zero in float (double if y,
+//            a factor or what down returns is double), with s folded into lora_B; then y is added.
+//   error    |result - exact| <= u_y |exact| + (1+u_y) (u |y| + gamma_{R+3} sum |s| |lora_B| |U|) + eta_y/2 beside the error
+//            of U = down(lora_A) itself; the names are those of docs/numerics.md.
+//   cost     2 R out FLOPs per position beside down; allocates R (out + positions) accumulators.
+//   aliasing y must not overlap lora_B: shape_error; and not what down reads.
+//   throws   shape_error, value_error (scaling not finite), before anything is written; what down throws.
+// A 1x1 convolution with stride 1 needs none of this: apply(x, y, l) with x in_channels x positions.
+#pragma once
+
+#include <Eigen/Core>
+#include <algorithm>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "lora/detail/operands.hpp"
+#include "lora/forward.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI {
+namespace through_detail {
+
+template <class Acc>
+using matrix = Eigen::Matrix<Acc, Eigen::Dynamic, Eigen::Dynamic>;
+
+/// sum of s * lora_B * U over the adapters, as one product: B has the lora_B beside each other, U the U below each other.
+template <class Acc>
+struct expansion {
+  matrix<Acc> B, U;
+
+  expansion(index_t out, index_t rank, index_t columns) : B(out, rank), U(rank, columns) {}
+
+  template <class V>
+  void set_B(index_t at, const V& lora_B, double scaling) {
+    for (index_t j = 0; j < lora_B.cols(); ++j)
+      for (index_t i = 0; i < lora_B.rows(); ++i)
+        B(i, at + j) = lora::detail::widen<Acc>(lora_B(i, j)) * static_cast<Acc>(scaling);
+  }
+
+  /// finish(y element, sum, output, column) for every element of y, in blocks of columns.
+  template <class Y, class Finish>
+  void run(const Y& y, const Finish& finish) const {
+    constexpr index_t block = 256;
+    matrix<Acc> sums;
+    for (index_t first = 0; first < y.cols(); first += block) {
+      const index_t count = std::min(block, y.cols() - first);
+      sums.setZero(B.rows(), count);
+      if (B.cols() != 0 && B.rows() != 0) lora::forward(B, U.middleCols(first, count), sums);
+      for (index_t j = 0; j < count; ++j)
+        for (index_t i = 0; i < y.rows(); ++i) finish(y(i, first + j), sums(i, j), i, first + j);
+    }
+  }
+};
+
+/// Checks everything of an adapter but its in_features, which the caller's product decides.
+template <class Each>
+index_t checked_rank(const char* operation, const Each& each, index_t out_features) {
+  index_t rank = 0;
+  each([&](const auto& l) {
+    const auto& lora_A = l.lora_A();
+    lora::detail::check_adapter(operation, l, out_features, as_matrix(lora_A).cols());
+    if (lora::detail::is_read(l)) rank += static_cast<index_t>(l.rank());
+  });
+  return rank;
+}
+
+/// The expansion of all adapters, with U from down.
+template <class Acc, class Down, class Each>
+expansion<Acc> expand(const char* operation, const Down& down, const Each& each, index_t out, index_t columns) {
+  expansion<Acc> result(out, checked_rank(operation, each, out), columns);
+  index_t at = 0;
+  each([&](const auto& l) {
+    if (!lora::detail::is_read(l)) return;
+    const auto& lora_A = l.lora_A();
+    const auto& lora_B = l.lora_B();
+    const auto& held = down(as_matrix(lora_A));
+    const auto U = as_matrix(held);
+    if (U.rows() != static_cast<index_t>(l.rank()) || U.cols() != columns)
+      lora::detail::raise_shape(operation, "down(lora_A) is " + lora::detail::shape_text(U.rows(), U.cols()) +
+                                               ", not rank x positions, which is " +
+                                               lora::detail::shape_text(static_cast<index_t>(l.rank()), columns));
+    result.set_B(at, as_matrix(lora_B), static_cast<double>(l.scaling()));
+    for (index_t j = 0; j < columns; ++j)
+      for (index_t i = 0; i < U.rows(); ++i) result.U(at + i, j) = lora::detail::widen<Acc>(U(i, j));
+    at += U.rows();
+  });
+  return result;
+}
+
+}  // namespace through_detail
+
+/// y := round(y + sum of s * lora_B * down(lora_A)); see the top of this file.
+template <class Down, class Y, class... L>
+  requires activations<Y> && (detail::adapters<L> && ...)
+void apply_through(const Down& down, Y&& y, const L&... l) {
+  detail::refuse_temporary<Y>();
+  const auto to = detail::output_view(y);
+  using value = typename std::remove_const_t<decltype(to)>::value_type;
+  using acc = accumulator_t<value, L...>;
+  const auto each = detail::each_of(l...);
+  detail::refuse_factor_overlap("apply_through", "y", to, each);
+  const auto sum = through_detail::expand<acc>("apply_through", down, each, to.rows(), to.cols());
+  sum.run(to, [](value& element, acc delta, index_t, index_t) {
+    element = detail::narrow<value>(detail::widen<acc>(element) + delta);
+  });
+}
+
+}  // namespace lora::inline LORA_DETAIL_ABI

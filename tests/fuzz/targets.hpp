@@ -1,0 +1,69 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the fuzzer calls with bytes of its choice: each reader, to its end. Anything but a format_error (or value_error where a
+// verb refuses) is a finding, and so is what the sanitizers see. The tests replay tests/fuzz/corpus through the same functions.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <span>
+#include <string>
+#include <string_view>
+#include <vector>
+
+#include "lora/io/peft_inventory.hpp"
+#include "lora/io/peft_write.hpp"
+#include "lora/io/safetensors_write.hpp"
+
+namespace fuzz {
+
+namespace st = lora::safetensors;
+
+inline void trap_unless(bool holds) {
+  if (!holds) __builtin_trap();
+}
+
+/// A file of the fuzzer's: strict, then with all tolerances. What is accepted lies inside the bytes, and can be written.
+inline void safetensors(std::span<const std::byte> bytes) {
+  for (const bool tolerant : {false, true}) {
+    try {
+      const auto file = st::parse(bytes, "fuzz", {.tensors = 10'000}, {tolerant, tolerant, tolerant});
+      std::vector<st::tensor> tensors;
+      for (const auto& t : file) {
+        trap_unless(t.bytes.empty() || (t.bytes.data() >= bytes.data() && t.bytes.size() <= bytes.size()));
+        trap_unless(file.find(t.name) == &t);
+        tensors.push_back(st::tensor_of(t));
+      }
+      const auto once = st::to_bytes(tensors, file.metadata());
+      trap_unless(st::parse(once, "again").size() == file.size());
+    } catch (const lora::format_error& e) {
+      trap_unless(!e.path().empty() && (!e.expected().empty() || !e.found().empty()));
+    }
+  }
+}
+
+/// A config up to the first NUL byte, tensors behind it; strict and lenient. What is accepted is listed, written and read back.
+inline void peft(std::span<const std::byte> bytes) {
+  const std::string_view text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
+  const auto end = std::min(text.find('\0'), text.size());
+  const auto tensors = bytes.subspan(std::min(end + 1, bytes.size()));
+  for (const bool lenient : {false, true}) {
+    try {
+      const lora::peft::read_options options{.lenient = lenient, .parameter_order = {"a", "b"}};
+      const auto c = lora::peft::parse_config(text.substr(0, end), "config", options);
+      const auto file = lora::peft::assemble<double>(c, st::parse(tensors, "tensors", {.tensors = 1000}), options);
+      trap_unless(!lora::peft::inventory_of(file).text().empty());
+      if (!file.left_out().empty() || !file.passed_over().empty()) continue;
+      const auto written = lora::peft::tensor_bytes(file);
+      (void)lora::peft::config_text(file);
+      trap_unless(st::parse(written, "written").size() > 0);
+    } catch (const lora::format_error& e) {
+      trap_unless(!e.path().empty());
+    } catch (const lora::value_error&) {
+      // a pattern that depends on Unicode tables, a rank of 0 behind a pattern
+    }
+  }
+}
+
+}  // namespace fuzz
