@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Two ways of doing one thing, timed in turns: what disturbs the machine disturbs both, and their ratio survives. A
-// series is a number of pairs, the one first in even pairs and the other in odd ones; its result is the median of the
-// pairs' ratios with a 95 % interval. Ratios decide, seconds never.
+// Several ways of doing one thing, timed in turns: what disturbs the machine disturbs all, and their ratios survive. A
+// series is a number of rounds, each of which times every way once, in an order that changes from round to round; its
+// results are medians over the rounds, of ratios between two ways, with a 95 % interval. Ratios decide, seconds never.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
 #include <cstddef>
+#include <functional>
+#include <utility>
 #include <vector>
 
 #include "limits.hpp"
@@ -15,7 +17,7 @@
 namespace lora_bench {
 
 /// A median and the interval that holds the true one with 95 %: two order statistics, so nothing is assumed about the
-/// distribution but that the values are independent. (A disturbance that lasts longer than a pair makes it too narrow.)
+/// distribution but that the values are independent. (A disturbance that lasts longer than a round makes it too narrow.)
 struct estimate {
   double median = 0, low = 0, high = 0;
 };
@@ -38,40 +40,49 @@ inline estimate estimate_median(std::vector<double> values) {
   return {middle, values[cut], values[n - 1 - cut]};
 }
 
-/// Seconds of both ways in every pair.
-struct series {
-  std::vector<double> first, second;
+using way = std::function<void()>;
 
-  std::size_t pairs() const { return first.size(); }
-  estimate first_time() const { return estimate_median(first); }
-  estimate second_time() const { return estimate_median(second); }
-  /// second / first.
-  estimate ratio() const {
-    std::vector<double> ratios(pairs());
-    for (std::size_t k = 0; k < pairs(); ++k) ratios[k] = second[k] / first[k];
-    return estimate_median(ratios);
+/// The seconds of every way in every round.
+class series {
+ public:
+  explicit series(std::size_t ways = 0) : seconds_(ways) {}
+
+  std::size_t rounds() const { return seconds_.empty() ? 0 : seconds_[0].size(); }
+  void add(std::size_t which, double seconds) { seconds_[which].push_back(seconds); }
+
+  estimate time(std::size_t which) const { return estimate_median(seconds_[which]); }
+  estimate ratio(std::size_t over, std::size_t under) const {
+    return combine(over, under, [](double a, double b) { return a / b; });
   }
+  estimate difference(std::size_t of, std::size_t less) const {
+    return combine(of, less, [](double a, double b) { return a - b; });
+  }
+
+ private:
+  template <class F>
+  estimate combine(std::size_t one, std::size_t other, const F& f) const {
+    std::vector<double> values(rounds());
+    std::transform(seconds_[one].begin(), seconds_[one].end(), seconds_[other].begin(), values.begin(), f);
+    return estimate_median(std::move(values));
+  }
+
+  std::vector<std::vector<double>> seconds_;
 };
 
-/// Pairs of one() and other() until `budget` seconds have gone; at least 7 (fewer have no 95 % interval), at most 2000.
-template <class One, class Other>
-series time_pairs(double budget, const One& one, const Other& other) {
-  one();
-  other();
-  series result;
+/// Rounds until `budget` seconds have gone; at least 6 (fewer have no 95 % interval), at most 2000.
+inline series time_in_turns(double budget, const std::vector<way>& ways) {
+  for (const way& run : ways) run();
+  series result(ways.size());
   double spent = 0;
-  while (result.pairs() < 7 || (spent < budget && result.pairs() < 2000)) {
-    double first = 0, second = 0;
-    if (result.pairs() % 2 == 0) {
-      first = time_of(one);
-      second = time_of(other);
-    } else {
-      second = time_of(other);
-      first = time_of(one);
+  for (std::size_t round = 0; round < 6 || (spent < budget && round < 2000); ++round) {
+    // Every way stands in every place, and every two of them follow each other both ways.
+    for (std::size_t k = 0; k < ways.size(); ++k) {
+      const std::size_t place = (round / 2 + k) % ways.size();
+      const std::size_t next = round % 2 == 0 ? place : ways.size() - 1 - place;
+      const double seconds = time_of(ways[next]);
+      result.add(next, seconds);
+      spent += seconds;
     }
-    result.first.push_back(first);
-    result.second.push_back(second);
-    spent += first + second;
   }
   return result;
 }

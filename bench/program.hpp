@@ -1,25 +1,30 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the programs of this folder share: their command line, the limits in the heading and in the JSON context, and a
-// table of the counters (Google Benchmark would print a share of 0.78 as 780m).
+// What the programs of this folder share: their command line, the machine and the rivals in the JSON context, and a table
+// of the counters (Google Benchmark would print a share of 0.78 as 780m).
 //
-//   --row_seconds=1          how long a row is measured (its pairs together), besides setting up
+//   --rows=bars              the rows that docs/performance.md sets a bar for (the default); --rows=all: every combination
+//   --row_seconds=1          how long a row is measured (all its ways together), besides setting up; 6 rounds at least
 //   --benchmark_filter=...   which rows; --benchmark_list_tests lists them
-//   --benchmark_out=F.json   all figures and the limits, as fractions and seconds; bench/table turns them into Markdown
+//   --benchmark_format=json, --benchmark_out=F.json    all figures, as fractions and seconds; bench/table.py reads them
+//
+// A row whose ways do not agree is an error, and the program's exit status is then 1.
 #pragma once
 
 #include <benchmark/benchmark.h>
 
 #include <cstdio>
 #include <cstdlib>
-#include <cstring>
+#include <fstream>
+#include <lora/lora.hpp>
 #include <string>
 #include <string_view>
-#include <type_traits>
+#include <utility>
 #include <vector>
 
 #include "limits.hpp"
 #include "paired.hpp"
+#include "rivals/versions.hpp"
 
 namespace lora_bench {
 
@@ -31,20 +36,63 @@ struct column {
   int decimals;
 };
 
-/// The rows' view of the program.
-struct session {
-  double row_seconds = 1;
-  limits_probe probe;
+/// A series between two probes, and the better of what they found.
+struct measurement {
+  lora::limits limits;
+  lora_bench::series series;
+};
 
-  /// measure() between two probes; `limits` becomes the better of them.
-  template <class Measure>
-  auto between_probes(machine_limits& limits, const Measure& measure) {
-    const machine_limits before = probe.measure();
-    auto result = measure();
-    limits = better(before, probe.measure());
-    return result;
+/// The rows' view of the program.
+class session {
+ public:
+  double row_seconds = 1;
+  bool all_rows = false;
+  bool failed = false;
+  lora::detail::limits_probe probe = make_probe();
+
+  /// Registers row(state) if it is asked for. A row is one iteration; it sets the time by state.SetIterationTime.
+  template <class Row>
+  void add(const std::string& name, bool has_bar, const Row& row) {
+    if (!all_rows && !has_bar) return;
+    benchmark::RegisterBenchmark(name.c_str(), row)->Iterations(1)->UseManualTime()->Unit(benchmark::kMicrosecond);
+  }
+
+  /// The row's one iteration: `ways` in turns; its time is that of ways[subject].
+  measurement measure(benchmark::State& state, const std::vector<way>& ways, std::size_t subject) {
+    measurement m;
+    for (auto _ : state) {
+      const lora::limits before = probe.measure();
+      m.series = time_in_turns(row_seconds, ways);
+      m.limits = better(before, probe.measure());
+      state.SetIterationTime(m.series.time(subject).median);
+    }
+    state.counters["rounds"] = static_cast<double>(m.series.rounds());
+    state.counters["limit_flops"] = m.limits.flops;
+    state.counters["limit_read"] = m.limits.read;
+    state.counters["limit_read_write"] = m.limits.read_write;
+    return m;
+  }
+
+  void fail(benchmark::State& state, const char* text) {
+    failed = true;
+    state.SkipWithError(text);
   }
 };
+
+/// A counter with its 95 % interval: NAME, NAME_lo, NAME_hi.
+inline void count(benchmark::State& state, const std::string& name, const estimate& e, double shift = 0) {
+  state.counters[name] = e.median + shift;
+  state.counters[name + "_lo"] = e.low + shift;
+  state.counters[name + "_hi"] = e.high + shift;
+}
+
+/// floor, overhead, points_above_floor, inconclusive of a ratio with_adapters / without.
+inline void count_overhead(benchmark::State& state, const estimate& ratio, double floor) {
+  count(state, "overhead", ratio, -1);
+  state.counters["floor"] = floor;
+  state.counters["points_above_floor"] = 100 * (ratio.median - 1 - floor);
+  state.counters["inconclusive"] = ratio.high - ratio.low > 0.01 ? 1 : 0;
+}
 
 class table_reporter : public benchmark::BenchmarkReporter {
  public:
@@ -61,7 +109,10 @@ class table_reporter : public benchmark::BenchmarkReporter {
 
   void ReportRuns(const std::vector<Run>& runs) override {
     for (const Run& run : runs) {
-      std::printf("%-*s", name_width, run.benchmark_name().c_str());
+      std::string name = run.benchmark_name();
+      constexpr std::string_view once = "/iterations:1/manual_time";
+      if (const auto at = name.find(once); at != std::string::npos) name.erase(at, once.size());
+      std::printf("%-*s", name_width, name.c_str());
       const std::string failure = failure_of(run);
       if (!failure.empty()) {
         std::printf("  %s\n", failure.c_str());
@@ -81,7 +132,7 @@ class table_reporter : public benchmark::BenchmarkReporter {
   }
 
  private:
-  static constexpr int name_width = 88, cell_width = 9;
+  static constexpr int name_width = 112, cell_width = 9;
 
   /// Google Benchmark 1.8 renamed the members that tell of an error.
   template <class R>
@@ -106,9 +157,7 @@ inline std::string build_text() {
 #else
   text += "another compiler";
 #endif
-  text += ", Eigen " + std::to_string(EIGEN_WORLD_VERSION) + "." + std::to_string(EIGEN_MAJOR_VERSION) + "." +
-          std::to_string(EIGEN_MINOR_VERSION) + ", vectors of " + std::to_string(lora::detail::simd<float>::width) +
-          " floats, ";
+  text += " " LORA_BENCH_FLAGS ", vectors of " + std::to_string(lora::detail::simd<float>::width) + " floats, ";
 #if defined(_OPENMP)
   text += "OpenMP";
 #else
@@ -123,39 +172,68 @@ inline std::string build_text() {
   return text;
 }
 
+/// The processor's name, where the system tells it.
+inline std::string cpu_text() {
+  std::ifstream info("/proc/cpuinfo");
+  for (std::string line; std::getline(info, line);)
+    if (line.starts_with("model name"))
+      if (const auto at = line.find(": "); at != std::string::npos) return line.substr(at + 2);
+  return "unknown";
+}
+
+inline void add_context(const session& s, const lora::limits& limits) {
+  benchmark::AddCustomContext("build", build_text());
+  benchmark::AddCustomContext("cpu", cpu_text());
+  benchmark::AddCustomContext("threads", std::to_string(s.probe.threads()));
+  benchmark::AddCustomContext("limit_flops", std::to_string(limits.flops));
+  benchmark::AddCustomContext("limit_read", std::to_string(limits.read));
+  benchmark::AddCustomContext("limit_read_write", std::to_string(limits.read_write));
+  benchmark::AddCustomContext("last_level_cache_bytes", std::to_string(last_level_cache()));
+  benchmark::AddCustomContext("row_seconds", std::to_string(s.row_seconds));
+  benchmark::AddCustomContext("rival_eigen", eigen_version());
+  benchmark::AddCustomContext("rival_openblas", openblas_version());
+  benchmark::AddCustomContext("rival_onednn", onednn_version());
+}
+
+/// Takes this project's own arguments out; false when one of them is wrong.
+inline bool read_arguments(int& argc, char** argv, session& s, bool& table) {
+  int kept = 0;
+  for (int k = 0; k < argc; ++k) {
+    const std::string_view argument = argv[k];
+    constexpr std::string_view seconds_flag = "--row_seconds=", rows_flag = "--rows=";
+    if (argument.starts_with(seconds_flag)) {
+      s.row_seconds = std::atof(argv[k] + seconds_flag.size());
+    } else if (argument.starts_with(rows_flag)) {
+      const std::string_view rows = argument.substr(rows_flag.size());
+      if (rows != "all" && rows != "bars") {
+        std::fprintf(stderr, "--rows is all or bars\n");
+        return false;
+      }
+      s.all_rows = rows == "all";
+    } else {
+      if (argument.starts_with("--benchmark_format=")) table = false;
+      argv[kept++] = argv[k];
+    }
+  }
+  argc = kept;
+  return true;
+}
+
 /// The main of a program: probes, registers, runs. register_rows(session&) registers the rows.
 template <class Register>
 int run_program(int argc, char** argv, const std::vector<column>& columns, const Register& register_rows) {
   session s;
   bool table = true;
-  int kept = 0;
-  for (int k = 0; k < argc; ++k) {
-    const std::string_view argument = argv[k];
-    constexpr std::string_view seconds_flag = "--row_seconds=";
-    if (argument.starts_with(seconds_flag)) {
-      s.row_seconds = std::atof(argv[k] + seconds_flag.size());
-      continue;
-    }
-    if (argument.starts_with("--benchmark_format=")) table = false;
-    argv[kept++] = argv[k];
-  }
-  argc = kept;
+  if (!read_arguments(argc, argv, s, table)) return 1;
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
 
-  const machine_limits limits = s.probe.measure();
+  const lora::limits limits = s.probe.measure();
+  add_context(s, limits);
   char heading[256];
   std::snprintf(heading, sizeof heading,
                 "limits of %d thread(s): %.0f GFLOP/s float multiply-add, %.1f GB/s read, %.1f GB/s read + write in place",
                 s.probe.threads(), limits.flops / 1e9, limits.read / 1e9, limits.read_write / 1e9);
-  benchmark::AddCustomContext("build", build_text());
-  benchmark::AddCustomContext("threads", std::to_string(s.probe.threads()));
-  benchmark::AddCustomContext("limit_flops", std::to_string(limits.flops));
-  benchmark::AddCustomContext("limit_read", std::to_string(limits.read));
-  benchmark::AddCustomContext("limit_read_write", std::to_string(limits.read_write));
-  benchmark::AddCustomContext("last_level_cache", std::to_string(last_level_cache()));
-  benchmark::AddCustomContext("row_seconds", std::to_string(s.row_seconds));
-
   register_rows(s);
   if (table) {
     table_reporter reporter(heading, columns);
@@ -164,7 +242,7 @@ int run_program(int argc, char** argv, const std::vector<column>& columns, const
     benchmark::RunSpecifiedBenchmarks();
   }
   benchmark::Shutdown();
-  return 0;
+  return s.failed ? 1 : 0;
 }
 
 }  // namespace lora_bench

@@ -1,36 +1,43 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A layer with its adapters merged into the weight against the same layer with the adapters mixed in:
-//   merged    lora::forward(W', X, Y)                W' = W + sum of s B A, merged before
-//   unmerged  lora::forward(W, X, Y, adapters...)    W untouched
-// over tokens, ranks, formats, layer sizes and one or two adapters. A layer of 4096x11008 has 4096 in_features and 11008
-// out_features. Weights are row-major, activations have the weights' format, factors are float unless the row says
-// otherwise. Both ways of a pair run on weights that 2 caches of other weights have passed since their last use; the
-// activations stay where the cache has them. Before a row is timed, both ways must agree.
+// A layer with its adapters merged into the weight against the same layer with the adapters mixed in, in the steady state
+// of a program that serves (packed weights and adapters, scratch that is kept), and the merged way against other libraries.
 //
-// A row is one Google Benchmark iteration: a series of pairs (see paired.hpp). Its time is the median unmerged call (manual
-// timing). Counters, as fractions:
-//   floor           what the adapters' bytes and FLOPs must cost: rho' = rho * max(b_a / b_w, F / F_a) for each adapter,
-//                   with rho = rank (in + out) / (in out), b_a / b_w the bytes of a factor's and of a weight's element, and
-//                   F / F_a the rates at which base and factors run: 1 here, everything is multiplied in float
-//   overhead        unmerged / merged - 1, the median of the pairs; overhead_lo, overhead_hi: its 95 % interval
-//   above_floor     overhead - floor
+//   two_ways/stored:S/base:T/activations:X/factors:F/layer:IxO/tokens:N/rank:R/adapters:K
+//     merged    lora::forward(space, W', X, Y)                W' = W + sum of s B A, merged before
+//     unmerged  lora::forward(space, W, X, Y, adapters)       W untouched, K packed adapters of rank R on every token
+//     stacked   the same with one adapter of rank K R (K > 1)
+//   base/stored:S/base:T/activations:X/layer:IxO/tokens:N
+//     lora::forward(space, W, X, Y) against each rival of rivals/product.hpp
+//
+// A layer of 4096x11008 has 4096 in_features and 11008 out_features. S is `panels` (lora::packed_weight) or `rows` (a weight
+// that the caller keeps row-major). Weights and adapters rotate on every call, over more than twice the last-level cache for
+// each way; the activations stay where the cache has them. Before a row is timed, all ways must agree.
+//
+// A row is one Google Benchmark iteration: a series of rounds (see paired.hpp). Its time is the median unmerged call, or our
+// base product (manual timing). Counters, as fractions where nothing else is said:
+//   floor           what the adapters' bytes and FLOPs must cost: max(FLOPs / FMA rate, bytes / read rate) with adapters over
+//                   the same without, minus 1. For factors of the base's format that is rho = R K (in + out) / (in out); for
+//                   wider ones more where the base is bound by memory: their bytes over the base's
+//   overhead        unmerged / merged - 1, the median of the rounds; overhead_lo, overhead_hi: its 95 % interval
+//   points_above_floor  100 (overhead - floor)
 //   inconclusive    1 when the interval is wider than +-0.5 point
-//   share           of the machine's limit, merged: max(FLOPs / FMA rate, bytes of W / read rate) / time
+//   over_stacked    unmerged with K adapters over one of rank K R, minus 1
+//   share           of the machine's limit, merged way: max(FLOPs / FMA rate, bytes of W / read rate) / time
 //   share_unmerged  the same with the factors' FLOPs and bytes, over the unmerged time
-//   merged_us, pairs
-// An interval tells the noise of this series; repeat rows that matter (--benchmark_repetitions=5).
-//
-// All rows take about six minutes on two cores. A quick look:
-//   --row_seconds=0.3 --benchmark_filter='base:.*factors:float/layer:4096x4096/tokens:(1|64)/rank:16/adapters:1'
+//   speedup_vs_R    R / ours, with R_us
+//   merged_us, rounds, limit_flops, limit_read, limit_read_write
+// An interval tells the noise of this series; repeat rows that matter (--benchmark_repetitions=5). A quick look:
+//   --row_seconds=0.3 --benchmark_filter='two_ways/.*layer:4096x4096/tokens:(1|64)/rank:16/adapters:1'
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
+#include <initializer_list>
 #include <lora/lora.hpp>
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -38,51 +45,58 @@
 #include "limits.hpp"
 #include "paired.hpp"
 #include "program.hpp"
+#include "rivals/product.hpp"
 
 namespace {
 
 using lora_bench::index_t;
 using lora_bench::shape;
 
-template <class T>
-constexpr const char* name_of() {
-  return std::is_same_v<T, float> ? "float" : "bfloat16";
+template <template <class> class Weight, class T>
+std::vector<Weight<T>> make_weights(const shape& layer) {
+  std::vector<Weight<T>> weights;
+  const std::size_t count = lora_bench::pool_size(layer.size() * sizeof(T));
+  for (std::size_t k = 0; k < count; ++k)
+    weights.emplace_back(lora_bench::random_weight<T>(layer, static_cast<std::uint32_t>(k)), layer);
+  return weights;
 }
 
 /// The untouched weights of one layer size; kept from row to row, because filling them takes longer than measuring.
-template <class T>
-const std::vector<std::vector<T>>& base_weights(const shape& layer) {
+template <template <class> class Weight, class T>
+std::vector<Weight<T>>& base_weights(const shape& layer) {
   static shape held{0, 0};
-  static std::vector<std::vector<T>> weights;
-  if (held.in != layer.in || held.out != layer.out) {
+  static std::vector<Weight<T>> weights;
+  if (held != layer) {
     weights.clear();
-    // Each layer comes twice: as it is and merged.
-    const std::size_t count = lora_bench::pool_size(2 * layer.size() * sizeof(T));
-    for (std::size_t k = 0; k < count; ++k)
-      weights.push_back(lora_bench::random_weight<T>(layer, static_cast<std::uint32_t>(k)));
+    weights = make_weights<Weight, T>(layer);
     held = layer;
   }
   return weights;
 }
 
-/// The weights of one layer size with some adapters, and the adapters.
-template <class T, class F>
+/// The weights of a layer size with some adapters merged, and the adapters.
+template <template <class> class Weight, class T, class F>
 struct adapted_layers {
-  std::vector<std::vector<lora::adapter<F>>> adapters;
-  std::vector<std::vector<T>> merged;
+  using adapters = std::vector<lora::packed_adapter<F>>;
 
-  adapted_layers(const shape& layer, index_t rank, int count) {
+  std::vector<Weight<T>> merged;
+  std::vector<adapters> apart;    ///< for each layer: its adapters
+  std::vector<adapters> stacked;  ///< for each layer: one of their ranks together
+
+  adapted_layers(const shape& layer, index_t rank, int count) : merged(make_weights<Weight, T>(layer)) {
     std::uint32_t seed = 1000;
-    for (const auto& base : base_weights<T>(layer)) {
-      adapters.emplace_back();
-      for (int k = 0; k < count; ++k) adapters.back().push_back(lora_bench::random_adapter<F>(layer, rank, seed += 2));
-      merged.push_back(base);
-      lora::merge(lora::row_major(merged.back(), layer.out, layer.in), adapters.back());
+    for (auto& W : merged) {
+      std::vector<lora::adapter<F>> some;
+      for (int k = 0; k < count; ++k) some.push_back(lora_bench::random_adapter<F>(layer, rank, seed += 2));
+      lora::merge(W.view(), some);
+      apart.emplace_back(some.begin(), some.end());
+      stacked.emplace_back();
+      if (count > 1) stacked.back().emplace_back(lora_bench::random_adapter<F>(layer, rank * count, seed += 2));
     }
   }
 
   /// The last one made: rows that differ in tokens only share it.
-  static const adapted_layers& get(const shape& layer, index_t rank, int count) {
+  static adapted_layers& get(const shape& layer, index_t rank, int count) {
     static std::unique_ptr<adapted_layers> held;
     static std::string held_name;
     const std::string name = layer.text() + "/" + std::to_string(rank) + "/" + std::to_string(count);
@@ -95,116 +109,178 @@ struct adapted_layers {
   }
 };
 
-/// ||a - b|| / ||b||.
-template <class T>
-double distance(const std::vector<T>& a, const std::vector<T>& b) {
-  double difference = 0, size = 0;
-  for (std::size_t k = 0; k < a.size(); ++k) {
-    const auto [x, y] = std::pair(static_cast<double>(a[k]), static_cast<double>(b[k]));
-    difference += (x - y) * (x - y);
-    size += y * y;
-  }
-  return std::sqrt(difference / size);
+template <class X>
+std::vector<X> random_activations(index_t count) {
+  const auto values = lora_bench::random_values<X>(count, 1, 7);
+  return {values.data(), values.data() + count};
 }
 
-template <class T, class F>
-void two_ways(benchmark::State& state, lora_bench::session& session, const shape& layer, index_t tokens, index_t rank,
-              int count) {
-  const auto& base = base_weights<T>(layer);
-  const auto& [adapters, merged] = adapted_layers<T, F>::get(layer, rank, count);
-  const auto x = lora_bench::random_values<T>(layer.in * tokens, 1, 7);
-  std::vector<T> y(static_cast<std::size_t>(layer.out * tokens));
-  const auto X = lora::col_major(x, layer.in, tokens);
-  const auto Y = lora::col_major(y, layer.out, tokens);
+struct row {
+  shape layer;
+  index_t tokens, rank;
+  int adapters;
+};
 
-  std::size_t next = 0;  // every call, of either way, takes another layer
-  const auto run_merged = [&] {
-    const std::size_t k = next++ % base.size();
-    lora::forward(lora::row_major(merged[k], layer.out, layer.in), X, Y);
+template <template <class> class Weight, class T, class X, class F>
+void two_ways(benchmark::State& state, lora_bench::session& session, const row& r) {
+  auto& base = base_weights<Weight, T>(r.layer);
+  auto& layers = adapted_layers<Weight, T, F>::get(r.layer, r.rank, r.adapters);
+  const auto x = random_activations<X>(r.layer.in * r.tokens);
+  std::vector<X> y(static_cast<std::size_t>(r.layer.out * r.tokens));
+  const auto in = lora::col_major(x, r.layer.in, r.tokens);
+  const auto out = lora::col_major(y, r.layer.out, r.tokens);
+  lora::workspace space;
+
+  const auto run_merged = [&, turn = lora_bench::rotation(layers.merged)]() mutable {
+    lora::forward(space, std::as_const(turn.next()).view(), in, out);
   };
-  const auto run_unmerged = [&] {
-    const std::size_t k = next++ % base.size();
-    const auto W = lora::row_major(base[k], layer.out, layer.in);
-    if (count == 1)
-      lora::forward(W, X, Y, adapters[k][0]);
-    else
-      lora::forward(W, X, Y, adapters[k][0], adapters[k][1]);
+  const auto mixed_with = [&](auto& adapters) {
+    return [&, W = lora_bench::rotation(base), l = lora_bench::rotation(adapters)]() mutable {
+      lora::forward(space, std::as_const(W.next()).view(), in, out, l.next());
+    };
   };
+  std::vector<lora_bench::way> ways{run_merged, mixed_with(layers.apart)};
+  if (r.adapters > 1) ways.emplace_back(mixed_with(layers.stacked));
 
-  run_merged();
-  const std::vector<T> from_merged = y;
-  next = 0;
-  run_unmerged();
-  if (!(distance(from_merged, y) < (sizeof(T) == 2 ? 2e-2 : 1e-4))) {
-    state.SkipWithError("merged and unmerged results differ");
-    return;
-  }
+  ways[0]();
+  const std::vector<X> from_merged = y;
+  ways[1]();
+  if (!lora_bench::agree<T>(from_merged, y)) return session.fail(state, "merged and unmerged results differ");
+  ways = {run_merged, mixed_with(layers.apart)};  // the rotations in step again
+  if (r.adapters > 1) ways.emplace_back(mixed_with(layers.stacked));
 
-  lora_bench::machine_limits limits;
-  lora_bench::series series;
-  for (auto _ : state) {
-    series = session.between_probes(limits,
-                                    [&] { return lora_bench::time_pairs(session.row_seconds, run_merged, run_unmerged); });
-    state.SetIterationTime(series.second_time().median);
-  }
-
-  const double factor_elements = static_cast<double>(rank) * static_cast<double>(layer.in + layer.out) * count;
-  const double work = 2 * layer.size() * static_cast<double>(tokens);
-  const double more_work = 2 * factor_elements * static_cast<double>(tokens);
-  const double bytes = layer.size() * sizeof(T), more_bytes = factor_elements * sizeof(F);
-  const double floor = layer.rho(static_cast<double>(rank)) * count *
-                       std::max(static_cast<double>(sizeof(F)) / static_cast<double>(sizeof(T)), 1.0);
-  const auto ratio = series.ratio();
-  const double merged_time = series.first_time().median, unmerged_time = series.second_time().median;
-  auto& counters = state.counters;
-  counters["floor"] = floor;
-  counters["overhead"] = ratio.median - 1;
-  counters["overhead_lo"] = ratio.low - 1;
-  counters["overhead_hi"] = ratio.high - 1;
-  counters["above_floor"] = ratio.median - 1 - floor;
-  counters["inconclusive"] = ratio.high - ratio.low > 0.01 ? 1 : 0;
-  counters["share"] = limits.reading(work, bytes) / merged_time;
-  counters["share_unmerged"] = limits.reading(work + more_work, bytes + more_bytes) / unmerged_time;
-  counters["merged_us"] = merged_time * 1e6;
-  counters["pairs"] = static_cast<double>(series.pairs());
+  const auto m = session.measure(state, ways, 1);
+  const auto tokens = static_cast<double>(r.tokens), factors = r.layer.factors(static_cast<double>(r.rank)) * r.adapters;
+  const double merged_limit = m.limits.reading(2 * r.layer.size() * tokens, r.layer.size() * sizeof(T));
+  const double unmerged_limit =
+      m.limits.reading(2 * (r.layer.size() + factors) * tokens, r.layer.size() * sizeof(T) + factors * sizeof(F));
+  lora_bench::count_overhead(state, m.series.ratio(1, 0), unmerged_limit / merged_limit - 1);
+  if (r.adapters > 1) lora_bench::count(state, "over_stacked", m.series.ratio(1, 2), -1);
+  state.counters["share"] = merged_limit / m.series.time(0).median;
+  state.counters["share_unmerged"] = unmerged_limit / m.series.time(1).median;
+  state.counters["merged_us"] = m.series.time(0).median * 1e6;
 }
 
-template <class T, class F>
-void add_row(lora_bench::session& session, const shape& layer, index_t tokens, index_t rank, int adapters) {
-  const std::string name = std::string("two_ways/base:") + name_of<T>() + "/factors:" + name_of<F>() +
-                           "/layer:" + layer.text() + "/tokens:" + std::to_string(tokens) + "/rank:" + std::to_string(rank) +
-                           "/adapters:" + std::to_string(adapters);
-  benchmark::RegisterBenchmark(
-      name.c_str(),
-      [=, &session](benchmark::State& state) { two_ways<T, F>(state, session, layer, tokens, rank, adapters); })
-      ->Iterations(1)
-      ->UseManualTime()
-      ->Unit(benchmark::kMicrosecond);
+/// The base product alone, against the other libraries on the same values.
+template <template <class> class Weight, class T, class X>
+void base_product(benchmark::State& state, lora_bench::session& session, const shape& layer, index_t tokens) {
+  auto& base = base_weights<Weight, T>(layer);
+  auto& rows = base_weights<lora_bench::weight_rows, T>(layer);
+  const auto x = random_activations<X>(layer.in * tokens);
+  std::vector<X> y(static_cast<std::size_t>(layer.out * tokens));
+  lora::workspace space;
+  std::vector<lora_bench::way> ways{[&, turn = lora_bench::rotation(base)]() mutable {
+    lora::forward(space, std::as_const(turn.next()).view(), lora::col_major(x, layer.in, tokens),
+                  lora::col_major(y, layer.out, tokens));
+  }};
+  constexpr bool packed = std::is_same_v<Weight<T>, lora_bench::weight_panels<T>>;
+  const auto rivals = lora_bench::product_rivals<T, X>({rows, x, y, tokens}, packed);
+  for (const auto& rival : rivals) ways.push_back(rival.run);
+
+  // One call each, so that the rotations stay in step.
+  std::vector<X> ours;
+  for (std::size_t k = 0; k < ways.size(); ++k) {
+    std::fill(y.begin(), y.end(), X(0));
+    ways[k]();
+    if (k == 0)
+      ours = y;
+    else if (!lora_bench::agree<T>(ours, y))
+      return session.fail(state, ("another result than " + rivals[k - 1].name).c_str());
+  }
+
+  const auto m = session.measure(state, ways, 0);
+  state.counters["share"] =
+      m.limits.reading(2 * layer.size() * static_cast<double>(tokens), layer.size() * sizeof(T)) / m.series.time(0).median;
+  for (std::size_t k = 0; k < rivals.size(); ++k) {
+    lora_bench::count(state, "speedup_vs_" + rivals[k].name, m.series.ratio(k + 1, 0));
+    state.counters[rivals[k].name + "_us"] = m.series.time(k + 1).median * 1e6;
+  }
 }
 
-/// Sorted so that neighbours share their weights.
-template <class T>
-void add_rows(lora_bench::session& session) {
-  for (const shape& layer : lora_bench::shapes)
-    for (const int adapters : {1, 2})
-      for (const index_t rank : lora_bench::ranks)
-        for (const index_t tokens : {1, 8, 64, 512}) add_row<T, float>(session, layer, tokens, rank, adapters);
+bool one_of(index_t value, std::initializer_list<index_t> values) {
+  return std::find(values.begin(), values.end(), value) != values.end();
+}
+
+/// A row's place among those that docs/performance.md sets a bar for: few at 512 tokens, which take seconds each.
+bool has_bar(const row& r) {
+  const bool usual = one_of(r.rank, {16, 64});
+  if (r.adapters > 1) return r.layer == shape{4096, 4096} && one_of(r.tokens, {1, 64}) && r.rank == 16;
+  if (r.layer == shape{4096, 4096}) return one_of(r.tokens, {1, 8, 64}) || (r.tokens == 512 ? usual : r.rank == 16);
+  if (r.layer.size() > 4096 * 4096) return one_of(r.tokens, {1, 64}) && one_of(r.rank, {16, 256});
+  return one_of(r.tokens, {1, 64}) && usual;
+}
+
+/// T, X, F: the base, the activations, the factors. `all_bars`: has_bar decides, or only 4096x4096 at rank 16.
+template <template <class> class Weight, class T, class X, class F>
+void add_two_ways(lora_bench::session& session, bool all_bars) {
+  const auto add = [&](const row& r) {
+    const std::string name = std::string("two_ways/stored:") + Weight<T>::name + "/base:" + lora_bench::name_of<T>() +
+                             "/activations:" + lora_bench::name_of<X>() + "/factors:" + lora_bench::name_of<F>() +
+                             "/layer:" + r.layer.text() + "/tokens:" + std::to_string(r.tokens) +
+                             "/rank:" + std::to_string(r.rank) + "/adapters:" + std::to_string(r.adapters);
+    const bool bar = all_bars ? has_bar(r) : r.layer == shape{4096, 4096} && one_of(r.tokens, {1, 64}) && r.rank == 16;
+    session.add(name, bar && (all_bars || r.adapters == 1),
+                [=, &session](benchmark::State& state) { two_ways<Weight, T, X, F>(state, session, r); });
+  };
+  // Sorted so that neighbours share their weights.
+  for (const shape& layer : {shape{768, 768}, {1024, 1024}, {4096, 4096}, {4096, 11008}, {11008, 4096}})
+    for (const int adapters : {1, 2, 4})
+      for (const index_t rank : {8, 16, 64, 256})
+        for (const index_t tokens : {1, 2, 8, 16, 64, 512})
+          if (layer == shape{4096, 4096} || !one_of(tokens, {2, 16})) add({layer, tokens, rank, adapters});
+}
+
+/// `wide`: the layer of most in_features has a bar, too.
+template <template <class> class Weight, class T, class X>
+void add_base_products(lora_bench::session& session, bool wide) {
+  constexpr bool packed = std::is_same_v<Weight<T>, lora_bench::weight_panels<T>>;
+  for (const shape& layer : {shape{768, 768}, {1024, 1024}, {4096, 4096}, {4096, 11008}, {11008, 4096}, {14336, 4096}})
+    for (const index_t tokens : {1, 2, 4, 8, 16, 64, 512}) {
+      const std::string name = std::string("base/stored:") + Weight<T>::name + "/base:" + lora_bench::name_of<T>() +
+                               "/activations:" + lora_bench::name_of<X>() + "/layer:" + layer.text() +
+                               "/tokens:" + std::to_string(tokens);
+      const bool bar = layer == shape{4096, 4096} ? one_of(tokens, {1, 8, 64}) || (packed && one_of(tokens, {4, 512}))
+                                                  : wide && layer.in == 14336 && one_of(tokens, {1, 64, 512});
+      session.add(name, bar,
+                  [=, &session](benchmark::State& state) { base_product<Weight, T, X>(state, session, layer, tokens); });
+    }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::vector<lora_bench::column> columns = {{"merged_us", "merged us", 1, 1},     {"floor", "floor %", 100, 2},
-                                                   {"overhead", "over %", 100, 2},       {"overhead_lo", "from", 100, 2},
-                                                   {"overhead_hi", "to", 100, 2},        {"above_floor", "points+", 100, 2},
-                                                   {"inconclusive", "unsure", 1, 0},     {"share", "share %", 100, 1},
-                                                   {"share_unmerged", "unm. %", 100, 1}, {"pairs", "pairs", 1, 0}};
+  const std::vector<lora_bench::column> columns = {{"merged_us", "merged us", 1, 1},
+                                                   {"floor", "floor %", 100, 2},
+                                                   {"overhead", "over %", 100, 2},
+                                                   {"overhead_lo", "from", 100, 2},
+                                                   {"overhead_hi", "to", 100, 2},
+                                                   {"points_above_floor", "points+", 1, 2},
+                                                   {"inconclusive", "unsure", 1, 0},
+                                                   {"over_stacked", "stack %", 100, 2},
+                                                   {"share", "share %", 100, 1},
+                                                   {"share_unmerged", "unm. %", 100, 1},
+                                                   {"speedup_vs_onednn", "oneDNN x", 1, 2},
+                                                   {"speedup_vs_onednn_plain", "(plain)", 1, 2},
+                                                   {"speedup_vs_openblas", "OpenBL x", 1, 2},
+                                                   {"speedup_vs_eigen", "Eigen x", 1, 2},
+                                                   {"rounds", "rounds", 1, 0}};
   return lora_bench::run_program(argc, argv, columns, [](lora_bench::session& session) {
-    add_rows<float>(session);
-    add_rows<lora::bfloat16>(session);
-    // Factors stored as the base is: their bytes halve, the products stay float.
-    for (const index_t rank : {16, 256})
-      for (const index_t tokens : {1, 8, 64, 512})
-        add_row<lora::bfloat16, lora::bfloat16>(session, {4096, 4096}, tokens, rank, 1);
+    using lora::bfloat16, lora::float16, lora_bench::weight_panels, lora_bench::weight_rows;
+    add_base_products<weight_panels, float, float>(session, true);
+    add_base_products<weight_panels, bfloat16, bfloat16>(session, true);
+    add_base_products<weight_panels, bfloat16, float>(session, false);
+    add_base_products<weight_panels, float16, float>(session, false);
+    add_base_products<weight_rows, float, float>(session, false);
+    add_base_products<weight_rows, bfloat16, bfloat16>(session, false);
+
+    add_two_ways<weight_panels, float, float, float>(session, true);
+    add_two_ways<weight_panels, bfloat16, bfloat16, bfloat16>(session, true);
+    add_two_ways<weight_panels, bfloat16, bfloat16, float>(session, false);
+    add_two_ways<weight_panels, bfloat16, float, bfloat16>(session, false);
+    add_two_ways<weight_panels, bfloat16, float, float>(session, false);
+    add_two_ways<weight_panels, float16, float, float16>(session, false);
+    add_two_ways<weight_panels, float16, float, float>(session, false);
+    add_two_ways<weight_rows, float, float, float>(session, false);
+    add_two_ways<weight_rows, bfloat16, bfloat16, bfloat16>(session, false);
   });
 }
