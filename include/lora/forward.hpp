@@ -14,8 +14,9 @@
 //   error    |result - exact| <= u_y |exact| + (1+u_y) (gamma_{in+R+1} |W| |x| + gamma_{in+R+3} sum |s| |lora_B| |lora_A| |x|
 //            + u |b|) + eta_y/2; the names are those of docs/numerics.md.
 //   bits     a token's result does not depend on the other tokens, on threads or on tiles.
-//   cost     2 (out * in + R (in + out)) FLOPs per token; W is read once per 96 tokens (128 with AVX-512); a W that is not
-//            packed is read, packed and read again in the first-level cache. Scratch as apply.
+//   cost     2 (out * in + R (in + out)) FLOPs per token; W is read once per block of tokens (96; 128 with AVX-512; fewer for
+//            more than 6,500 in_features); a W that is not packed is read, packed and read again in the first-level cache.
+//            Scratch as apply.
 //   aliasing y must not overlap W, x, b or a factor: shape_error. An x that is an Eigen expression is evaluated first.
 //   throws   shape_error, value_error (scaling not finite), before anything is written.
 #pragma once

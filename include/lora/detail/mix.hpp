@@ -162,7 +162,7 @@ void mix(workspace& space, index_t out_features, index_t in_features, index_t to
          const pack_token_function<Acc>& pack_X, const finish_function<Acc>& finish) {
   if (tokens == 0 || out_features == 0) return;
   part_list<Acc, Each> list(parts);
-  plan<Acc> plan_of_tokens(tokens, who, rank_of_token);
+  plan<Acc> plan_of_tokens(tokens, in_features, who, rank_of_token);
   product<Acc, T> task(out_features, in_features, W, plan_of_tokens);
   layout places;
   list.claim(places);

@@ -45,13 +45,10 @@ struct run {
 template <class Acc>
 class plan {
  public:
-  /// Tiles whose activations are held at once: a block. Its activations and sums share the second-level cache with a
-  /// chunk of W.
-  static constexpr index_t tiles_in_block = 16;
-
   /// rank_of_token: the largest sum of ranks that one token has.
-  plan(index_t tokens, const token_parts& who, index_t rank_of_token)
+  plan(index_t tokens, index_t in_features, const token_parts& who, index_t rank_of_token)
       : tokens_(tokens),
+        tiles_in_block_(tiles_of(in_features)),
         who_(who),
         tiles_(pieces(tokens, tile_rows)),
         rank_of_token_(rank_of_token),
@@ -80,14 +77,14 @@ class plan {
     }
     index_t runs = 0, scales = 0, U = 0;
     for (index_t t = 0; t < tiles_; ++t) {
-      if (t % tiles_in_block == 0) U = 0;
+      if (t % tiles_in_block_ == 0) U = 0;
       first_run_[t] = runs;
       for (index_t row = 0; row < rows(t);) add_group(t, row, runs, scales, U);
     }
     first_run_[tiles_] = runs;
-    for (index_t first = 0; first < tiles_; first += tiles_in_block) {
+    for (index_t first = 0; first < tiles_; first += tiles_in_block_) {
       index_t* const begin = by_part_ + first_run_[first];
-      index_t* const end = by_part_ + first_run_[std::min(first + tiles_in_block, tiles_)];
+      index_t* const end = by_part_ + first_run_[std::min(first + tiles_in_block_, tiles_)];
       for (index_t* r = begin; r != end; ++r) *r = r - by_part_;
       std::sort(begin, end, [this](index_t a, index_t b) {
         return runs_[a].part != runs_[b].part ? runs_[a].part < runs_[b].part : a < b;
@@ -97,6 +94,8 @@ class plan {
 
   index_t tokens() const { return tokens_; }
   index_t tiles() const { return tiles_; }
+  /// Tiles whose activations are held at once: a block.
+  index_t tiles_in_block() const { return tiles_in_block_; }
   /// Tokens are spread evenly: 8 are 4 + 4, not 6 + 2.
   index_t first(index_t tile) const {
     const index_t each = tokens_ / tiles_, more = tokens_ % tiles_;
@@ -104,7 +103,7 @@ class plan {
   }
   index_t rows(index_t tile) const { return tokens_ / tiles_ + (tile < tokens_ % tiles_ ? 1 : 0); }
   index_t token(index_t place) const { return order_ == nullptr ? place : order_[place]; }
-  index_t most_rows_in_block() const { return std::min(tokens_, tiles_in_block * tile_rows); }
+  index_t most_rows_in_block() const { return std::min(tokens_, tiles_in_block_ * tile_rows); }
   index_t most_U_in_block() const { return most_rows_in_block() * rank_of_token_; }
 
   const run& run_at(index_t r) const { return runs_[r]; }
@@ -116,6 +115,14 @@ class plan {
   index_t parts_count() const { return who_.parts; }
 
  private:
+  /// A block's activations pass once for every panel of W: they must stay in the caches, so that long tokens make short
+  /// blocks.
+  static index_t tiles_of(index_t in_features) {
+    constexpr index_t most = 16, bytes = index_t{5} << 19;
+    return std::clamp<index_t>(bytes / (tile_rows * std::max<index_t>(1, in_features) * static_cast<index_t>(sizeof(Acc))),
+                               4, most);
+  }
+
   /// The runs of the rows from `row` on that have the same parts.
   void add_group(index_t tile, index_t& row, index_t& runs, index_t& scales, index_t& U) {
     const index_t begin = first(tile) + row, end = first(tile) + rows(tile);
@@ -131,7 +138,7 @@ class plan {
     row += next - begin;
   }
 
-  index_t tokens_;
+  index_t tokens_, tiles_in_block_;
   token_parts who_;
   index_t tiles_, rank_of_token_, assignments_, run_capacity_;
   const part<Acc>* parts_ = nullptr;

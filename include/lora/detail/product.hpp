@@ -89,8 +89,8 @@ class product {
     Acc* const thread_memory = thread_place_.in(memory);
     parallel(threads_, [&](const team& team) {
       Acc* const sums = thread_memory + team.thread() * per_thread_;
-      for (index_t first = 0; first < tokens_.tiles(); first += plan<Acc>::tiles_in_block) {
-        const block tiles{first, std::min(first + plan<Acc>::tiles_in_block, tokens_.tiles())};
+      for (index_t first = 0; first < tokens_.tiles(); first += tokens_.tiles_in_block()) {
+        const block tiles{first, std::min(first + tokens_.tiles_in_block(), tokens_.tiles())};
         team.for_each(tiles.end - tiles.begin, [&](index_t t) { pack_tile(tiles, tiles.begin + t, pack_X); });
         shrink_all(tiles, team, sums);
         team.for_each(pieces(panels(), group_), [&](index_t g) { outputs(tiles, g * group_, sums, finish); });
