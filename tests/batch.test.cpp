@@ -162,6 +162,33 @@ TEST_CASE("threads and tiles change no bit", "[batch][threads]") {
   }
 }
 
+TEMPLATE_TEST_CASE("long tokens in short blocks change no bit", "[batch]", float, double) {
+  // 30,000 in_features: blocks of 4 tiles, so that these tokens are several blocks.
+  test::random g(1110);
+  CAPTURE(g.seed());
+  const index_t out = 9, in = 30000, tokens = 41;
+  const auto W = g.reals<TestType>(out, in, 1);
+  const test::col_matrix<TestType> x = g.reals<TestType>(in, tokens, 1);
+  std::vector<lora::packed_adapter<TestType>> adapters;
+  for (const index_t rank : {2, 5})
+    adapters.emplace_back(
+        lora::adapter<TestType>{g.reals<TestType>(rank, in, 0.1), g.reals<TestType>(out, rank, 1), {.alpha = 3}});
+  lora::batch who{adapters};
+  for (index_t t = 0; t < tokens; ++t) who.add({{t % 2, 0.5}, {(t / 3) % 2, -1.5}});
+  const lora::packed_weight<TestType> packed{W};
+  test::col_matrix<TestType> mixed(out, tokens), batched(out, tokens), one(out, 1);
+  lora::forward(packed, x, mixed, adapters);
+  lora::forward(packed, x, batched, who);
+  for (index_t t = 0; t < tokens; ++t) {
+    lora::forward(packed, x.col(t), one, adapters);
+    CHECK(same_bits(one, mixed.col(t)));
+    lora::batch alone{adapters};
+    alone.add({{t % 2, 0.5}, {(t / 3) % 2, -1.5}});
+    lora::forward(packed, x.col(t), one, alone);
+    CHECK(same_bits(one, batched.col(t)));
+  }
+}
+
 TEST_CASE("an adapter at strength 0 is not read; an unused one neither", "[batch]") {
   const Eigen::MatrixXf W = Eigen::MatrixXf::Identity(4, 4) * 3, x = Eigen::MatrixXf::Ones(4, 3);
   std::vector<lora::packed_adapter<float>> adapters;

@@ -10,10 +10,11 @@
 //   adapters any number of low_rank types, packed_adapter (nothing is packed in the call), and ranges of them.
 //   rounding once, to y's scalar: U = lora_A * x and the sum over the stacked ranks are chains of multiply-adds from zero
 //            in float (double if x, y or any factor is double), U times s in between; then y is added.
-//   error    |result - exact| <= u_y |exact| + (1+u_y) (u |y| + gamma_{in+R+2} sum |s| |lora_B| |lora_A| |x|) + eta_y/2; the
-//            names are those of docs/numerics.md.
-//   cost     2 R (in + out) FLOPs per token; y is read and written once, tile by tile; scratch: in * tokens accumulators
-//            (tokens in blocks of at most 128) and, for adapters that are not packed, R (in + out) more.
+//   error    |result - exact| <= u_y |exact| + (1+u_y) (u |y| + gamma_{in+R+3} sum |s| |lora_B| |lora_A| |x|) + eta_y/2, and
+//            what underflows; the names are those of docs/numerics.md.
+//   cost     2 R (in + out) FLOPs per token; y is read and written once, tile by tile; scratch: the activations and A x
+//            of a block of tokens, sums and a chunk of the weight for each thread, for adapters that are not packed
+//            R (in + out) accumulators more.
 //   aliasing y must not overlap x or a factor: shape_error. An x that is an Eigen expression is evaluated first.
 //   throws   shape_error, value_error (scaling not finite), before anything is written; std::bad_alloc.
 #pragma once

@@ -13,6 +13,7 @@
 // bit for bit.
 #pragma once
 
+#include <algorithm>
 #include <initializer_list>
 #include <span>
 #include <string>
@@ -30,23 +31,23 @@ struct batch_entry {
   double weight = 1;
 };
 
-/// The adapters of each token, in the order in which they are added to its result. Looks at the adapters; clear() keeps the
-/// memory, so that a batch that is filled again allocates nothing.
+/// The adapters of each token, in the order in which they are added to its result. Looks at the adapters, which must stay
+/// where they are and as they are until clear(); that keeps the memory, so that a batch that is filled again allocates nothing.
 template <scalar F>
 class batch {
  public:
-  /// The adapters must stay where they are.
   explicit batch(std::span<const packed_adapter<F>> adapters) : adapters_(adapters), slot_of_(adapters.size(), -1) {}
   explicit batch(const std::vector<packed_adapter<F>>& adapters) : batch(std::span(adapters)) {}
+  explicit batch(const std::vector<packed_adapter<F>>&& adapters) = delete;  // it would look at a temporary
 
   /// The next token gets these; none: the base alone. Strength 0 means that the adapter is not read. Throws value_error when
   /// an adapter is not in the list or its strength, alone or times its scaling, is not finite; then nothing is added.
   void add(std::span<const batch_entry> entries) {
     for (const batch_entry& e : entries) check(e);
-    index_.reserve(index_.size() + entries.size());
-    weight_.reserve(weight_.size() + entries.size());
-    used_.reserve(used_.size() + entries.size());
-    begin_.reserve(begin_.size() + 1);
+    grow(index_, entries.size());
+    grow(weight_, entries.size());
+    grow(used_, entries.size());
+    grow(begin_, 1);
     index_t rank = 0;
     for (const batch_entry& e : entries) {
       const auto& l = adapters_[static_cast<std::size_t>(e.adapter)];
@@ -95,6 +96,11 @@ class batch {
   }
 
  private:
+  /// Room for more, so that what follows cannot throw; twice as much each time.
+  template <class V>
+  static void grow(V& v, std::size_t more) {
+    if (v.capacity() - v.size() < more) v.reserve(std::max(v.size() + more, 2 * v.size()));
+  }
   void check(const batch_entry& e) const {
     const auto count = static_cast<index_t>(adapters_.size());
     if (e.adapter < 0 || e.adapter >= count)

@@ -14,11 +14,11 @@
 //   error    |result - exact| <= u_y |exact| + (1+u_y) (gamma_{in+R+1} |W| |x| + gamma_{in+R+3} sum |s| |lora_B| |lora_A| |x|
 //            + u |b|) + eta_y/2; the names are those of docs/numerics.md.
 //   bits     a token's result does not depend on the other tokens, on threads or on tiles.
-//   cost     2 (out * in + R (in + out)) FLOPs per token; W is read once per block of tokens (96; 128 with AVX-512; fewer for
-//            more than 6,500 in_features); a W that is not packed is read, packed and read again in the first-level cache.
-//            Scratch as apply.
-//   aliasing y must not overlap W, x, b or a factor: shape_error. An x that is an Eigen expression is evaluated first.
-//   throws   shape_error, value_error (scaling not finite), before anything is written.
+//   cost     2 (out * in + R (in + out)) FLOPs per token; W is read once per block of tokens: 16 tiles of 4, 6
+//            (AVX2) or 8 (AVX-512) tokens, fewer where their activations exceed 2.5 MiB, at least 4 tiles. A W that is not
+//            packed is read, packed and read again in the first-level cache. Scratch as apply.
+//   aliasing y must not overlap W, x, b or a factor: shape_error (the panels of packed ones are nobody else's memory). An x that is an Eigen expression is evaluated first.
+//   throws   shape_error, value_error (scaling not finite), std::bad_alloc, before anything is written.
 #pragma once
 
 #include <string>

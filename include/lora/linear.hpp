@@ -81,7 +81,8 @@ struct attachment {
 /// The weight is kept in panels (packed_weight.hpp), whose padding is at most 31 outputs.
 /// Memory, in weights: 1 while nothing is merged and 2 while something is, the pristine copy and the merged weight. Given a
 /// reload function it holds 1 in every state and 2 while a call changes what is merged. An adapter is kept twice, as it
-/// came and in panels: 2 rank (in + out) elements of its own format.
+/// came and in panels of the same format (double for a double layer), ranks and outputs padded to them. Blocks of a MiB and
+/// more take whole huge pages of 2 MiB.
 ///
 /// Every call that throws has changed nothing. Const calls may run at the same time; others need the object to themselves.
 template <scalar T>
@@ -137,6 +138,8 @@ class linear {
     // Tiles of doubles read panels of doubles only.
     using mixed = std::conditional_t<std::is_same_v<accumulator_t<T, format>, double>, double, format>;
     using panels = std::conditional_t<std::is_void_v<Panels>, mixed, Panels>;
+    static_assert(std::is_same_v<accumulator_t<T, panels>, accumulator_t<panels>>,
+                  "lora::linear::attach: a double layer reads panels of double only");
     adapters_.emplace(name, slot{std::make_shared<const detail::attached_adapter>(
                                      detail::attached_adapter{adapter<format>(source), packed_adapter<panels>(source)}),
                                  weight, true, false});

@@ -10,6 +10,7 @@
 
 #include <string>
 #include <type_traits>
+#include <utility>
 
 #include "lora/detail/factors.hpp"
 #include "lora/detail/memory.hpp"
@@ -28,6 +29,19 @@ class packed_adapter {
   using value_type = F;
 
   packed_adapter() = default;
+  packed_adapter(const packed_adapter&) = default;
+  packed_adapter& operator=(const packed_adapter&) = default;
+  /// Leaves an adapter of a 0 x 0 weight behind.
+  packed_adapter(packed_adapter&& other) noexcept { *this = std::move(other); }
+  packed_adapter& operator=(packed_adapter&& other) noexcept {
+    out_features_ = std::exchange(other.out_features_, 0);
+    in_features_ = std::exchange(other.in_features_, 0);
+    rank_ = std::exchange(other.rank_, 0);
+    scaling_ = other.scaling_;
+    panels_ = std::move(other.panels_);
+    return *this;
+  }
+  ~packed_adapter() = default;
   /// Packs an adapter (or a scaled one, with its strength). Exact where F holds the factors' scalar. Where F is narrower,
   /// each element of a factor rounds once: a relative change of at most u_F of every |A| and |B|, so delta weights change
   /// by at most (2 u_F + u_F^2) sum |s| |B| |A| (u_F = 2^-8 for bfloat16, 2^-11 for float16; values below the format's

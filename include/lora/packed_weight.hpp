@@ -15,6 +15,7 @@
 #include <algorithm>
 #include <bit>
 #include <cstddef>
+#include <limits>
 #include <string>
 #include <utility>
 
@@ -51,10 +52,12 @@ class packed_weight {
   }
   ~packed_weight() = default;
   /// All zero.
-  packed_weight(index_t out_features, index_t in_features)
-      : out_features_(out_features), in_features_(in_features), elements_(count() * panel()) {
-    if (out_features < 0 || in_features < 0)
-      detail::raise_shape("packed_weight", detail::shape_text(out_features, in_features) + " has a negative size");
+  packed_weight(index_t out_features, index_t in_features) : out_features_(out_features), in_features_(in_features) {
+    constexpr index_t most = std::numeric_limits<index_t>::max() / static_cast<index_t>(2 * width * sizeof(T));
+    if (out_features < 0 || in_features < 0 || (out_features > 0 && in_features > most / out_features))
+      detail::raise_shape("packed_weight", detail::shape_text(out_features, in_features) +
+                                               ": a size is negative, or there are more elements than memory can hold");
+    elements_ = detail::array<T>(count() * panel());
     each_panel([&](index_t p, index_t, index_t) { std::fill_n(elements_.data() + p * panel(), panel(), T(0)); });
   }
   /// Copies and packs W; a narrower scalar is widened exactly, a wider one is refused at compile time. Shares the work
@@ -88,8 +91,8 @@ class packed_weight {
     return elements_.data()[output / width * panel() + detail::panel_offset<T>(output % width, input, width)];
   }
 
-  /// Writes the elements, bit for bit, into a matrix of the same scalar and shape. Throws shape_error when it has another
-  /// shape, or its memory is this weight's.
+  /// Writes the elements, bit for bit, into a matrix of the same scalar and shape, whose memory must not be the panels'.
+  /// Throws shape_error when it has another shape.
   template <matrix_like M>
   void copy_to(M&& W) const {
     detail::refuse_temporary<M>();

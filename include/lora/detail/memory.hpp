@@ -8,6 +8,8 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <exception>
+#include <limits>
 #include <memory>
 #include <new>
 #include <type_traits>
@@ -43,6 +45,9 @@ class array {
   array() = default;
   explicit array(index_t size) : size_(size) {
     if (size == 0) return;
+    constexpr index_t most =
+        (std::numeric_limits<index_t>::max() - static_cast<index_t>(huge_page)) / static_cast<index_t>(sizeof(T));
+    if (size < 0 || size > most) no_such_size();
     std::size_t bytes = static_cast<std::size_t>(size) * sizeof(T);
     std::align_val_t alignment{memory_alignment};
     if (bytes >= huge_page / 2) {  // whole huge pages, at most one more than needed
@@ -72,6 +77,13 @@ class array {
   index_t size() const { return size_; }
 
  private:
+  [[noreturn]] static void no_such_size() {
+#if defined(__cpp_exceptions)
+    throw std::bad_array_new_length();
+#else
+    std::terminate();
+#endif
+  }
   struct free_memory {
     std::align_val_t alignment{memory_alignment};
     void operator()(T* p) const { ::operator delete(p, alignment); }

@@ -60,7 +60,7 @@ class plan {
     runs_place_ = l.take<run>(run_capacity_);
     by_part_place_ = l.take<index_t>(run_capacity_);
     first_run_place_ = l.take<index_t>(tiles_ + 1);
-    scales_place_ = l.take<Acc>(assignments_);
+    scales_place_ = l.take<double>(assignments_);
   }
 
   void make(std::byte* memory, const part<Acc>* parts) {
@@ -109,7 +109,7 @@ class plan {
   const run& run_at(index_t r) const { return runs_[r]; }
   const run& run_by_part(index_t r) const { return runs_[by_part_[r]]; }
   index_t first_run(index_t tile) const { return first_run_[tile]; }
-  const Acc* scales(const run& r) const { return scales_ + r.scales; }
+  const double* scales(const run& r) const { return scales_ + r.scales; }
   const part<Acc>& part_of(const run& r) const { return parts_[r.part]; }
   const part<Acc>* parts() const { return parts_; }
   index_t parts_count() const { return who_.parts; }
@@ -133,7 +133,7 @@ class plan {
       runs_[runs++] = {tile, row, next - begin, p, U, scales};
       U += parts_[p].rank * (next - begin);
       for (index_t place = begin; place < next; ++place)
-        scales_[scales++] = static_cast<Acc>(parts_[p].scale * who_.strength(token(place), n));
+        scales_[scales++] = parts_[p].scale * who_.strength(token(place), n);
     }
     row += next - begin;
   }
@@ -144,10 +144,10 @@ class plan {
   const part<Acc>* parts_ = nullptr;
   layout::place<index_t> order_place_, by_part_place_, first_run_place_;
   layout::place<run> runs_place_;
-  layout::place<Acc> scales_place_;
+  layout::place<double> scales_place_;
   index_t *order_ = nullptr, *by_part_ = nullptr, *first_run_ = nullptr;
   run* runs_ = nullptr;
-  Acc* scales_ = nullptr;
+  double* scales_ = nullptr;
 };
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail

@@ -191,12 +191,14 @@ class product {
       }
   }
 
-  /// U as the left operand of the next product: U[rank * rows + row], times the row's factor.
+  /// U as the left operand of the next product: U[rank * rows + row], times the row's factor, in double and rounded once: a
+  /// factor need not fit the accumulator.
   void keep_U(const detail::run& rows, index_t first_rank, index_t ranks, index_t sums_stride, const Acc* sums) const {
     Acc* const U = U_ + rows.U + first_rank * rows.rows;
-    const Acc* const scales = tokens_.scales(rows);
+    const double* const scales = tokens_.scales(rows);
     for (index_t j = 0; j < ranks; ++j)
-      for (index_t i = 0; i < rows.rows; ++i) U[j * rows.rows + i] = scales[i] * sums[i * sums_stride + j];
+      for (index_t i = 0; i < rows.rows; ++i)
+        U[j * rows.rows + i] = static_cast<Acc>(scales[i] * static_cast<double>(sums[i * sums_stride + j]));
   }
 
   /// One or two neighbouring panels of outputs, for all tiles of the block.

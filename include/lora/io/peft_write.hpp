@@ -10,7 +10,7 @@
 // order does not matter); an entry whose scaling has another rule than the file's gets the alpha that gives its scaling, bit for
 // bit where a double does. Factors are written in the dtype in which they were read. Config keys that were read are kept; a
 // file that was read whole and not changed gives the same tensors, byte for byte.
-//   writes   both files durably, each complete or not at all, the weights first: a directory without a config is not read
+//   writes   both files durably: both are complete beside the old ones before either takes its name, the weights first
 //   throws   value_error for a file that was read with parts left out or passed over (they would be lost), or for entries made
 //            by converted() whose file's config says otherwise; format_error with the system's reason.
 #pragma once
@@ -20,6 +20,7 @@
 #include <filesystem>
 #include <map>
 #include <set>
+#include <span>
 #include <string>
 #include <utility>
 #include <vector>
@@ -38,8 +39,13 @@ adapter_file<T> make_file(std::vector<entry<T>> entries, std::string base_model 
   c.task_type = std::move(task_type);
   std::vector<std::string> names;
   typename adapter_file<T>::entry_map map;
+  if (!entries.empty()) c.fan_in_fan_out = entries.front().fan_in_fan_out();
   for (auto& e : entries) {
-    c.fan_in_fan_out = c.fan_in_fan_out || e.fan_in_fan_out();
+    if (e.kind() == entry_kind::linear && e.fan_in_fan_out() != c.fan_in_fan_out)
+      lora::detail::raise_value("peft::make_file",
+                                io_detail::in_quotes(e.name()) +
+                                    " and the first entry disagree on fan_in_fan_out, which a config says "
+                                    "once for all: write them to two directories");
     names.push_back(e.name());
     if (!map.emplace(e.name(), std::move(e)).second)
       lora::detail::raise_value("peft::make_file", "two entries are called " + io_detail::in_quotes(names.back()));
@@ -375,10 +381,13 @@ void write(const std::filesystem::path& directory, const adapter_file<T>& file,
                                       .expected = "a directory to write",
                                       .found = failure.message(),
                                       .hint = "nothing was written"}));
+  // Both are whole on the disk before either takes its name.
   io_detail::output_file weights(directory / "adapter_model.safetensors", bytes.size(), options.durability);
   weights.write(bytes);
+  io_detail::output_file config(directory / "adapter_config.json", text.size(), options.durability);
+  config.write(std::as_bytes(std::span(text)));
   weights.commit();
-  io_detail::write_text(directory / "adapter_config.json", text, options.durability);
+  config.commit();
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::peft

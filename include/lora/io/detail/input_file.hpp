@@ -25,6 +25,9 @@ class input_file {
   explicit input_file(const std::filesystem::path& path) : path_(path.string()) {
     std::error_code failure;
     if (std::filesystem::is_directory(path, failure)) refuse("a file", "a directory", "");
+    // A pipe or a device would block, or never end.
+    if (std::filesystem::exists(path, failure) && !std::filesystem::is_regular_file(path, failure))
+      refuse("a regular file", "a pipe, a socket or a device", "copy its content to a file");
     stream_.open(path, std::ios::binary | std::ios::ate);
     if (!stream_) refuse("a file that can be read", "none", "check the path and its permissions");
     const auto end = stream_.tellg();

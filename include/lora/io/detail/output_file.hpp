@@ -50,6 +50,8 @@ class output_file {
       : path_(path), durable_(durable) {
     std::error_code failure;
     if (std::filesystem::is_directory(path, failure)) refuse("a file to write", "a directory", 0);
+    if (std::filesystem::exists(path, failure) && !std::filesystem::is_regular_file(path, failure))
+      refuse("a file to write", "a pipe, a socket or a device", 0);
     static thread_local std::mt19937_64 random{std::random_device{}()};
     partial_ = path;
     partial_ += ".lorapart-" + std::to_string(random());
