@@ -38,7 +38,8 @@ class team {
   }
 
  private:
-  int thread_, threads_;
+  int thread_;
+  [[maybe_unused]] int threads_;  ///< without OpenMP there is one
 };
 
 /// How many threads a region for this many multiply-adds may have: scratch is allocated for each before it starts, because

@@ -50,6 +50,7 @@ class extents : public std::span<const std::uint64_t> {
   using std::span<const std::uint64_t>::span;
   extents(std::span<const std::uint64_t> values)  // NOLINT(google-explicit-constructor): it is that span, comparable
       : std::span<const std::uint64_t>(values) {}
+  friend bool operator==(const extents& a, const extents& b) { return std::equal(a.begin(), a.end(), b.begin(), b.end()); }
   friend bool operator==(const extents& a, std::span<const std::uint64_t> b) {
     return std::equal(a.begin(), a.end(), b.begin(), b.end());
   }
