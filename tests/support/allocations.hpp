@@ -104,6 +104,11 @@ void* operator new(std::size_t size) { return test::allocations::or_bad_alloc(si
 void* operator new(std::size_t size, std::align_val_t a) {
   return test::allocations::or_bad_alloc(size, static_cast<std::size_t>(a));
 }
+// std::stable_sort's buffer; what it frees goes to the operator delete below.
+void* operator new(std::size_t size, const std::nothrow_t&) noexcept {
+  return test::allocations::fails() ? nullptr : std::malloc(size + (size == 0));
+}
+void operator delete(void* p, const std::nothrow_t&) noexcept { std::free(p); }
 void operator delete(void* p) noexcept { std::free(p); }
 void operator delete(void* p, std::size_t) noexcept { std::free(p); }
 void operator delete(void* p, std::align_val_t) noexcept { std::free(p); }
