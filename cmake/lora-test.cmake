@@ -40,7 +40,8 @@ function(lora_run_test name target)
   endif()
   add_test(NAME ${name} COMMAND ${target} --rng-seed 20 --warn NoAssertions)
   # Two tests run at once: more threads than cores would only make each wait for the other.
-  set_tests_properties(${name} PROPERTIES ENVIRONMENT OMP_WAIT_POLICY=passive TIMEOUT 1200)
+  set_tests_properties(${name} PROPERTIES TIMEOUT 1200
+    ENVIRONMENT "OMP_WAIT_POLICY=passive;LSAN_OPTIONS=suppressions=${PROJECT_SOURCE_DIR}/tests/support/leaks.txt")
 endfunction()
 
 # OUTSIDE: needs the reference files. OPTIMIZED: as the build says; the others are compiled with -O1, which takes half the time
