@@ -269,8 +269,9 @@ class product {
       const Acc* const left = X_of(tiles, t) + k * rows;
       const auto* const share = reinterpret_cast<const char*>(next) + bytes * n / count / line * line;
       if (few && bytes != 0) {
-        multiply<true, 2>(rows, tile_sums, width, left, rows, right, 0, depth,
-                          fetching{share, pieces(bytes, count * pieces(depth, depth_group<R>))});
+        multiply<true, 2>(
+            rows, tile_sums, width, left, rows, right, 0, depth,
+            fetching{reinterpret_cast<std::uintptr_t>(share), pieces(bytes, count * pieces(depth, depth_group<R>))});
       } else {
         for (index_t b = 0; b < bytes / count; b += line) prefetch(share + b);
         multiply<false, 2>(rows, tile_sums, width, left, rows, right, 0, depth);

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstdint>
 #include <type_traits>
 
 #include "lora/concepts.hpp"
@@ -24,7 +25,7 @@ inline constexpr int depth_group = std::is_same_v<T, bfloat16> ? 2 : 1;
 /// What a tile fetches from memory while it multiplies: a line where `next` points at each step of the depth, which then
 /// moves on by `step` bytes. Spread like this, memory and multipliers work at the same time; in one burst they take turns.
 struct fetching {
-  const char* next = nullptr;
+  std::uintptr_t next = 0;  ///< an address and no pointer: it may lie outside, where nothing is read
   index_t step = 0;
 };
 /// How far ahead of the multiply-adds a panel that goes through one tile is fetched, in bytes.
@@ -69,9 +70,10 @@ LORA_DETAIL_INLINE void advance(typename simd<Acc>::vector (&sum)[Rows][Vectors]
   typename simd<Acc>::vector values[Vectors];
   for (; depth >= group; depth -= group) {
     if constexpr (Fetch) {
-      prefetch(fetch.next);
-      if constexpr (Vectors == 4) prefetch(fetch.next + next_panel * static_cast<index_t>(sizeof(T)));
-      fetch.next += fetch.step;
+      prefetch(reinterpret_cast<const void*>(fetch.next));
+      if constexpr (Vectors == 4)
+        prefetch(reinterpret_cast<const void*>(fetch.next + static_cast<std::uintptr_t>(next_panel) * sizeof(T)));
+      fetch.next += static_cast<std::uintptr_t>(fetch.step);
     }
     read_panel<false, Vectors, Acc>(right, next_panel, values);
     advance_once<Rows, Vectors, Acc>(sum, left, values);
@@ -123,7 +125,7 @@ void multiply(int rows, Acc* sums, index_t sums_stride, const Acc* left, index_t
 template <int Vectors, class Acc, class T>
 fetching ahead_of(const T* right) {
   constexpr index_t step = depth_group<T> * std::min(Vectors, 2) * simd<Acc>::width * static_cast<index_t>(sizeof(T));
-  return {reinterpret_cast<const char*>(right) + fetch_ahead, step};
+  return {reinterpret_cast<std::uintptr_t>(right) + static_cast<std::uintptr_t>(fetch_ahead), step};
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail

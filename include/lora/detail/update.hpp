@@ -9,6 +9,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <cstring>
 
 #include "lora/detail/memory.hpp"
 #include "lora/detail/operands.hpp"
@@ -196,7 +197,9 @@ void add_and_round(tally& seen, const T* source, T* destination, const Acc* delt
   std::size_t became = 0, nonfinite = 0;
   for (index_t j = 0; j < count; ++j) {
     const T before = source[j * step];
-    const T after = delta[j] == Acc(0) ? before : narrow<T>(widen<Acc>(before) + delta[j]);
+    T after = delta[j] == Acc(0) ? before : narrow<T>(widen<Acc>(before) + delta[j]);
+    // clang turns this choice into adding -0.0, which is the same but for a signaling NaN: its bits are kept by hand.
+    if (delta[j] == Acc(0) && !is_finite(before)) std::memcpy(&after, source + j * step, sizeof(T));
     destination[j * step] = after;
     const bool bad = !is_finite(after);
     nonfinite += bad;
