@@ -2,7 +2,7 @@
 // expect: the matrix to write is a temporary that owns its elements, so the result would be lost
 #include "lora/lora.hpp"
 
-#include "lora/io/peft_entry.hpp"
+#include "lora/io/peft_verbs.hpp"
 
 Eigen::MatrixXf load();
 

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// expect: the matrix to write is read-only
+// expect: the matrix to write is a temporary that owns its elements
 #include "lora/lora.hpp"
 
 void use(lora::linear<float>& q, const lora::adapter<float>& l) {
