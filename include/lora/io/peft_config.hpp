@@ -342,6 +342,8 @@ class reader {
     result_.use_dora = flag("use_dora");
     result_.lora_bias = flag("lora_bias");
     result_.ensure_weight_tying = flag("ensure_weight_tying");
+    if (const auto* value = value_of("target_parameters"); value != nullptr && value->kind == json_kind::string)
+      refuse(*value, "target_parameters", "a list of names or null, as PEFT does", value->text(), "");
     result_.target_parameters = names("target_parameters");
     read_bias();
     read_init();
