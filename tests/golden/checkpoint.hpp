@@ -69,12 +69,13 @@ void check_checkpoint(const shards& checkpoint, const shards& base,
   CHECK(checkpoint.size() == base.size());
   for (const auto& file : checkpoint.files())
     for (const auto& t : file) {
-      INFO(t.name);
+      const std::string name(t.name);
+      INFO(name);
       CHECK(t.dtype == lora::safetensors::dtype_of<T>());
       const auto turned = [&](const MatrixXd& m) { return in_out ? MatrixXd(m.transpose()) : m; };
-      const test::matrix<T> rounded = turned(tensor<double>(base.with(t.name), t.name)).template cast<T>();
-      const MatrixXd W = agreement::in_double(rounded), theirs = turned(tensor<double>(file, t.name));
-      const auto module = t.name.substr(0, t.name.rfind(".weight"));
+      const test::matrix<T> rounded = turned(tensor<double>(base.with(name), name)).template cast<T>();
+      const MatrixXd W = agreement::in_double(rounded), theirs = turned(tensor<double>(file, name));
+      const auto module = name.substr(0, name.rfind(".weight"));
       std::vector<const lora::adapter<float>*> here;
       for (const auto* each : adapters)
         if (each->contains(module)) here.push_back(&each->at(module).factors());

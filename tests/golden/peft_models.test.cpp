@@ -23,7 +23,9 @@ std::vector<const lora::peft::adapter_file<float>*> both(const golden::reference
 template <class T>
 MatrixXd logits(const llama::model<T>& model, const lora::safetensors::file& io) {
   const auto ids = io.copy<std::int64_t>("x");
-  const auto length = static_cast<std::size_t>(io.at("x").shape.at(1));
+  const auto& extents = io.at("x").shape;
+  REQUIRE(extents.size() == 2);
+  const auto length = static_cast<std::size_t>(extents[1]);
   MatrixXd result(model.shape().vocabulary, static_cast<Eigen::Index>(ids.size()));
   for (std::size_t k = 0; k < ids.size(); k += length)
     result.middleCols(static_cast<Eigen::Index>(k), static_cast<Eigen::Index>(length)) =
