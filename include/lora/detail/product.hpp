@@ -150,13 +150,13 @@ class product {
   void shrink(const block& tiles, index_t begin, index_t end, index_t panel, Acc* sums) const {
     const part<Acc>& l = tokens_.part_of(tokens_.run_by_part(begin));
     if (panel * width >= l.rank) return;
-    with_elements<Acc>(l.A, l.format, [&]<class F>(const F* A) {
+    with_elements<Acc>(l.A, l.format, [&]<class F>(const F* panels) {
       const factor_layout<Acc, F> where{out_, in_, l.rank};
       const bool few = end - begin == 1 && tokens_.run_by_part(begin).rows <= 2;
       const index_t first = few ? panel / 2 * 2 : panel;
       const bool paired = few && first * width + width < l.rank && where.A_width(first + 1) == width;
       if (paired && panel != first) return;
-      const F* const from = A + panel * where.A_panel();
+      const F* const from = panels + panel * where.A_panel();
       std::fill_n(sums, (end - begin) * tile_rows * width, Acc(0));
       if (paired)
         multiply_runs<4>(tiles, begin, end, from, where.A_panel(), sums);
@@ -299,13 +299,13 @@ class product {
       for (index_t r = tokens_.first_run(t); r < tokens_.first_run(t + 1); ++r) {
         const detail::run& rows = tokens_.run_at(r);
         const part<Acc>& l = tokens_.part_of(rows);
-        with_elements<Acc>(l.B, l.format, [&]<class F>(const F* B) {
+        with_elements<Acc>(l.B, l.format, [&]<class F>(const F* panels) {
           const factor_layout<Acc, F> where{out_, in_, l.rank};
           for (index_t c = 0; c < count; ++c)
             multiply<true, 2>(static_cast<int>(rows.rows),
                               sums_of(tiles, t, count, sums) + rows.first_row * stride + c * width, stride, U_ + rows.U,
-                              rows.rows, B + (p + c) * where.B_panel(), 0, l.rank,
-                              ahead_of<2, Acc>(B + (p + c) * where.B_panel()));
+                              rows.rows, panels + (p + c) * where.B_panel(), 0, l.rank,
+                              ahead_of<2, Acc>(panels + (p + c) * where.B_panel()));
         });
       }
   }
@@ -316,14 +316,14 @@ class product {
     const index_t parts = tokens_.parts_count(), line = static_cast<index_t>(memory_alignment);
     for (index_t q = parts * n / steps; q < pieces(parts * (n + 1), steps); ++q) {
       const part<Acc>& l = tokens_.parts()[q];
-      with_elements<Acc>(l.B, l.format, [&]<class F>(const F* B) {
+      with_elements<Acc>(l.B, l.format, [&]<class F>(const F* panels) {
         const factor_layout<Acc, F> where{out_, in_, l.rank};
         const index_t bytes = where.B_panel() * static_cast<index_t>(sizeof(F));
         // A part that several steps share is cut among them.
         const index_t shares = std::max<index_t>(1, steps / std::max<index_t>(1, parts));
         const index_t share = n % shares, limit = std::min(bytes, most);
         for (index_t b = limit * share / shares / line * line; b < limit * (share + 1) / shares; b += line)
-          prefetch(reinterpret_cast<const char*>(B + p * where.B_panel()) + b);
+          prefetch(reinterpret_cast<const char*>(panels + p * where.B_panel()) + b);
       });
     }
   }
