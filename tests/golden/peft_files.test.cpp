@@ -100,32 +100,6 @@ TEST_CASE("golden: every adapter of PEFT is written back as it was read", "[gold
   CHECK(adapters == 135);
 }
 
-TEST_CASE("an adapter made here is written as PEFT has it", "[peft][write]") {
-  using matrix = lora::detail::row_major_matrix<float>;
-  const auto made = [](index_t rank, double alpha, lora::scaling_rule rule) {
-    return lora::adapter<float>(matrix::Constant(rank, 5, 0.25F), matrix::Constant(4, rank, 0.5F),
-                                {.alpha = alpha, .rule = rule});
-  };
-  std::vector<peft::entry<float>> entries;
-  entries.emplace_back("m.0.q", made(2, 3, lora::scaling_rule::standard), false);
-  entries.emplace_back("m.0.q.z", made(3, 1.1, lora::scaling_rule::rank_stabilized), false);
-  entries.emplace_back("x.m.0.q", made(2, 0.7, lora::scaling_rule::fixed), false);
-  const auto file = peft::make_file<float>(entries, "base", "CAUSAL_LM");
-  const build::directory out;
-  peft::write(out.path(), file);
-  const auto again = peft::read(out.path());
-  for (const auto& e : entries) {
-    INFO(e.name());
-    CHECK(again.at(e.name()).scaling() == e.scaling());
-    CHECK(again.at(e.name()).rank() == e.rank());
-    CHECK(again.at(e.name()).factors().lora_A() == e.factors().lora_A());
-  }
-  CHECK(again.config().base_model_name_or_path == "base");
-  CHECK(build::has(slurp(out.path() / "adapter_config.json"), R"("^m\\.0\\.q\\.z": 3)"));
-  entries.push_back(entries.front());
-  CHECK_THROWS_AS(peft::make_file<float>(entries), lora::value_error);
-}
-
 TEST_CASE("what was left out is not lost in writing", "[peft][write]") {
   const build::directory out;
   const auto from = root() / "modules_to_save/a";

@@ -76,6 +76,7 @@ class adapter_file {
     std::map<std::string, safetensors::dtype, std::less<>> row_dtypes = {};  ///< in which the rows were stored
     std::vector<std::string> left_out = {}, passed_over = {};
     bool prefixed = true;
+    read_options options = {};
   };
 
   adapter_file(peft::config config, entry_map entries, std::vector<std::string> left_out)
@@ -123,6 +124,8 @@ class adapter_file {
   const std::vector<std::string>& passed_over() const { return more_.passed_over; }
   /// Whether the file's names begin with base_model.model.
   bool prefixed() const { return more_.prefixed; }
+  /// What its reader was told beyond the files.
+  const read_options& options() const { return more_.options; }
 
  private:
   peft::config config_;
@@ -150,6 +153,7 @@ class assembler {
     more_.left_out = keys_.left_out();
     more_.passed_over.insert(more_.passed_over.begin(), keys_.passed_over().begin(), keys_.passed_over().end());
     more_.prefixed = keys_.prefixed();
+    more_.options = options_;
     return {config_, std::move(entries_), std::move(more_)};
   }
 
@@ -176,7 +180,7 @@ class assembler {
     auto parts = factors_of(path, what, t);
     add_extras(parts, t);
     parts.shared_with = modules_.shared_with(what.name, *t.A);
-    if (entries_.contains(what.name)) refuse(*t.A, "one adapter for " + io_detail::in_quotes(what.name), "two", "");
+    if (entries_.contains(what.name)) refuse(*t.A, "one adapter for " + io_detail::in_quotes(what.name), "two");
     entries_.emplace(what.name, entry<T>(std::move(parts)));
   }
   static std::string suffix(const io_detail::module_tensors& t, char factor) {
@@ -224,7 +228,7 @@ class assembler {
     if (parts.packed != packed_factor::none) {
       const auto& packed = packed_B ? *t.B : *t.A;
       if (packed.shape[0] % blocks != 0 || r % blocks != 0)
-        refuse(packed, "rows and a rank that " + std::to_string(blocks) + " blocks divide", packed.text(), "");
+        refuse(packed, "rows and a rank that " + std::to_string(blocks) + " blocks divide", packed.text());
       (packed_B ? B : A) = spread(packed_B ? B : A, parts.blocks);
     }
     parts.experts.push_back(adapter_of(parts, A, B, rank));
@@ -248,7 +252,7 @@ class assembler {
     const bool in_A = in(config_.bd->in_A), in_B = in(config_.bd->in_B);
     if (in_A == in_B && (in_A || config_.bd->strict))
       refuse(t, "a module that use_bdlora puts in one of target_modules_bd_a and target_modules_bd_b",
-             in_A ? "one in both" : "one in neither", "");
+             in_A ? "one in both" : "one in neither");
     if (!in_A && !in_B) return;
     parts.packed = in_A ? packed_factor::A : packed_factor::B;
     parts.blocks = static_cast<index_t>(config_.bd->blocks);
@@ -262,16 +266,16 @@ class assembler {
     check_not_empty(*t.A);
     check_not_empty(*t.B);
     const auto r = static_cast<std::uint64_t>(rank);
-    if (A.size() < 3 || A.size() > 5) refuse(*t.A, "the kernel of a convolution, of 3 to 5 dimensions", t.A->text(), "");
+    if (A.size() < 3 || A.size() > 5) refuse(*t.A, "the kernel of a convolution, of 3 to 5 dimensions", t.A->text());
     if (A[0] != r) refuse_rank(*t.A, rank, "first");
     const bool ones = std::all_of(B.begin() + std::min<std::ptrdiff_t>(2, static_cast<std::ptrdiff_t>(B.size())), B.end(),
                                   [](auto extent) { return extent == 1; });
     if (B.size() != A.size() || !ones)
-      refuse(*t.B, "a kernel of 1 in every direction, with " + std::to_string(A.size()) + " dimensions", t.B->text(), "");
-    if (r % B[1] != 0) refuse(*t.B, "a second dimension that divides the rank " + std::to_string(rank), t.B->text(), "");
+      refuse(*t.B, "a kernel of 1 in every direction, with " + std::to_string(A.size()) + " dimensions", t.B->text());
+    if (r % B[1] != 0) refuse(*t.B, "a second dimension that divides the rank " + std::to_string(rank), t.B->text());
     parts.groups = static_cast<index_t>(r / B[1]);
     if (B[0] % (r / B[1]) != 0)
-      refuse(*t.B, "outputs that the " + std::to_string(parts.groups) + " groups divide", t.B->text(), "");
+      refuse(*t.B, "outputs that the " + std::to_string(parts.groups) + " groups divide", t.B->text());
     parts.in_channels = static_cast<index_t>(A[1]);
     for (std::size_t k = 2; k < A.size(); ++k) parts.kernel.push_back(static_cast<index_t>(A[k]));
     const matrix lora_A = widened(*t.A);
@@ -286,7 +290,7 @@ class assembler {
     const auto r = static_cast<std::uint64_t>(rank);
     if (t.A->shape[0] % r != 0) refuse_rank(*t.A, rank, "a multiple of it as its first");
     if (t.B->shape[1] != t.A->shape[0])
-      refuse(*t.B, "as many columns as lora_A has rows, " + std::to_string(t.A->shape[0]), t.B->text(), "");
+      refuse(*t.B, "as many columns as lora_A has rows, " + std::to_string(t.A->shape[0]), t.B->text());
     const auto count = static_cast<index_t>(t.A->shape[0] / r);
     const matrix A = widened(*t.A), B = widened(*t.B);
     parts.experts.reserve(static_cast<std::size_t>(count));
@@ -324,7 +328,7 @@ class assembler {
     }
     std::uint64_t elements = 1;
     for (const auto extent : tensor->shape) elements *= extent;  // cannot overflow: the reader counted the bytes
-    if (elements != size) refuse(*tensor, std::to_string(size) + " values", tensor->text(), "");
+    if (elements != size) refuse(*tensor, std::to_string(size) + " values", tensor->text());
     check_holds(*tensor);
     values = tensors_.template copy<T>(tensor->name);
     dtype = tensor->dtype;
@@ -346,16 +350,16 @@ class assembler {
     const std::vector<index_t>* ids = nullptr;
     for (const auto& [name, numbers] : config_.trainable_tokens)
       if (name.empty() || config_detail::is_or_ends_with(module, name)) ids = &numbers;
-    if (ids == nullptr) refuse(t, "trainable_token_indices in the config for " + io_detail::in_quotes(module), "none", "");
+    if (ids == nullptr) refuse(t, "trainable_token_indices in the config for " + io_detail::in_quotes(module), "none");
     if (ids->size() != t.shape[0])
-      refuse(t, "a row for each of the " + std::to_string(ids->size()) + " tokens of the config", t.text(), "");
+      refuse(t, "a row for each of the " + std::to_string(ids->size()) + " tokens of the config", t.text());
     if (entries_.find(module) != entries_.end())
       refuse(t, "an embedding with trained rows or with an adapter", "one with both",
              "which of them wins for a trained row is not defined");
     auto sorted = *ids;
     std::sort(sorted.begin(), sorted.end());
     if (std::adjacent_find(sorted.begin(), sorted.end()) != sorted.end())
-      refuse(t, "every token of trainable_token_indices once", "one twice", "");
+      refuse(t, "every token of trainable_token_indices once", "one twice");
     more_.token_rows.emplace(module, replaced_rows<T>(*ids, widened(t)));
     more_.row_dtypes.emplace(module, t.dtype);
   }
@@ -368,7 +372,7 @@ class assembler {
   }
   void check_matrix(const safetensors::entry& t) const {
     check_not_empty(t);
-    if (t.shape.size() != 2) refuse(t, "two dimensions", t.text(), "");
+    if (t.shape.size() != 2) refuse(t, "two dimensions", t.text());
   }
   void check_holds(const safetensors::entry& t) const {
     if (!safetensors::holds_exactly<T>(t.dtype))
@@ -404,13 +408,9 @@ class assembler {
     refuse(t, "rank " + std::to_string(rank) + ", as the config says for this module, as its " + dimension + " dimension",
            t.text(), "the config and the tensors do not belong together, or rank_pattern lacks this module");
   }
-  [[noreturn]] void refuse(const safetensors::entry& t, std::string expected, std::string found, std::string hint) const {
-    lora::detail::raise(format_error({.path = tensors_.name(),
-                                      .item = std::string(t.name),
-                                      .offset = t.offset,
-                                      .expected = std::move(expected),
-                                      .found = std::move(found),
-                                      .hint = std::move(hint)}));
+  [[noreturn]] void refuse(const safetensors::entry& t, std::string expected, std::string found,
+                           std::string hint = "") const {
+    io_detail::refuse_tensor(tensors_, t, std::move(expected), std::move(found), std::move(hint));
   }
 
   const config& config_;

@@ -11,13 +11,19 @@
 // bit where a double does. Factors are written in the dtype in which they were read. Config keys that were read are kept; a
 // file that was read whole and not changed gives the same tensors, byte for byte.
 //   writes   both files durably: both are complete beside the old ones before either takes its name, the weights first
-//   throws   value_error for a file that was read with parts left out or passed over (they would be lost), or for entries made
-//            by converted() whose file's config says otherwise; format_error with the system's reason.
+// Before anything is written, the bytes are read back as lora::peft::read would read them, and must hold the same entries.
+//   throws   value_error for a file that was read with parts left out or passed over (they would be lost), for entries made by
+//            converted() whose file's config says otherwise, and for whatever a reader would refuse or take for something
+//            else (rank 0, no entry at all, a scaling that no finite alpha gives, a name that reads as another tensor's, text
+//            that is not UTF-8); format_error with the system's reason.
+//   costs    a second copy of the adapter in memory while it is checked.
 #pragma once
 
 #include <algorithm>
 #include <cmath>
+#include <cstring>
 #include <filesystem>
+#include <limits>
 #include <map>
 #include <set>
 #include <span>
@@ -326,7 +332,7 @@ class config_writer {
   std::map<std::string, json> keys_;
 };
 
-/// Throws value_error where the written file would be another function than the entries, or would lack something.
+/// Throws value_error where something would be lost that reading back cannot tell.
 template <scalar T>
 void check(const adapter_file<T>& file) {
   if (!file.left_out().empty() || !file.passed_over().empty())
@@ -339,6 +345,78 @@ void check(const adapter_file<T>& file) {
       lora::detail::raise_value("peft::write", name +
                                                    " was converted, but the config still says that PEFT changes the base "
                                                    "(init_lora_weights, kasa_config): write it with make_file");
+}
+
+template <scalar T>
+bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
+template <class M>
+bool same_bits(const M& a, const M& b) {
+  return a.rows() == b.rows() && a.cols() == b.cols() &&
+         (a.size() == 0 || std::memcmp(a.data(), b.data(), static_cast<std::size_t>(a.size()) * sizeof(*a.data())) == 0);
+}
+
+/// In what two entries differ; empty when they are the same function.
+template <scalar T>
+std::string difference(const entry<T>& given, const entry<T>& found) {
+  const auto &a = given.parts(), &b = found.parts();
+  if (a.kind != b.kind) return std::string("kind: ") + name_of(b.kind) + " for " + name_of(a.kind);
+  if (a.experts.size() != b.experts.size()) return "number of experts";
+  for (std::size_t k = 0; k < a.experts.size(); ++k) {
+    const auto &x = a.experts[k], &y = b.experts[k];
+    if (!same_bits(x.lora_A(), y.lora_A()) || !same_bits(x.lora_B(), y.lora_B())) return "factors";
+    // alpha is the nearest double, whose quotient may be a neighbour of the scaling.
+    if (std::abs(x.scaling() - y.scaling()) > 2 * std::numeric_limits<double>::epsilon() * std::abs(x.scaling()))
+      return "scaling";
+  }
+  if (!same_bits(a.bias, b.bias)) return "bias of lora_B";
+  if (!same_bits(a.magnitude, b.magnitude)) return "magnitude";
+  if (!same_bits(a.diagonal, b.diagonal)) return "diagonal";
+  if (a.fan_in_fan_out != b.fan_in_fan_out) return "fan_in_fan_out";
+  if (a.change != b.change) return "change of the base";
+  if (a.kernel != b.kernel || a.groups != b.groups) return "kernel or groups";
+  return {};
+}
+
+/// Throws value_error when a reader would find something else than the file holds.
+template <scalar T>
+void compare(const adapter_file<T>& file, const adapter_file<T>& found) {
+  const auto other = [](const std::string& what) {
+    lora::detail::raise_value("peft::write", "read back, the adapter would be another: " + what);
+  };
+  for (const auto& [name, e] : file) {
+    if (e.name() != name)
+      other("the entry under " + io_detail::in_quotes(name) + " is called " + io_detail::in_quotes(e.name()));
+    if (!found.contains(name)) other("it has no " + io_detail::in_quotes(name));
+    if (const auto what = difference(e, found.at(name)); !what.empty())
+      other("the " + what + " of " + io_detail::in_quotes(name));
+  }
+  if (found.size() != file.size()) other("it has more modules");
+  if (found.replacements().size() != file.replacements().size()) other("the number of tensors that replace the base's");
+  if (found.token_rows().size() != file.token_rows().size()) other("the number of embeddings with trained rows");
+  for (const auto& [name, rows] : file.token_rows()) {
+    const auto there = found.token_rows().find(name);
+    if (there == found.token_rows().end() || there->second.ids() != rows.ids())
+      other("the trained rows of " + io_detail::in_quotes(name));
+  }
+}
+
+template <scalar T>
+void read_back(const adapter_file<T>& file, std::span<const std::byte> bytes, std::string_view text) {
+  const auto again = [&] {
+    const auto tensors = safetensors::parse(bytes, "adapter_model.safetensors");
+    return assemble<T>(parse_config(text, "adapter_config.json", file.options()), tensors, file.options());
+  };
+#if defined(__cpp_exceptions)
+  try {
+    compare(file, again());
+  } catch (const format_error& refused) {
+    lora::detail::raise_value("peft::write", std::string("a reader would refuse it: ") + refused.what());
+  }
+#else
+  compare(file, again());
+#endif
 }
 
 }  // namespace write_detail
@@ -374,6 +452,7 @@ void write(const std::filesystem::path& directory, const adapter_file<T>& file,
            const safetensors::write_options& options = {}) {
   const auto bytes = tensor_bytes(file);
   const auto text = config_text(file);
+  write_detail::read_back<T>(file, bytes, text);
   std::error_code failure;
   std::filesystem::create_directories(directory, failure);
   if (failure)

@@ -170,12 +170,5 @@ inline void output_file::abandon() noexcept {
 
 #endif
 
-/// Writes a whole text file.
-inline void write_text(const std::filesystem::path& path, std::string_view text, safetensors::durability durable) {
-  output_file file(path, text.size(), durable);
-  file.write(std::as_bytes(std::span(text.data(), text.size())));
-  file.commit();
-}
-
 }  // namespace io_detail
 }  // namespace lora::inline LORA_DETAIL_ABI

@@ -44,6 +44,17 @@ struct replacing_tensor {
   reason why;
 };
 
+/// Throws format_error about one tensor of a file.
+[[noreturn]] inline void refuse_tensor(const safetensors::file& tensors, const safetensors::entry& t, std::string expected,
+                                       std::string found, std::string hint = "") {
+  detail::raise(format_error({.path = tensors.name(),
+                              .item = std::string(t.name),
+                              .offset = t.offset,
+                              .expected = std::move(expected),
+                              .found = std::move(found),
+                              .hint = std::move(hint)}));
+}
+
 /// What a part of a tensor's name means when nothing in the file or its config explains it.
 struct name_meaning {
   std::string_view part;
@@ -127,7 +138,8 @@ class peft_keys {
   void place(const safetensors::entry& t) {
     const bool prefixed = t.name.starts_with(prefix);
     if (prefixed_.value_or(prefixed) != prefixed)
-      refuse(t, "all names with the prefix base_model.model., or none", prefixed ? "both" : "a name without it", "");
+      refuse_tensor(tensors_, t, "all names with the prefix base_model.model., or none",
+                    prefixed ? "both" : "a name without it");
     prefixed_ = prefixed;
     const std::string_view name = bare(t);
     for (const auto& p : parts) {
@@ -138,7 +150,8 @@ class peft_keys {
       const bool factor = p.where == &module_tensors::A || p.where == &module_tensors::B;
       if (module.*p.where != nullptr ||
           (factor && (module.A != nullptr || module.B != nullptr) && module.embedding != p.embedding))
-        refuse(t, "one adapter for a module", "a second tensor of the same part, " + in_quotes((module.any())->name), "");
+        refuse_tensor(tensors_, t, "one adapter for a module",
+                      "a second tensor of the same part, " + in_quotes((module.any())->name));
       module.*p.where = &t;
       if (factor) module.embedding = p.embedding;
       return;
@@ -205,7 +218,7 @@ class peft_keys {
       const auto& a = *copy.tensor;
       const auto& b = *same->tensor;
       if (a.dtype != b.dtype || !std::equal(a.bytes.begin(), a.bytes.end(), b.bytes.begin(), b.bytes.end()))
-        refuse(a, "the values of " + in_quotes(b.name) + ", of which it is a copy", "others", "");
+        refuse_tensor(tensors_, a, "the values of " + in_quotes(b.name) + ", of which it is a copy", "others");
     }
   }
 
@@ -216,7 +229,7 @@ class peft_keys {
   }
   [[noreturn]] void refuse_unknown(const safetensors::entry& t, std::string_view name) const {
     const std::string expected = "a name that ends in lora_A.weight or lora_B.weight";
-    if (const auto* meaning = meaning_of(name)) refuse(t, expected, std::string(meaning->what), "");
+    if (const auto* meaning = meaning_of(name)) refuse_tensor(tensors_, t, expected, std::string(meaning->what));
     const bool of_base = name.ends_with(".weight") || name.ends_with(".bias");
     std::string hint = of_base ? "a tensor of the base model, saved with the adapter without a word in the config "
                                  "(modules_to_save, bias)"
@@ -227,15 +240,7 @@ class peft_keys {
         hint = "the file has also " + in_quotes(other->name) + ": " + std::string(meaning->what);
         break;
       }
-    refuse(t, expected, "another", std::move(hint));
-  }
-  [[noreturn]] void refuse(const safetensors::entry& t, std::string expected, std::string found, std::string hint) const {
-    detail::raise(format_error({.path = tensors_.name(),
-                                .item = std::string(t.name),
-                                .offset = t.offset,
-                                .expected = std::move(expected),
-                                .found = std::move(found),
-                                .hint = std::move(hint)}));
+    refuse_tensor(tensors_, t, expected, "another", std::move(hint));
   }
 
   const peft::config& config_;

@@ -69,8 +69,8 @@ class peft_modules {
       return peft::config_detail::same_number(number, k++);
     });
     if (layer == origin.end())
-      refuse(t, "a layer of the " + std::to_string(origin.size()) + " that layer_replication makes",
-             "layer " + std::string(number));
+      refuse_tensor(tensors_, t, "a layer of the " + std::to_string(origin.size()) + " that layer_replication makes",
+                    "layer " + std::string(number));
     if (std::count(origin.begin(), origin.end(), *layer) == 1 && peft::config_detail::same_number(number, *layer)) return {};
     std::string base = name;
     base.replace(static_cast<std::size_t>(number.data() - name.data()), number.size(), std::to_string(*layer));
@@ -146,16 +146,7 @@ class peft_modules {
   }
 
   [[noreturn]] void refuse(const module_tensors& t, std::string expected, std::string found, std::string hint = "") const {
-    refuse(*t.any(), std::move(expected), std::move(found), std::move(hint));
-  }
-  [[noreturn]] void refuse(const safetensors::entry& t, std::string expected, std::string found,
-                           std::string hint = "") const {
-    detail::raise(format_error({.path = tensors_.name(),
-                                .item = std::string(t.name),
-                                .offset = t.offset,
-                                .expected = std::move(expected),
-                                .found = std::move(found),
-                                .hint = std::move(hint)}));
+    refuse_tensor(tensors_, *t.any(), std::move(expected), std::move(found), std::move(hint));
   }
 
   const peft::config& config_;
