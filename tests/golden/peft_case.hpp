@@ -498,4 +498,8 @@ class agreement_table {
   std::map<std::string, errors> rows_;
 };
 
+// Compiled once, in model.cpp: the tests of the goldens all run these.
+extern template class model<float>;
+extern template class model<double>;
+
 }  // namespace golden
