@@ -243,7 +243,7 @@ TEST_CASE("what a batch cannot mean is refused", "[batch]") {
   CHECK(mentions(refusal<lora::value_error>([&] {
                    who.add_each(std::vector<index_t>{0, 7});
                  }),
-                 {"batch::add", "adapter 7"}));
+                 {"batch::add", "adapter 7", "token 1"}));
   CHECK(who.tokens() == 0);
   who.add({{0}});
   const auto W = g.reals<float>(5, 6, 1), wrong = g.reals<float>(5, 4, 1);
@@ -254,6 +254,18 @@ TEST_CASE("what a batch cannot mean is refused", "[batch]") {
   CHECK(
       mentions(refusal<lora::shape_error>([&] { lora::forward(wrong, x.topRows(4), y, who); }), {"forward", "5x6", "5x4"}));
   CHECK(same_bits(y, before));
+  // An adapter that is another one by now: its rank, or its scaling, is not the one that was planned with.
+  auto& first = adapters.front();
+  const auto original = first;
+  const lora::adapter<float> larger{g.reals<float>(50, 6, 1), g.reals<float>(5, 50, 1), {.alpha = 75}};
+  for (const auto& replaced : {lora::packed_adapter<float>(larger), lora::packed_adapter<float>(lora::scaled(0, larger))}) {
+    first = replaced;
+    CHECK(mentions(refusal<lora::value_error>([&] { lora::forward(W, x, y, who); }), {"forward", "adapter 0", "changed"}));
+    CHECK(same_bits(y, before));
+  }
+  first = original;
+  lora::forward(W, x, y, who);
+  CHECK_FALSE(same_bits(y, before));
   // No tokens at all.
   lora::batch nobody{adapters};
   test::col_matrix<float> none(5, 0);

@@ -32,7 +32,8 @@ struct batch_entry {
 };
 
 /// The adapters of each token, in the order in which they are added to its result. Looks at the adapters, which must stay
-/// where they are and as they are until clear(); that keeps the memory, so that a batch that is filled again allocates nothing.
+/// where they are and as they are until clear() (forward refuses a batch whose adapters have another rank or scaling by
+/// then). clear() keeps the memory, so that a batch that is filled again allocates nothing.
 template <scalar F>
 class batch {
  public:
@@ -43,11 +44,8 @@ class batch {
   /// The next token gets these; none: the base alone. Strength 0 means that the adapter is not read. Throws value_error when
   /// an adapter is not in the list or its strength, alone or times its scaling, is not finite; then nothing is added.
   void add(std::span<const batch_entry> entries) {
-    for (const batch_entry& e : entries) check(e);
-    grow(index_, entries.size());
-    grow(weight_, entries.size());
-    grow(used_, entries.size());
-    grow(begin_, 1);
+    for (const batch_entry& e : entries) check(e, tokens());
+    make_room(1, entries.size());
     index_t rank = 0;
     for (const batch_entry& e : entries) {
       const auto& l = adapters_[static_cast<std::size_t>(e.adapter)];
@@ -55,7 +53,7 @@ class batch {
       index_t& slot = slot_of_[static_cast<std::size_t>(e.adapter)];
       if (slot < 0) {
         slot = static_cast<index_t>(used_.size());
-        used_.push_back(&l);
+        used_.push_back({&l, l.rank(), l.scaling()});
       }
       index_.push_back(slot);
       weight_.push_back(e.weight);
@@ -66,10 +64,11 @@ class batch {
   }
   void add(std::initializer_list<batch_entry> entries) { add(std::span(entries.begin(), entries.size())); }
   void add() { add(std::span<const batch_entry>()); }
-  /// The next tokens get one adapter each, -1 for none.
+  /// The next tokens get one adapter each, -1 for none. Throws as add; then none is added.
   void add_each(std::span<const index_t> adapters) {
-    for (const index_t a : adapters)
-      if (a != -1) check({a});
+    for (std::size_t k = 0; k < adapters.size(); ++k)
+      if (adapters[k] != -1) check({adapters[k]}, tokens() + static_cast<index_t>(k));
+    make_room(adapters.size(), adapters.size());
     for (const index_t a : adapters) a == -1 ? add() : add({{a}});
   }
 
@@ -86,7 +85,12 @@ class batch {
   std::span<const packed_adapter<F>> adapters() const { return adapters_; }
 
   // For the library's own verbs: the adapters in use, and the tokens' lists of places among those.
-  std::span<const packed_adapter<F>* const> used() const { return used_; }
+  struct used_adapter {
+    const packed_adapter<F>* adapter;
+    index_t rank;    ///< when it was added
+    double scaling;  ///< when it was added
+  };
+  std::span<const used_adapter> used() const { return used_; }
   index_t most_rank() const { return most_rank_; }
   detail::token_parts parts() const {
     return {.parts = static_cast<index_t>(used_.size()),
@@ -96,26 +100,32 @@ class batch {
   }
 
  private:
+  void make_room(std::size_t tokens, std::size_t entries) {
+    grow(index_, entries);
+    grow(weight_, entries);
+    grow(used_, entries);
+    grow(begin_, tokens);
+  }
   /// Room for more, so that what follows cannot throw; twice as much each time.
   template <class V>
   static void grow(V& v, std::size_t more) {
     if (v.capacity() - v.size() < more) v.reserve(std::max(v.size() + more, 2 * v.size()));
   }
-  void check(const batch_entry& e) const {
+  void check(const batch_entry& e, index_t token) const {
     const auto count = static_cast<index_t>(adapters_.size());
     if (e.adapter < 0 || e.adapter >= count)
-      detail::raise_value("batch::add", "adapter " + std::to_string(e.adapter) + " of token " + std::to_string(tokens()) +
+      detail::raise_value("batch::add", "adapter " + std::to_string(e.adapter) + " of token " + std::to_string(token) +
                                             " is not one of the " + std::to_string(count) + " that the batch was made with");
     if (!detail::is_finite(e.weight) ||
         !detail::is_finite(e.weight * adapters_[static_cast<std::size_t>(e.adapter)].scaling()))
       detail::raise_value("batch::add", "the weight of adapter " + std::to_string(e.adapter) + " for token " +
-                                            std::to_string(tokens()) + ", alone or times its scaling, is not finite");
+                                            std::to_string(token) + ", alone or times its scaling, is not finite");
   }
 
   std::span<const packed_adapter<F>> adapters_;
   std::vector<index_t> begin_{0}, index_, slot_of_;
   std::vector<double> weight_;
-  std::vector<const packed_adapter<F>*> used_;
+  std::vector<used_adapter> used_;
   index_t most_rank_ = 0;
 };
 

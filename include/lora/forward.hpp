@@ -110,13 +110,18 @@ struct by_token {
     if (who.tokens() != tokens)
       raise_shape(operation, "the batch names adapters for " + std::to_string(who.tokens()) + " tokens but x has " +
                                  std::to_string(tokens));
-    for (const auto* l : who.used()) check_adapter(operation, *l, out_features, in_features);
+    for (const auto& l : who.used()) {
+      if (l.adapter->rank() != l.rank || l.adapter->scaling() != l.scaling)
+        raise_value(operation, "adapter " + std::to_string(l.adapter - who.adapters().data()) +
+                                   " has changed since it was added to the batch: clear() it and add again");
+      check_adapter(operation, *l.adapter, out_features, in_features);
+    }
   }
   template <class Acc, class T>
   void run(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<Acc, T>& W,
            const pack_token_function<Acc>& pack_X, const finish_function<Acc>& finish) const {
     const auto each = [this](const auto& visit) {
-      for (const auto* l : who.used()) visit(*l);
+      for (const auto& l : who.used()) visit(*l.adapter);
     };
     const part_list<Acc, decltype(each)> list(each, out_features, in_features);
     mix<Acc>(space, out_features, in_features, tokens, W, list, who.parts(), who.most_rank(), pack_X, finish);

@@ -15,7 +15,11 @@
 // Private from here on: the parts of the namespace's name.
 #if defined(__AVX512F__)
 #define LORA_DETAIL_AVX512
+#if defined(__F16C__)
 #define LORA_DETAIL_ISA avx512
+#else
+#define LORA_DETAIL_ISA avx512nohalf
+#endif
 #elif defined(__AVX2__) && defined(__FMA__)
 #define LORA_DETAIL_AVX2
 #if defined(__F16C__)
@@ -38,6 +42,8 @@
 
 #if defined(__FAST_MATH__)
 #define LORA_DETAIL_MATH fast
+#elif defined(__FINITE_MATH_ONLY__) && __FINITE_MATH_ONLY__
+#define LORA_DETAIL_MATH finite
 #else
 #define LORA_DETAIL_MATH ieee
 #endif
