@@ -123,7 +123,7 @@ struct by_token {
     const auto each = [this](const auto& visit) {
       for (const auto& l : who.used()) visit(*l.adapter);
     };
-    const part_list<Acc, decltype(each)> list(each, out_features, in_features);
+    part_list<Acc, decltype(each)> list(each, out_features, in_features);
     mix<Acc>(space, out_features, in_features, tokens, W, list, who.parts(), who.most_rank(), pack_X, finish);
   }
 };

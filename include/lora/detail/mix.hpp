@@ -55,13 +55,12 @@ class part_list {
 
   void claim(layout& l) {
     place_ = l.take<part<Acc>>(count_);
-    panels_ = l.take<Acc>(0);
     index_t size = 0;
     each_([&]<class L>(const L& one) {
       if constexpr (!reads_panels_of<Acc, L>)
         if (is_read(one)) size += sizes(where(one));
     });
-    l.take<Acc>(size);
+    panels_ = l.take<Acc>(size);
   }
 
   part<Acc>* make(std::byte* memory) const {
@@ -158,25 +157,24 @@ auto panel_converter(const P& W) {
 /// has. Everything was checked. May throw std::bad_alloc, with nothing written.
 template <class Acc, class T, class Each>
 void mix(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<Acc, T>& W,
-         const part_list<Acc, Each>& parts, const token_parts& who, index_t rank_of_token,
-         const pack_token_function<Acc>& pack_X, const finish_function<Acc>& finish) {
+         part_list<Acc, Each>& parts, const token_parts& who, index_t rank_of_token, const pack_token_function<Acc>& pack_X,
+         const finish_function<Acc>& finish) {
   if (tokens == 0 || out_features == 0) return;
-  part_list<Acc, Each> list(parts);
   plan<Acc> plan_of_tokens(tokens, in_features, who, rank_of_token);
   product<Acc, T> task(out_features, in_features, W, plan_of_tokens);
   layout places;
-  list.claim(places);
+  parts.claim(places);
   plan_of_tokens.claim(places);
   task.claim(places);
   std::byte* const memory = space.require(places.size());
-  plan_of_tokens.make(memory, list.make(memory));
+  plan_of_tokens.make(memory, parts.make(memory));
   task.run(memory, pack_X, finish);
 }
 /// The same with every part for every token.
 template <class Acc, class T, class Each>
 void mix(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<Acc, T>& W,
          const Each& each, const pack_token_function<Acc>& pack_X, const finish_function<Acc>& finish) {
-  const part_list<Acc, Each> list(each, out_features, in_features);
+  part_list<Acc, Each> list(each, out_features, in_features);
   mix<Acc>(space, out_features, in_features, tokens, W, list, token_parts{.parts = list.count()}, list.rank(), pack_X,
            finish);
 }
