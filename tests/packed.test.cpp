@@ -205,11 +205,11 @@ TEST_CASE("a workspace makes steady calls allocate nothing", "[packed]") {
   test::random g(1012);
   const auto W = g.reals<float>(61, 130, 1);
   const lora::packed_weight packed{W};
-  const lora::packed_adapter<float> l{random_adapter<float>(g, 61, 130)};
-  const lora::adapter<float> plain = random_adapter<float>(g, 61, 130);
+  const lora::adapter<float> plain{g.reals<float>(9, 130, 0.4), g.reals<float>(61, 9, 0.4), {.alpha = 13}};
+  const lora::packed_adapter<float> l{plain};
   // Small enough for one thread: what OpenMP's own runtime allocates is not ours.
-  const test::col_matrix<float> x = g.reals<float>(130, 13, 1);
-  test::col_matrix<float> y(61, 13);
+  const test::col_matrix<float> x = g.reals<float>(130, 7, 1);
+  test::col_matrix<float> y(61, 7);
   lora::workspace space;
   const auto calls = [&] {
     lora::forward(space, packed, x, y, l, lora::scaled(0.5, plain));

@@ -53,8 +53,10 @@ Eigen::MatrixXd checked(const char* operation, const M& W, index_t rank) {
 }
 
 /// Components [first, first + count) in falling order of their singular values.
-inline low_rank_part components(const Eigen::MatrixXd& W, index_t first, index_t count) {
-  const Eigen::BDCSVD<Eigen::MatrixXd> svd(W, Eigen::ComputeThinU | Eigen::ComputeThinV);
+/// A template, so that only who calls it compiles the decomposition, which takes 20 seconds.
+template <class M>
+low_rank_part components(const M& W, index_t first, index_t count) {
+  const Eigen::BDCSVD<M> svd(W, Eigen::ComputeThinU | Eigen::ComputeThinV);
   return {svd.matrixU().middleCols(first, count) * svd.singularValues().segment(first, count).asDiagonal(),
           svd.matrixV().middleCols(first, count).transpose()};
 }

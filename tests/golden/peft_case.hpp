@@ -498,7 +498,15 @@ class agreement_table {
   std::map<std::string, errors> rows_;
 };
 
+/// An entry without the change of the base that its file asks for.
+template <class T>
+peft::entry<T> plain_entry(const tensor<T>& W, const peft::entry<T>& e) {
+  return peft::converted(W.matrix(), e);
+}
+
 // Compiled once, in model.cpp: the tests of the goldens all run these.
+extern template peft::entry<float> plain_entry(const tensor<float>&, const peft::entry<float>&);
+extern template peft::entry<double> plain_entry(const tensor<double>&, const peft::entry<double>&);
 extern template class model<float>;
 extern template class model<double>;
 

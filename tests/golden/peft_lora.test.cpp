@@ -278,7 +278,7 @@ TEST_CASE("golden: the base that PiSSA and OLoRA leave is computed again", "[gol
       const auto& e = file.at(module);
       const auto& W = base.at(module + ".weight");
       // Of the plain adapter, the part that is not the trained factors: W minus it is PEFT's residual.
-      const auto plain = peft::converted(W.matrix(), e);
+      const auto plain = plain_entry(W, e);
       tensor<double> residual = W;
       const Eigen::MatrixXd delta = lora::delta_weight(plain.factors()), trained = lora::delta_weight(e.factors());
       residual.matrix() += delta - trained;
