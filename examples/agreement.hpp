@@ -29,12 +29,13 @@ format format_of() {
 /// The formats of one evaluation. weight and output are zero where nothing is rounded to them.
 struct formats {
   format accumulator, weight, output;
+  double flushed = 0;  ///< numbers below this count as zero in W x: where that is computed by dot products of bfloat16
 };
-/// A weight stored in T, results stored in Y, accumulated in Acc.
-template <class T, class Y, class Acc>
+/// A weight stored in T, results stored in Y, accumulated in Acc; activations stored in X, as far as that matters.
+template <class T, class Y, class Acc, class X = Acc>
 formats formats_of() {
   return {format_of<Acc>(), std::is_same_v<T, Acc> ? format{} : format_of<T>(),
-          std::is_same_v<Y, Acc> ? format{} : format_of<Y>()};
+          std::is_same_v<Y, Acc> ? format{} : format_of<Y>(), lora::smallest_in_product<Acc, T, X>()};
 }
 
 /// An adapter at its strength, exact in double.
@@ -120,6 +121,12 @@ inline Eigen::MatrixXd error_bound(const Eigen::MatrixXd& W, const Eigen::Vector
   // Results below the normal range: half a step for each operation; those of A x are multiplied by s B, that of s times
   // A x by B.
   e.colwise() += f.accumulator.eta * (static_cast<double>(n + R + 2) * (sum_sB.array() + 1).matrix() + sum_B);
+  if (f.flushed != 0) {
+    // An operand, a product or a sum of each step.
+    e.array() += f.flushed * 2 * static_cast<double>(n);
+    e.colwise() += f.flushed * stored.rowwise().sum();
+    e.rowwise() += f.flushed * ax.colwise().sum();
+  }
   e += f.output.u * (magnitude + e);
   e.array() += f.output.eta / 2;
   return e;

@@ -34,19 +34,68 @@ exact_matrix step(const exact_matrix& before, const exact_matrix& W, const exact
   return result;
 }
 
+/// |got - want| <= bound, element by element; false for NaN.
 template <class T>
-double largest(const exact_matrix& want, const test::matrix<T>& got) {
-  return static_cast<double>((want - test::exact(got)).cwiseAbs().maxCoeff());
+bool within(const exact_matrix& want, const test::matrix<T>& got, const exact_matrix& bound) {
+  return ((want - test::exact(got)).cwiseAbs().array() <= bound.array()).all();
 }
+
+long double gamma(index_t k, double u) { return static_cast<long double>(k) * u / (1 - static_cast<long double>(k) * u); }
+
+/// An adapter of the list, exact: its delta, sum |s| |B| |A|, rank and magnitude (none: empty).
+struct piece {
+  exact_matrix delta, size;
+  index_t rank;
+  std::vector<double> magnitude;
+
+  template <class L>
+  piece(const L& l, double weight, std::vector<double> m)
+      : delta(weight * test::exact_delta(l)),
+        size(std::abs(weight * l.scaling()) *
+             test::times(test::exact(l.lora_B()).cwiseAbs(), test::exact(l.lora_A()).cwiseAbs())),
+        rank(l.rank()),
+        magnitude(std::move(m)) {}
+};
+
+/// The bound of dora.hpp, with its gammas written out: g is off by what the deltas under its norms are off; a term meets its
+/// chain over the ranks, the fold, g and the sum with g W.
+struct bounds {
+  exact_matrix weight;  ///< of W', before it is stored
+  exact_matrix size;    ///< |g W| + sum |g s| |B| |A|
+  Eigen::Matrix<long double, Eigen::Dynamic, 1> g;
+
+  bounds(const exact_matrix& W, const std::vector<piece>& list, double u) : g(W.rows()) {
+    g.setOnes();
+    auto relative = g;
+    relative.setConstant(4 * u);
+    exact_matrix terms = exact_matrix::Zero(W.rows(), W.cols());
+    weight = terms;
+    index_t rank = 0;
+    for (const piece& p : list) rank += p.rank;
+    for (std::size_t k = list.size(); k-- > 0;) {
+      const piece& p = list[k];
+      for (index_t i = 0; !p.magnitude.empty() && i < W.rows(); ++i) {
+        const long double norm = (W.row(i) + p.delta.row(i)).norm();
+        g(i) *= std::abs(p.magnitude[static_cast<std::size_t>(i)]) / norm;
+        relative(i) += 1.01L * gamma(p.rank + 3, u) * p.size.row(i).norm() / norm + 4 * u;
+      }
+      const exact_matrix term = g.asDiagonal() * p.size;
+      terms += term;
+      weight += (relative.array() + gamma(rank + 4, u)).matrix().asDiagonal() * term;
+    }
+    const exact_matrix base = g.asDiagonal() * W.cwiseAbs();
+    weight += (relative.array() + gamma(3, u)).matrix().asDiagonal() * base;
+    size = base + terms;
+  }
+};
 
 }  // namespace
 
 TEMPLATE_TEST_CASE("DoRA is its definition, merged and mixed, in every order", "[dora]", float, double, lora::bfloat16) {
   using T = TestType;
   using F = std::conditional_t<std::is_same_v<T, double>, double, float>;
-  // u of the stored scalar, and of the accumulator: entries and magnitudes are below 2^8 in total, 40 steps at most.
-  const double u = std::is_same_v<T, double> ? 0x1p-53 : std::is_same_v<T, float> ? 0x1p-24 : 0x1p-9;
-  const double accumulator = std::is_same_v<T, double> ? 0x1p-53 : 0x1p-24;
+  const double stored_u = std::is_same_v<T, lora::bfloat16> ? 0x1p-8 : 0;
+  const double u = std::is_same_v<T, double> ? 0x1p-53 : 0x1p-24;
   for (const auto& [out, in, r] : std::vector<std::array<index_t, 3>>{{1, 1, 1}, {7, 5, 2}, {70, 3, 5}, {3, 65, 4}}) {
     CAPTURE(out, in, r);
     const auto W = drawn<T>(out, in, 1);
@@ -58,41 +107,70 @@ TEMPLATE_TEST_CASE("DoRA is its definition, merged and mixed, in every order", "
     const lora::dora_adapter<F> first(drawn<F>(r, in, 2), drawn<F>(out, r, 3), {.alpha = 0.5}, m);
     const lora::dora_adapter<F> second(drawn<F>(2, in, 4), drawn<F>(out, 2, 5), {.alpha = 0.25}, n);
     const lora::adapter<F> plain(drawn<F>(1, in, 6), drawn<F>(out, 1, 7), {.alpha = 0.125});
-    const exact_matrix base = test::exact(W), D1 = test::exact_delta(first.factors()),
-                       D2 = -0.5L * test::exact_delta(second.factors()), D3 = test::exact_delta(plain);
+    const exact_matrix base = test::exact(W);
     const std::vector<double> dm(m.begin(), m.end()), dn(n.begin(), n.end());
-    const exact_matrix want = step(step(step(base, base, D1, dm), base, D3, {}), base, D2, dn);
+    const std::vector<piece> list{{first.factors(), 1, dm}, {plain, 1, {}}, {second.factors(), -0.5, dn}};
+    exact_matrix want = base;
+    for (const piece& p : list) want = step(want, base, p.delta, p.magnitude);
     const auto layer = lora::attach(W, first, plain, lora::scaled(-0.5, second));
-    const double scale = static_cast<double>(want.cwiseAbs().maxCoeff() + D1.cwiseAbs().maxCoeff() +
-                                             D2.cwiseAbs().maxCoeff() + D3.cwiseAbs().maxCoeff()) +
-                         1;
-    const double bound = scale * (u + 60 * accumulator) * 16;
+    const bounds e(base, list, u);
+    const exact_matrix bound = e.weight + stored_u * (want.cwiseAbs() + e.weight);
     auto merged = W;
     CHECK(lora::merge(merged, layer).became_nonfinite == 0);
-    CHECK(largest(want, merged) <= bound);
+    CHECK(within(want, merged, bound));
     // Stored the other way round, as a transposed view.
     test::matrix<T> stored = W.transpose();
     lora::merge(stored.transpose(), lora::attach(stored.transpose(), first, plain, lora::scaled(-0.5, second)));
-    CHECK(largest(want, test::matrix<T>(stored.transpose())) <= bound);
+    CHECK(within(want, test::matrix<T>(stored.transpose()), bound));
     // Mixed: forward, and apply on a product of our own.
     const test::matrix<F> x = drawn<F>(in, 3, 8);
     test::matrix<F> y(out, 3), own(out, 3);
     lora::forward(W, x, y, layer);
     const exact_matrix exact_y = test::times(want, test::exact(x));
-    const double y_bound = bound * 9 * static_cast<double>(in + 4);
-    CHECK(largest(exact_y, y) <= y_bound);
+    const exact_matrix y_bound =
+        test::times(e.weight + gamma(in + r + 3 + 8, u) * e.size, test::exact(x).cwiseAbs()) + 3 * u * exact_y.cwiseAbs();
+    CHECK(within(exact_y, y, y_bound));
     lora::forward(W, x, own);
     lora::apply(x, own, layer);
-    CHECK(largest(exact_y, own) <= y_bound);
+    CHECK(within(exact_y, own, y_bound));
     // A bias is not scaled.
     const std::vector<F> b(static_cast<std::size_t>(out), F(3));
     test::matrix<F> biased(out, 3);
     lora::forward(lora::with_bias(W, b), x, biased, layer);
-    CHECK(largest(exact_y.array() + 3.0L, biased) <= y_bound);
-    // And back.
+    CHECK(within(exact_y.array() + 3.0L, biased, y_bound.array() + 3 * u * 4));
+    // And back: what the weight is off, over g, and its own rounding.
     lora::unmerge(merged, layer);
-    CHECK(largest(base, merged) <= bound * 64 * static_cast<double>(1 / layer.base_scale().cwiseAbs().minCoeff() + 1));
+    const exact_matrix back = e.g.cwiseInverse().asDiagonal() * (bound + e.weight + gamma(4, u) * e.size);
+    CHECK(within(base, merged, back + (stored_u + u) * (base.cwiseAbs() + back)));
   }
+}
+
+TEST_CASE("DoRA at strength 0 does not read the factors", "[dora]") {
+  const auto W = drawn<float>(3, 4, 1);
+  const auto A = test::matrix<float>::Constant(2, 4, std::numeric_limits<float>::quiet_NaN()).eval();
+  const lora::adapter<float> poison(A, drawn<float>(3, 2, 3), {.alpha = 1});
+  const lora::dora_adapter<float> strong(poison, {1, 2, 3});
+  auto same = W, normed = W;
+  lora::merge(same, lora::attach(W, lora::scaled(0, poison)));
+  CHECK(test::same_bits(same, W));
+  lora::merge(normed, lora::attach(W, lora::scaled(0, strong)));
+  CHECK(normed.allFinite());
+  CHECK(std::abs(normed.row(1).norm() - 2) < 1e-5);  // its magnitude stays
+}
+
+TEST_CASE("DoRA refuses an output over what it reads", "[dora]") {
+  test::matrix<float> W = drawn<float>(4, 4, 1), x = drawn<float>(4, 4, 2);
+  const auto W_before = W, x_before = x;
+  std::vector<float> b(4, 1.0F);
+  const lora::dora_adapter<float> l(drawn<float>(2, 4, 4), drawn<float>(4, 2, 3), {.alpha = 1}, {1, 2, 3, 4});
+  const auto layer = lora::attach(W, l);
+  CHECK_THROWS_AS(lora::forward(W, x, W, layer), lora::shape_error);
+  CHECK_THROWS_AS(lora::forward(W, x, x, layer), lora::shape_error);
+  CHECK_THROWS_AS(lora::apply(x, x, layer), lora::shape_error);
+  CHECK_THROWS_AS(lora::forward(lora::with_bias(W, b), x.col(0), b, layer), lora::shape_error);
+  CHECK(test::same_bits(W, W_before));
+  CHECK(test::same_bits(x, x_before));
+  CHECK(b == std::vector<float>(4, 1.0F));
 }
 
 TEST_CASE("DoRA without adapters is the base, and without magnitude LoRA", "[dora]") {

@@ -817,6 +817,12 @@ TEST_CASE("what does not fit a layer is refused by name, and changes nothing", "
     CHECK_FALSE((q.contains("z") || q.contains("")));
     const lora::linear<float> bare{W};
     CHECK(mentions(refusal<lora::value_error>([&] { bare.at("z"); }), {"lora::linear::at:", "attached: none"}));
+    // Panels of a format that does not hold a factor.
+    lora::linear<float> layer{W};
+    const lora::adapter<float> large{
+        MatrixXf::Constant(1, W.cols(), 1e5F), MatrixXf::Constant(W.rows(), 1, 1), {.alpha = 1}};
+    CHECK_THROWS_AS(layer.attach<lora::float16>("large", large), lora::value_error);
+    CHECK(layer.names().empty());
   }
 }
 

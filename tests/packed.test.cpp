@@ -201,6 +201,27 @@ TEST_CASE("packing to 16 bits rounds each factor once", "[packed]") {
   CHECK(((test::exact_delta(rounded) - test::exact_delta(l)).cwiseAbs().array() <= limit.array()).all());
 }
 
+TEST_CASE("a factor that the panels' format does not hold is refused", "[packed]") {
+  test::random g(1020);
+  auto A = g.reals<float>(3, 7, 1);
+  A(1, 2) = 1e5F;  // float16 ends at 65504
+  const lora::adapter<float> l{A, g.reals<float>(5, 3, 1), {.alpha = 2}};
+  CHECK(mentions(refusal<lora::value_error>([&] { lora::packed_adapter<lora::float16>{l}; }),
+                 {"packed_adapter", "1, 2", "lora_A"}));
+  CHECK(lora::packed_adapter<lora::bfloat16>{l}.rank() == 3);
+  // What is not finite already stays that.
+  A(1, 2) = std::numeric_limits<float>::infinity();
+  CHECK(lora::packed_adapter<lora::float16>{lora::adapter<float>{A, g.reals<float>(5, 3, 1), {.alpha = 2}}}.rank() == 3);
+}
+
+TEST_CASE("strengths of packed adapters multiply", "[packed]") {
+  test::random g(1021);
+  const lora::packed_adapter<float> l{random_adapter<float>(g, 9, 8)};
+  const auto half = lora::scaled(0.5, l);
+  CHECK(lora::scaled(-3, half).scaling() == -1.5 * l.scaling());
+  CHECK_THROWS_AS(lora::scaled(1e308, lora::scaled(1e308, l)), lora::value_error);
+}
+
 TEST_CASE("a workspace makes steady calls allocate nothing", "[packed]") {
   test::random g(1012);
   const auto W = g.reals<float>(61, 130, 1);

@@ -78,6 +78,22 @@ TEST_CASE("rows refuse what is not there, and write nothing", "[rows]") {
   CHECK_NOTHROW(lora::rows(W, std::vector<int>{}, empty, l));
 }
 
+TEST_CASE("a scaling that float does not hold multiplies in double", "[rows][through]") {
+  const test::matrix<float> W = test::matrix<float>::Ones(1, 1), A = W;
+  const std::vector<int> ids{0};
+  for (const double s : {1e39, 1e-39}) {
+    CAPTURE(s);
+    const test::matrix<float> B = test::matrix<float>::Constant(1, 1, static_cast<float>(0.125 / s));
+    const lora::adapter<float> l{A, B, {.alpha = s, .rule = lora::scaling_rule::fixed}};
+    test::matrix<float> merged = W, y(1, 1), through = W;
+    lora::merge(merged, l);
+    lora::rows(W, ids, y, l);
+    lora::apply_through([](const auto& a) { return test::matrix<float>::Constant(1, 1, a(0, 0)).eval(); }, through, l);
+    CHECK(y(0, 0) == merged(0, 0));
+    CHECK(through(0, 0) == merged(0, 0));
+  }
+}
+
 TEST_CASE("an adapter through the caller's product is apply", "[through]") {
   const auto x = drawn<float>(6, 700, 1);
   const lora::adapter<float> a(drawn<float>(2, 6, 2), drawn<float>(5, 2, 3), {.alpha = 2});
@@ -99,6 +115,17 @@ TEST_CASE("an adapter through the caller's product is apply", "[through]") {
   const lora::adapter<float> wrong(drawn<float>(2, 6, 2), drawn<float>(4, 2, 3), {.alpha = 2});
   CHECK_THROWS_AS(lora::apply_through(down, y, wrong), lora::shape_error);
   CHECK(test::same_bits(y, untouched));
+}
+
+TEST_CASE("parts of a base without elements are empty", "[residual]") {
+  for (const auto& [out, in] : std::vector<std::array<index_t, 2>>{{0, 3}, {3, 0}, {0, 0}, {20, 0}}) {
+    CAPTURE(out, in);
+    const Eigen::MatrixXf W(out, in);
+    for (const auto& part : {lora::principal_part(W, 0), lora::smallest_part(W, 0)}) {
+      CHECK((part.B.rows() == out && part.B.cols() == 0));
+      CHECK((part.A.rows() == 0 && part.A.cols() == in));
+    }
+  }
 }
 
 TEST_CASE("the parts of a base add up to it", "[residual]") {

@@ -42,7 +42,8 @@ struct advice {
 };
 
 /// T the weight's scalar, F the factors'. Float arithmetic (double: twice the time). Ranks: of the adapters that every token
-/// has. Throws value_error when a size, a rank or a count is negative, or the limits were not measured.
+/// has. Throws value_error when a size, a rank or a count is negative, tokens_per_call is 0, or the limits were not
+/// measured.
 template <scalar T, scalar F = T>
 advice advise(const limits& machine, const layer_shape& layer, std::span<const index_t> ranks, const usage& use) {
   double rank = 0;

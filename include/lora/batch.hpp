@@ -40,6 +40,10 @@ class batch {
   explicit batch(std::span<const packed_adapter<F>> adapters) : adapters_(adapters), slot_of_(adapters.size(), -1) {}
   explicit batch(const std::vector<packed_adapter<F>>& adapters) : batch(std::span(adapters)) {}
   explicit batch(const std::vector<packed_adapter<F>>&& adapters) = delete;  // it would look at a temporary
+  // Copied where it is moved: nothing is worth a batch that lost its tokens.
+  batch(const batch&) = default;
+  batch& operator=(const batch&) = default;
+  ~batch() = default;
 
   /// The next token gets these; none: the base alone. Strength 0 means that the adapter is not read. Throws value_error when
   /// an adapter is not in the list or its strength, alone or times its scaling, is not finite; then nothing is added.

@@ -60,6 +60,8 @@ concept mdspan_like = !eigen_matrix<M> && !strided_matrix<M> && requires(const b
   typename bare<M>::layout_type;
   typename bare<M>::mapping_type;
   requires bare<M>::rank() == 2;
+  // An accessor that makes another value of an element (std::linalg::scaled) would be passed over.
+  requires std::is_lvalue_reference_v<typename bare<M>::reference>;
   { *m.data_handle() };
   { m.extent(std::size_t{0}) } -> std::convertible_to<std::size_t>;
   { m.stride(std::size_t{0}) } -> std::convertible_to<std::size_t>;

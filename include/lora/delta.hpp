@@ -7,7 +7,7 @@
 //   result   Eigen::Matrix in accumulator_t of the factors (float, or double if any factor is double), column-major
 //   exact    no. Each element is one chain of R = sum of ranks multiply-adds from zero, with s folded into lora_B (one
 //            rounding): |result - exact| <= gamma_{R+2} * sum |s| |lora_B| |lora_A|, u of the accumulator; see
-//            docs/numerics.md. merge(W, l...) rounds exactly these values added to W.
+//            docs/numerics.md. merge(W, l...) rounds these values added to W, unless W is double and the factors are not.
 //   cost     2 * R * out * in FLOPs; writes the result once.
 //   throws   shape_error when the adapters' shapes differ, value_error for a scaling that is not finite or no adapter.
 // As PEFT's get_delta_weight (huggingface/peft, tuners/lora/layer.py), which multiplies by s after the product.

@@ -19,8 +19,9 @@
 //   error    |merged - exact| <= u_s |exact| + (1+u_s) |g| (gamma_{in+R+8} (|W| + sum |s| |B| |A|)) + eta/2 for float factors and
 //            base; mixing adds what forward and apply add (their headers).
 //   cost     attach: 2 r out in FLOPs per adapter with a magnitude and one pass over W; copies the factors. merge: as merge.
+//   aliasing y must not overlap x, W or the bias: shape_error. What attach returns owns what it needs.
 //   throws   value_error for a row of W + D that is zero (PEFT divides by it), a magnitude or norm that is not finite;
-//            shape_error; before anything is written.
+//            shape_error; before anything is written. std::bad_alloc: merge and unmerge may have written some rows.
 // Liu et al., arXiv 2402.09353; PEFT 0.21, tuners/lora/dora.py and variants.py (the norm from the base weight as it was before
 // any merge: peft#3609).
 #pragma once
@@ -216,8 +217,10 @@ class attacher {
     for (std::size_t k = pieces_.size(); k-- > 0;) {
       const auto& [l, f] = pieces_[k];
       if (f.size() != 0) g.array() *= f.array();
+      if (l.scaling() == 0) continue;  // at strength 0 an adapter is not read
       detail::row_major_matrix<Acc> B = l.lora_B();
-      for (index_t i = 0; i < B.rows(); ++i) B.row(i) *= static_cast<Acc>(g(i) * l.scaling());
+      for (index_t i = 0; i < B.rows(); ++i)
+        for (index_t j = 0; j < B.cols(); ++j) B(i, j) = static_cast<Acc>(g(i) * l.scaling() * static_cast<double>(B(i, j)));
       scaled.emplace(scaled.begin(), l.lora_A(), B, lora::scaling{.alpha = 1, .rule = scaling_rule::fixed});
     }
     return {g.template cast<Acc>(), std::move(scaled), W_.cols()};
@@ -331,12 +334,14 @@ template <class X, class Y, class Acc>
   requires activations<X> && activations<Y>
 void apply(const X& x, Y&& y, const attached_dora<Acc>& layer) {
   detail::refuse_temporary<Y>();
+  decltype(auto) input = detail::in_memory(x);
   const auto to = detail::output_view(y);
+  detail::check_activations("apply", detail::input_view(input), to);
   using value = typename std::remove_const_t<decltype(to)>::value_type;
   using acc = accumulator_t<value, Acc>;
   through_detail::matrix<acc> sums;
   sums.setZero(to.rows(), to.cols());
-  lora::apply(x, sums, layer.adapters());  // checks the shapes and writes nothing of y
+  lora::apply(input, sums, layer.adapters());  // checks the shapes and writes nothing of y
   if (to.rows() != layer.out_features())
     detail::raise_shape("apply", "y has " + std::to_string(to.rows()) + " rows and the layer " +
                                      std::to_string(layer.out_features()) + " outputs");
@@ -350,21 +355,27 @@ template <class M, class X, class Y, class Acc>
   requires(matrix_like<M> || detail::is_biased<M>) && activations<X> && activations<Y>
 void forward(const M& W, const X& x, Y&& y, const attached_dora<Acc>& layer) {
   detail::refuse_temporary<Y>();
+  decltype(auto) input = detail::in_memory(x);
   const auto to = detail::output_view(y);
+  detail::check_activations("forward", detail::input_view(input), to);
   using value = typename std::remove_const_t<decltype(to)>::value_type;
-  using acc = accumulator_t<value, Acc, X>;
-  through_detail::matrix<acc> sums(to.rows(), to.cols());
-  const auto finish = [&](const auto& weight, const auto& bias) {
+  const auto finish = [&]<class A>(std::type_identity<A>, const auto& weight, const auto& bias) {
     dora_detail::check_weight("forward", weight, layer);
-    lora::forward(weight, x, sums);
-    lora::apply(x, sums, layer);
+    detail::refuse_overlap("forward", "y", to, "W", weight);
+    through_detail::matrix<A> sums(to.rows(), to.cols());
+    lora::forward(weight, input, sums);
+    lora::apply(input, sums, layer);
     for (index_t j = 0; j < to.cols(); ++j)
       for (index_t i = 0; i < to.rows(); ++i) to(i, j) = detail::narrow<value>(sums(i, j) + bias(i));
   };
-  if constexpr (detail::is_biased<M>)
-    finish(W.weight, [&](index_t i) { return detail::widen<acc>(W.bias(i, 0)); });
-  else
-    finish(as_matrix(W), [](index_t) { return acc(0); });
+  if constexpr (detail::is_biased<M>) {
+    using acc = accumulator_t<value, Acc, X, decltype(W.weight), decltype(W.bias)>;
+    detail::refuse_overlap("forward", "y", to, "the bias", W.bias);
+    finish(std::type_identity<acc>(), W.weight, [&](index_t i) { return detail::widen<acc>(W.bias(i, 0)); });
+  } else {
+    using acc = accumulator_t<value, Acc, X, M>;
+    finish(std::type_identity<acc>(), as_matrix(W), [](index_t) { return acc(0); });
+  }
 }
 
 /// y(:, t) := round(c (g_0 W(ids[t], :) + sum of deltas)), for what was attached to W.transpose(); see rows.hpp.

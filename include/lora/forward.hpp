@@ -12,15 +12,18 @@
 //            stacked ranks, in float (double if W, x, y, b or any factor is double); the bias is added last.
 //   adapters low_rank types, packed_adapter, ranges of them.
 //   error    |result - exact| <= u_y |exact| + (1+u_y) (gamma_{in+R+1} |W| |x| + gamma_{in+R+3} sum |s| |lora_B| |lora_A| |x|
-//            + u |b|) + eta_y/2; the names are those of docs/numerics.md.
+//            + u |b|) + eta_y/2, and what underflows; the names are those of docs/numerics.md. A build for AVX512-BF16
+//            multiplies a bfloat16 W by a bfloat16 x with dot products: see smallest_in_product.
 //   bits     a token's result does not depend on the other tokens, on threads or on tiles.
 //   cost     2 (out * in + R (in + out)) FLOPs per token; W is read once per block of tokens: 16 tiles of 4, 6
 //            (AVX2) or 8 (AVX-512) tokens, fewer where their activations exceed 2.5 MiB, at least 4 tiles. A W that is not
 //            packed is read, packed and read again in the first-level cache. Scratch as apply.
-//   aliasing y must not overlap W, x, b or a factor: shape_error (the panels of packed ones are nobody else's memory). An x that is an Eigen expression is evaluated first.
+//   aliasing y must not overlap W, x, b or a factor: shape_error (the panels of packed ones are nobody else's memory). An x
+//            that is an Eigen expression is evaluated first.
 //   throws   shape_error, value_error (scaling not finite), std::bad_alloc, before anything is written.
 #pragma once
 
+#include <limits>
 #include <string>
 #include <type_traits>
 
@@ -83,6 +86,20 @@ template <class T, class V>
 auto with_bias(const packed_weight<T>& W, const V& b) {
   const auto bias = detail::checked_bias(W.out_features(), W.in_features(), b);
   return biased<const packed_weight<T>&, std::remove_const_t<decltype(bias)>>{W, bias};
+}
+
+namespace detail {
+/// Whether W * x of these elements is computed by dot products.
+template <class Acc, class T, class X>
+inline constexpr bool by_dots = has_dots<Acc, storage_t<T>> && std::is_same_v<storage_t<T>, storage_t<X>>;
+}  // namespace detail
+
+/// Magnitudes below this count as zero inside W * x, for elements T of W and X of x and an accumulator Acc: the smallest normal
+/// float where both are bfloat16, the accumulator is float and the build has the processor's dot products (AVX512-BF16), which
+/// multiply twice as much in the same time; 0 everywhere else. docs/numerics.md has the bound.
+template <class Acc, class T, class X>
+constexpr double smallest_in_product() {
+  return detail::by_dots<Acc, T, X> ? static_cast<double>(std::numeric_limits<float>::min()) : 0.0;
 }
 
 namespace detail {
@@ -151,21 +168,23 @@ void forward_views(const char* operation, workspace& space, index_t out_features
     write([b = *bias](value& out, Acc sum, index_t output) { out = narrow<value>(sum + widen<Acc>(b(output, 0))); });
 }
 
-/// call(source, out_features, in_features): where a product of Acc finds a packed weight.
-template <class Acc, class T, class Call>
+/// call(source, out_features, in_features): where a product of Acc with elements X finds a packed weight.
+template <class Acc, class X, class T, class Call>
 void with_source(const packed_weight<T>& W, const Call& call) {
   if constexpr (std::is_same_v<accumulator_t<T>, Acc>) {
-    call(weight_source<Acc, T>{.panels = W.panels()}, W.out_features(), W.in_features());
+    call(weight_source<Acc, T>{.panels = W.panels(), .dots = by_dots<Acc, T, X>}, W.out_features(), W.in_features());
   } else {
     const auto convert = panel_converter<Acc>(W);
     call(weight_source<Acc, Acc>{.pack = convert}, W.out_features(), W.in_features());
   }
 }
 /// The same of a weight in rows or columns.
-template <class Acc, strided_matrix V, class Call>
+template <class Acc, class X, strided_matrix V, class Call>
 void with_source(const V& W, const Call& call) {
-  const auto pack = weight_packer<Acc>(W);
-  call(weight_source<Acc, Acc>{.pack = pack}, W.rows(), W.cols());
+  constexpr bool dots = by_dots<Acc, typename V::value_type, X>;
+  using packed = std::conditional_t<dots, storage_t<typename V::value_type>, Acc>;
+  const auto pack = weight_packer<Acc, packed>(W);
+  call(weight_source<Acc, packed>{.pack = pack, .dots = dots}, W.rows(), W.cols());
 }
 
 /// What forward calls W: a view of a matrix, or the packed weight itself.
@@ -195,7 +214,7 @@ void forward_call(workspace& space, const M& W, const X& x, Y& y, const Parts& p
   const auto run = [&]<class Acc, class B>(std::type_identity<Acc>, const auto& weight, const B* bias) {
     if constexpr (!is_packed_weight<bare<decltype(weight)>>) refuse_overlap("forward", "y", to, "W", weight);
     refuse_factor_overlap("forward", "y", to, factors);
-    with_source<Acc>(weight, [&](const auto& source, index_t out, index_t in) {
+    with_source<Acc, typename decltype(from)::value_type>(weight, [&](const auto& source, index_t out, index_t in) {
       forward_views("forward", space, out, in, source, bias, from, to, parts);
     });
   };

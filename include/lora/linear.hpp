@@ -232,10 +232,11 @@ class linear {
     const matrix_view<const bias_value, storage_order::col_major> column(bias_.data(), has_bias() ? out_features() : 0, 1);
     const auto* bias = has_bias() ? &column : nullptr;
     const auto run = [&]<class Acc>(std::type_identity<Acc>) {
-      detail::with_source<Acc>(packed(), [&](const auto& source, index_t out, index_t in) {
-        detail::forward_views("linear::forward", space, out, in, source, bias, from, to,
-                              detail::same_for_all<decltype(beside)>{beside});
-      });
+      detail::with_source<Acc, typename decltype(from)::value_type>(
+          packed(), [&](const auto& source, index_t out, index_t in) {
+            detail::forward_views("linear::forward", space, out, in, source, bias, from, to,
+                                  detail::same_for_all<decltype(beside)>{beside});
+          });
     };
     if (needs_double<acc>(beside))
       run(std::type_identity<double>());
@@ -354,7 +355,7 @@ class linear {
       const std::vector<T> row_major = reloaded();
       merged_.assign(lora::row_major(row_major, out_features(), in_features()));
     } else if (!is_merged_ && update.rank() != 0) {
-      merged_ = reload_ ? std::move(pristine_) : packed_weight<T>(out_features(), in_features());
+      merged_ = reload_ ? std::move(pristine_) : packed_weight<T>::unfilled(out_features(), in_features());
     }
     is_merged_ = update.rank() != 0;
     if (is_merged_) return {detail::write_panels(update, reload_ ? merged_ : pristine_, merged_).became_nonfinite};

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The whole library but the file formats, which are included by name: lora/io/safetensors.hpp, lora/io/peft.hpp.
+// The verbs of plain adapters. Included by name: what fewer need (lora/dora.hpp, rows.hpp, through.hpp, rounding.hpp,
+// residual.hpp) and the file formats (lora/io/safetensors.hpp, lora/io/peft.hpp).
 #pragma once
 
 #include "lora/adapter.hpp"

@@ -5,13 +5,15 @@
 // merge_checked(W, l...)  merge if every element of the result is finite; otherwise throws and W is untouched
 // unmerge(W, l...)        W := round(W - sum of s * lora_B * lora_A)
 //
-//   shapes   W out_features x in_features, any storage order, block or transpose, or a packed_weight; lora_A rank x in_features, lora_B
-//            out_features x rank. W stored in_features x out_features (GPT-2's Conv1D) is passed as W.transpose().
+//   shapes   W out_features x in_features, any storage order, block or transpose, or a packed_weight; lora_A rank x
+//            in_features, lora_B out_features x rank. W stored in_features x out_features (GPT-2's Conv1D) is passed as
+//            W.transpose().
 //   rounding once, to W's scalar, nearest even: the adapters are accumulated apart from W in float (double if W or any
 //            factor is double), from zero, in the order given; then W is added. Merging two adapters in one call is not
 //            the same bits as in two calls, which round twice. An element whose delta is 0 keeps its bits.
-//   error    |result - exact| <= u_s |exact| + (1+u_s) (u |W| + gamma_{R+2} sum |s| |lora_B| |lora_A|) + eta/2, with u of
-//            the accumulator, u_s and eta (subnormal step) of W's scalar; u_s = eta = 0 where that is the accumulator.
+//   error    |result - exact| <= u_s |exact| + (1+u_s) (u |W| + gamma_{R+3} sum |s| |lora_B| |lora_A|) + eta/2, with u of
+//            the accumulator, u_s and eta (subnormal step) of W's scalar; u_s = eta = 0 where that is the accumulator; and
+//            what underflows in the accumulator (docs/numerics.md).
 //            unmerge(merge(W)) is not W bit for bit: each rounds; lora::linear unmerges exactly.
 //   cost     2 R out in FLOPs (R = sum of ranks); reads and writes W once; allocates R (in + out) accumulators, never a
 //            matrix of W's size (merged: the result). merge_checked runs the arithmetic twice.
@@ -98,8 +100,9 @@ auto merged(const M& W, const L&... l) {
   const auto each = detail::each_of(l...);
   if constexpr (detail::is_packed_weight<M>) {
     const detail::panel_update<accumulator_t<M, L...>> update("merged", each, W.out_features(), W.in_features(), 1.0);
-    M result(W);
-    if (update.rank() != 0) detail::write_panels(update, W, result);
+    if (update.rank() == 0) return M(W);
+    M result = M::unfilled(W.out_features(), W.in_features());
+    detail::write_panels(update, W, result);
     return result;
   } else {
     const auto weight = as_matrix(W);

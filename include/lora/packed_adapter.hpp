@@ -45,7 +45,8 @@ class packed_adapter {
   /// Packs an adapter (or a scaled one, with its strength). Exact where F holds the factors' scalar. Where F is narrower,
   /// each element of a factor rounds once: a relative change of at most u_F of every |A| and |B|, so delta weights change
   /// by at most (2 u_F + u_F^2) sum |s| |B| |A| (u_F = 2^-8 for bfloat16, 2^-11 for float16; values below the format's
-  /// normal range lose more). Throws shape_error and value_error as the verbs.
+  /// normal range lose more). Throws shape_error and value_error as the verbs, and value_error for a finite element that F
+  /// does not hold.
   template <low_rank L>
   explicit packed_adapter(const L& l) {
     const auto& lora_A = l.lora_A();
@@ -53,6 +54,8 @@ class packed_adapter {
     out_features_ = as_matrix(lora_B).rows();
     in_features_ = as_matrix(lora_A).cols();
     detail::check_adapter("packed_adapter", l, out_features_, in_features_);
+    refuse_overflow("lora_A", as_matrix(lora_A));
+    refuse_overflow("lora_B", as_matrix(lora_B));
     rank_ = static_cast<index_t>(l.rank());
     scaling_ = static_cast<double>(l.scaling());
     // Both in one block: together they fill huge pages sooner.
@@ -72,6 +75,20 @@ class packed_adapter {
   detail::factor_layout<acc, F> where() const { return {out_features_, in_features_, rank_}; }
 
  private:
+  template <class V>
+  static void refuse_overflow(const char* factor, const V& view) {
+    if constexpr (!detail::holds_exactly<F, typename V::value_type>)
+      for (index_t i = 0; i < view.rows(); ++i)
+        for (index_t k = 0; k < view.cols(); ++k)
+          if (detail::is_finite(view(i, k)) && !detail::is_finite(detail::narrow<F>(detail::widen<acc_of<V>>(view(i, k)))))
+            detail::raise_value("packed_adapter", "element " + std::to_string(i) + ", " + std::to_string(k) + " of " +
+                                                      factor +
+                                                      " is finite, and too large for the format of the panels: pack it in "
+                                                      "a wider one");
+  }
+  template <class V>
+  using acc_of = accumulator_t<typename V::value_type>;
+
   index_t B_begin() const {
     constexpr index_t line = static_cast<index_t>(detail::memory_alignment / sizeof(F));
     return detail::pieces(where().A_size(), line) * line;
@@ -102,6 +119,11 @@ template <scalar F>
 scaled_packed_adapter<F> scaled(double weight, const packed_adapter<F>& adapter) {
   if (!detail::is_finite(weight)) detail::raise_value("scaled", "the weight is not finite");
   return {&adapter, weight};
+}
+template <scalar F>
+scaled_packed_adapter<F> scaled(double weight, const scaled_packed_adapter<F>& adapter) {
+  if (!detail::is_finite(weight * adapter.weight)) detail::raise_value("scaled", "the weight is not finite");
+  return {adapter.adapter, weight * adapter.weight};
 }
 template <scalar F>
 void scaled(double weight, const packed_adapter<F>&& adapter) = delete;  // the result would look at a temporary

@@ -2,7 +2,7 @@
 //
 // packed_weight<T>: a base weight in the layout that products read, packed once and multiplied often.
 //
-//   const lora::packed_weight packed{W};             // out_features x in_features, any storage order
+//   lora::packed_weight packed{W};                   // out_features x in_features, any storage order
 //   lora::forward(packed, X, Y, style);              // as forward(W, X, Y, style), the same bits
 //   lora::merge(packed, style);                      // as merge(W, style), the same bits
 //   packed.copy_to(W);                               // the elements back, bit for bit
@@ -52,13 +52,21 @@ class packed_weight {
   }
   ~packed_weight() = default;
   /// All zero.
-  packed_weight(index_t out_features, index_t in_features) : out_features_(out_features), in_features_(in_features) {
+  packed_weight(index_t out_features, index_t in_features) : packed_weight(unfilled(out_features, in_features)) {
+    each_panel([&](index_t p, index_t, index_t) { std::fill_n(elements_.data() + p * panel(), panel(), T(0)); });
+  }
+  /// Elements that are not set, for who writes all of them at once; the padding is zero.
+  static packed_weight unfilled(index_t out_features, index_t in_features) {
     constexpr index_t most = std::numeric_limits<index_t>::max() / static_cast<index_t>(2 * width * sizeof(T));
     if (out_features < 0 || in_features < 0 || (out_features > 0 && in_features > most / out_features))
       detail::raise_shape("packed_weight", detail::shape_text(out_features, in_features) +
                                                ": a size is negative, or there are more elements than memory can hold");
-    elements_ = detail::array<T>(count() * panel());
-    each_panel([&](index_t p, index_t, index_t) { std::fill_n(elements_.data() + p * panel(), panel(), T(0)); });
+    packed_weight result;
+    result.out_features_ = out_features;
+    result.in_features_ = in_features;
+    result.elements_ = detail::array<T>(result.count() * result.panel());
+    result.clear_padding();
+    return result;
   }
   /// Copies and packs W; a narrower scalar is widened exactly, a wider one is refused at compile time. Shares the work
   /// among threads. Throws std::bad_alloc.
@@ -135,6 +143,15 @@ class packed_weight {
     each_panel([&](index_t p, index_t first, index_t rows) {
       detail::pack_padded(elements_.data() + p * panel(), width, view.middle_rows(first, rows));
     });
+  }
+
+  void clear_padding() {
+    T* const elements = elements_.data();
+    if (count() != 0 && out_features_ % width != 0) std::fill_n(elements + (count() - 1) * panel(), panel(), T(0));
+    const index_t rest = in_features_ % detail::depth_group<T>;
+    for (index_t p = 0; rest != 0 && p < count(); ++p)
+      std::fill_n(elements + (p + 1) * panel() - detail::panel_size<T>(rest, width), detail::panel_size<T>(rest, width),
+                  T(0));
   }
 
   /// work(panel, first output, outputs) on the threads that would multiply by it, so that memory lies near them.

@@ -56,6 +56,7 @@ Eigen::MatrixXd checked(const char* operation, const M& W, index_t rank) {
 /// A template, so that only who calls it compiles the decomposition, which takes 20 seconds.
 template <class M>
 low_rank_part components(const M& W, index_t first, index_t count) {
+  if (count == 0) return {Eigen::MatrixXd(W.rows(), 0), Eigen::MatrixXd(0, W.cols())};  // W may be empty
   const Eigen::BDCSVD<M> svd(W, Eigen::ComputeThinU | Eigen::ComputeThinV);
   return {svd.matrixU().middleCols(first, count) * svd.singularValues().segment(first, count).asDiagonal(),
           svd.matrixV().middleCols(first, count).transpose()};

@@ -14,7 +14,7 @@
 //            within gamma_{r+2} * |s| |B| |A|, and bit for bit where no step rounds.
 //   drift    peft adds D and subtracts round(D), so a weight in 16 bits moves a little with each merge and unmerge;
 //            lora::linear gives the base back bit for bit.
-//   shapes, aliasing, throws   as merge (merge.hpp)
+//   shapes, aliasing, throws   as merge (merge.hpp); but std::bad_alloc may come after some rows are written
 //   cost     2 r out in FLOPs and one pass over W per adapter; deltas of 64 rows at a time in memory.
 // huggingface/peft 0.21, tuners/lora/layer.py: Linear.merge, Linear.unmerge, get_delta_weight.
 #pragma once

@@ -11,7 +11,7 @@
 //            ids is a range of integers, one for each token; y features x tokens.
 //   rounding once, to y's scalar: the sum over the stacked ranks is a chain of multiply-adds from zero in float (double if W, y
 //            or a factor is double), with s folded into lora_B; W's row is added, then the sum is multiplied by c.
-//   error    |result - exact| <= u_y |exact| + (1+u_y) |c| (3 u |W row| + gamma_{R+4} sum |s| |lora_B| |lora_A column|) +
+//   error    |result - exact| <= u_y |exact| + (1+u_y) |c| (gamma_3 |W row| + gamma_{R+5} sum |s| |lora_B| |lora_A column|) +
 //            eta_y/2; exact without adapters where y holds W's scalar and c = 1.
 //   cost     2 R features FLOPs per token; allocates R (features + tokens) accumulators.
 //   aliasing y must not overlap W, the replaced rows or a factor: shape_error.

@@ -7,8 +7,9 @@
 // (in_channels * kernel), row-major, and returns rank x positions: the channels that lora_A, used as a kernel, makes of the
 // input. For a convolution without groups, y then is what the merged kernel would give.
 //   shapes   y out_features x positions (one image [out, H, W] is row_major(data, out, H * W)); lora_B out_features x rank
-//   rounding once, to y's scalar: the sum over the stacked ranks is a chain of multiply-adds from zero in float (double if y,
-//            a factor or what down returns is double), with s folded into lora_B; then y is added.
+//   rounding once, to y's scalar: the sum over the stacked ranks is a chain of multiply-adds from zero in float (double if y
+//            or a factor is double), with s folded into lora_B; then y is added. down must not return double where that is
+//            float: it does not compile.
 //   error    |result - exact| <= u_y |exact| + (1+u_y) (u |y| + gamma_{R+3} sum |s| |lora_B| |U|) + eta_y/2 beside the error
 //            of U = down(lora_A) itself; the names are those of docs/numerics.md.
 //   cost     2 R out FLOPs per position beside down; allocates R (out + positions) accumulators.
@@ -43,18 +44,21 @@ struct expansion {
   void set_B(index_t at, const V& lora_B, double scaling) {
     for (index_t j = 0; j < lora_B.cols(); ++j)
       for (index_t i = 0; i < lora_B.rows(); ++i)
-        B(i, at + j) = lora::detail::widen<Acc>(lora_B(i, j)) * static_cast<Acc>(scaling);
+        B(i, at + j) = static_cast<Acc>(scaling * lora::detail::widen<double>(lora_B(i, j)));
   }
 
   /// finish(y element, sum, output, column) for every element of y, in blocks of columns.
   template <class Y, class Finish>
   void run(const Y& y, const Finish& finish) const {
     constexpr index_t block = 256;
-    matrix<Acc> sums;
+    // The first block is the largest: what it does not allocate no later one does, and nothing is written before.
+    matrix<Acc> all(B.rows(), std::min(block, y.cols()));
+    workspace space;
     for (index_t first = 0; first < y.cols(); first += block) {
       const index_t count = std::min(block, y.cols() - first);
-      sums.setZero(B.rows(), count);
-      if (B.cols() != 0 && B.rows() != 0) lora::forward(B, U.middleCols(first, count), sums);
+      auto sums = all.leftCols(count);
+      sums.setZero();
+      if (B.cols() != 0 && B.rows() != 0) lora::forward(space, B, U.middleCols(first, count), sums);
       for (index_t j = 0; j < count; ++j)
         for (index_t i = 0; i < y.rows(); ++i) finish(y(i, first + j), sums(i, j), i, first + j);
     }
@@ -84,6 +88,8 @@ expansion<Acc> expand(const char* operation, const Down& down, const Each& each,
     const auto& lora_B = l.lora_B();
     const auto& held = down(as_matrix(lora_A));
     const auto U = as_matrix(held);
+    static_assert(lora::detail::holds_exactly<Acc, typename std::remove_const_t<decltype(U)>::value_type>,
+                  "lora::apply_through: down(lora_A) returns double where y and the factors are narrower: return float");
     if (U.rows() != static_cast<index_t>(l.rank()) || U.cols() != columns)
       lora::detail::raise_shape(operation, "down(lora_A) is " + lora::detail::shape_text(U.rows(), U.cols()) +
                                                ", not rank x positions, which is " +

@@ -5,7 +5,8 @@
 // A header-only library is compiled into every translation unit with that unit's flags. Two units built with different
 // instruction sets, with and without OpenMP, -ffast-math or exceptions hold different code under the same names, and a
 // linker would silently keep one of the two. All names therefore live in an inline namespace whose name carries what
-// changes the code: such units link side by side, and handing an object from one to the other is an error at link time.
+// changes the code: such units link side by side, and a function that takes a lora object from a unit of another kind is an
+// error at link time (one that only returns it is not: its name does not tell).
 #pragma once
 
 #define LORA_VERSION_MAJOR 0
@@ -15,7 +16,10 @@
 // Private from here on: the parts of the namespace's name.
 #if defined(__AVX512F__)
 #define LORA_DETAIL_AVX512
-#if defined(__F16C__)
+#if defined(__AVX512BF16__) && defined(__F16C__)
+#define LORA_DETAIL_DOTS
+#define LORA_DETAIL_ISA avx512dots
+#elif defined(__F16C__)
 #define LORA_DETAIL_ISA avx512
 #else
 #define LORA_DETAIL_ISA avx512nohalf
@@ -30,6 +34,8 @@
 #elif defined(__FMA__) || defined(__ARM_FEATURE_FMA)
 #define LORA_DETAIL_FMA
 #define LORA_DETAIL_ISA fma
+#elif defined(__AVX__)
+#define LORA_DETAIL_ISA avx  // Eigen aligns for it
 #else
 #define LORA_DETAIL_ISA base
 #endif

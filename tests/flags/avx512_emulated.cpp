@@ -29,7 +29,32 @@ static inline __m256i narrowed_halves(simde__m512 values) {
 #define _mm512_stream_pd(p, v) simde_mm512_storeu_pd(p, v)
 #define _mm512_cvtph_ps(h) widened_halves(h)
 #define _mm512_cvtps_ph(v, rounding) narrowed_halves(v)
+/// One addition after the other, subnormal numbers as zero, as the processor does.
+static inline float normal_or_zero(float v) { return __builtin_fabsf(v) < 0x1p-126F ? v * 0 : v; }
+template <class Pairs>
+static inline simde__m512 added_dots(simde__m512 sums, const Pairs& a, const Pairs& b) {
+  alignas(64) float c[16];
+  unsigned short x[32], y[32];
+  static_assert(sizeof a == sizeof x);
+  simde_mm512_storeu_ps(c, sums);
+  __builtin_memcpy(x, &a, sizeof x);
+  __builtin_memcpy(y, &b, sizeof y);
+  const auto widened = [](unsigned short bits) {
+    const unsigned wide = static_cast<unsigned>(bits) << 16;
+    float v;
+    __builtin_memcpy(&v, &wide, sizeof v);
+    return normal_or_zero(v);
+  };
+  for (int i = 0; i < 16; ++i)
+    for (int n = 1; n >= 0; --n)
+      c[i] = normal_or_zero(__builtin_fmaf(widened(x[2 * i + n]), widened(y[2 * i + n]), normal_or_zero(c[i])));
+  return simde_mm512_loadu_ps(c);
+}
+#undef _mm512_dpbf16_ps
+#define _mm512_dpbf16_ps(c, a, b) added_dots(c, a, b)
 #define __AVX512F__ 1
+#define __AVX512BF16__ 1
+#include "agreement.hpp"
 #include "lora/lora.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
@@ -84,7 +109,50 @@ void check(std::uint64_t seed) {
   CHECK(worst <= 1);
 }
 
+/// W * x by dot products of bfloat16: within its bound, and the same bits from panels and rows, alone and in company.
+void check_dots(std::uint64_t seed, double spread) {
+  using lora::bfloat16;
+  static_assert(lora::smallest_in_product<float, bfloat16, bfloat16>() > 0);
+  static_assert(lora::smallest_in_product<float, bfloat16, float>() == 0);
+  test::random g(seed);
+  CAPTURE(g.seed());
+  double worst = 0;
+  for (const lora::index_t out : {1, 31, 33, 65})
+    for (const lora::index_t in : {1, 2, 31, 300, 513})
+      for (const lora::index_t tokens : {1, 2, 3, 8, 9, 33, 140}) {
+        const auto W = g.reals<bfloat16>(out, in, spread);
+        const lora::adapter<float> l{g.reals<float>(5, in, 1), g.reals<float>(out, 5, spread), {.alpha = 7}};
+        const test::col_matrix<bfloat16> x = g.reals<bfloat16>(in, tokens, spread);
+        const lora::packed_weight packed{W};
+        test::col_matrix<float> y(out, tokens), plain(out, tokens), one(out, 1);
+        lora::forward(packed, x, y, l);
+        lora::forward(W, x, plain, l);
+        REQUIRE(test::same_bits(y, plain));
+        lora::forward(packed, x.col(tokens - 1), one, lora::packed_adapter<float>{l});
+        REQUIRE(test::same_bits(one, test::col_matrix<float>(y.col(tokens - 1))));
+        lora::linear<bfloat16> layer{W};
+        layer.attach("l", l);
+        layer.forward(x, plain);
+        REQUIRE(test::same_bits(y, plain));
+        const auto X = agreement::in_double(x);
+        const Eigen::MatrixXd exact =
+            test::times(test::exact(W) + test::exact_delta(l), test::exact(x)).template cast<double>();
+        const Eigen::MatrixXd bound =
+            agreement::error_bound(agreement::in_double(W), {}, {.merged = {}, .mixed = {agreement::part_of(l)}}, X,
+                                   agreement::formats_of<bfloat16, float, float, bfloat16>());
+        worst = std::max(worst, ((agreement::in_double(y) - exact).cwiseAbs().array() / bound.array()).maxCoeff());
+      }
+  CHECK(worst <= 1);
+  CHECK(worst > 0);
+}
+
 }  // namespace
+
+TEST_CASE("products of bfloat16 by dot products", "[avx512][dots]") {
+  SECTION("numbers of a model") { check_dots(1206, 1); }
+  SECTION("subnormal products") { check_dots(1207, 1e-20); }
+  SECTION("subnormal operands") { check_dots(1208, 3e-39); }
+}
 
 TEST_CASE("the AVX-512 kernels compute what the others do", "[avx512]") {
   SECTION("float") { check<float, float>(1201); }

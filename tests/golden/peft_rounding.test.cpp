@@ -148,19 +148,3 @@ TEST_CASE("golden: PEFT's roundings of 16-bit merges, bit for bit", "[golden][ro
   CHECK((check<float16, float>("half_fp16_base_f32_adapter", false) == 45));
   CHECK((check<float16, float16>("half_fp16_base_fp16_adapter", false) == 45));
 }
-
-TEST_CASE("a rounding policy checks what merge checks and writes nothing before", "[rounding]") {
-  matrix<float> W = matrix<float>::Constant(3, 4, 1), A = matrix<float>::Ones(2, 4), B = matrix<float>::Ones(3, 2);
-  const lora::adapter<float> l{A, B, {.alpha = 4}};
-  matrix<float> wrong = matrix<float>::Constant(4, 3, 1);
-  CHECK_THROWS_AS(lora::merge(lora::rounding::peft, wrong, l), lora::shape_error);
-  CHECK(wrong == matrix<float>::Constant(4, 3, 1));
-  CHECK_THROWS_AS(lora::add_delta(lora::rounding::peft, W, wrong), lora::shape_error);
-  lora::merge(lora::rounding::peft, W, l, lora::scaled(0.5, l));
-  CHECK(W == matrix<float>::Constant(3, 4, 1 + 4 + 2));
-  lora::unmerge(lora::rounding::peft_safe, W, l, lora::scaled(0.5, l));
-  CHECK(W == matrix<float>::Constant(3, 4, 1));
-  matrix<float16> H = matrix<float16>::Constant(3, 4, float16(60000.0F));
-  const lora::adapter<float> big{A, B, {.alpha = 40000}};
-  CHECK(lora::merge(lora::rounding::peft, H, big).became_nonfinite == 12);
-}

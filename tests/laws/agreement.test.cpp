@@ -53,8 +53,8 @@ void check(const char* name, int count) {
     // A merge accumulates by the formats of the weight and the factors, a product also by those of the activations, and
     // only factors that are evaluated in it count.
     const auto merge = agreement::formats_of<T, Y, lora::accumulator_t<T, F>>();
-    const auto mixed = agreement::formats_of<T, Y, lora::accumulator_t<T, F, X, Y>>();
-    const auto plain = agreement::formats_of<T, Y, lora::accumulator_t<T, X, Y>>();
+    const auto mixed = agreement::formats_of<T, Y, lora::accumulator_t<T, F, X, Y>, X>();
+    const auto plain = agreement::formats_of<T, Y, lora::accumulator_t<T, X, Y>, X>();
     std::array<Eigen::MatrixXd, 4> results, bounds;
     for (unsigned merged = 0; merged < 4; ++merged) {
       q.unmerge();

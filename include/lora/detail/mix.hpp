@@ -132,10 +132,10 @@ auto token_writer(const Y& y, const Store& store) {
   };
 }
 
-/// A chunk of a panel of an unpacked weight.
-template <class Acc, class V>
+/// A chunk of a panel of an unpacked weight, as T.
+template <class Acc, class T, class V>
 auto weight_packer(const V& W) {
-  return [W](index_t panel, index_t first, index_t depth, Acc* destination) {
+  return [W](index_t panel, index_t first, index_t depth, T* destination) {
     constexpr index_t width = tile_cols<Acc>;
     pack_padded(destination, width, W.block(panel * width, first, std::min(width, W.rows() - panel * width), depth));
   };

@@ -2,8 +2,8 @@
 //
 // The one product: Y = W * X + sum of B * (s * (A * X)). The ranks are R more steps of the same chains that run over
 // in_features, so mixing adapters in costs what their bytes and FLOPs cost and no second pass over Y. Each output is one
-// chain of multiply-adds from zero, in the order of in_features and then of the ranks; threads, tiles and the other tokens
-// of a batch change no bit.
+// chain of multiply-adds from zero, in the order of in_features (by dot products: of pairs of them) and then of the ranks;
+// threads, tiles and the other tokens of a batch change no bit.
 //
 // Order of the loops: a block of tokens; panels of outputs, shared among the threads; chunks of in_features; tiles of
 // tokens. A chunk of a panel stays in the first-level cache while all tiles pass, and the next one is fetched meanwhile.
@@ -13,6 +13,9 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
 #include <memory>
 #include <type_traits>
 
@@ -39,9 +42,9 @@ class function_ref {
   void (*call_)(const void*, Arguments...) = nullptr;
 };
 
-/// pack(panel, first depth, depths, destination): a chunk of a panel of W, widened.
-template <class Acc>
-using pack_weight_function = function_ref<index_t, index_t, index_t, Acc*>;
+/// pack(panel, first depth, depths, destination): a chunk of a panel of W.
+template <class T>
+using pack_weight_function = function_ref<index_t, index_t, index_t, T*>;
 /// pack(token, step, destination): destination[k * step] becomes element k of a token's activations.
 template <class Acc>
 using pack_token_function = function_ref<index_t, index_t, Acc*>;
@@ -53,7 +56,8 @@ using finish_function = function_ref<index_t, index_t, index_t, const Acc*>;
 template <class Acc, class T>
 struct weight_source {
   const T* panels = nullptr;
-  pack_weight_function<Acc> pack = {};
+  pack_weight_function<T> pack = {};
+  bool dots = false;  ///< W * x by dot products: the elements of x are T, too (see has_dots)
 
   bool present() const { return panels != nullptr || bool(pack); }
 };
@@ -93,6 +97,7 @@ class product {
         const block tiles{first, std::min(first + tokens_.tiles_in_block(), tokens_.tiles())};
         team.for_each(tiles.end - tiles.begin, [&](index_t t) { pack_tile(tiles, tiles.begin + t, pack_X); });
         shrink_all(tiles, team, sums);
+        if (by_dots()) team.for_each(tiles.end - tiles.begin, [&](index_t t) { pair_tile(tiles, tiles.begin + t); });
         team.for_each(pieces(panels(), group_), [&](index_t g) { outputs(tiles, g * group_, sums, finish); });
       }
     });
@@ -125,6 +130,32 @@ class product {
   void pack_tile(const block& tiles, index_t tile, const pack_token_function<Acc>& pack_X) const {
     const index_t rows = tokens_.rows(tile);
     for (index_t i = 0; i < rows; ++i) pack_X(tokens_.token(tokens_.first(tile) + i), rows, X_of(tiles, tile) + i);
+  }
+
+  bool by_dots() const {
+    if constexpr (has_dots<Acc, T>)
+      return W_.dots;
+    else
+      return false;
+  }
+  /// A tile's activations, which were widened, as pairs of depths in the bits of one accumulator each, in the same memory:
+  /// a pair is written where both of its elements, or earlier ones, were read.
+  void pair_tile(const block& tiles, index_t tile) const {
+    if constexpr (has_dots<Acc, T>) {
+      const index_t rows = tokens_.rows(tile);
+      Acc* const X = X_of(tiles, tile);
+      for (index_t k = 0; k < in_; k += 2)
+        for (index_t i = 0; i < rows; ++i) {
+          const std::uint32_t even = std::bit_cast<std::uint32_t>(X[k * rows + i]) >> 16;
+          const std::uint32_t odd = k + 1 < in_ ? std::bit_cast<std::uint32_t>(X[(k + 1) * rows + i]) >> 16 : 0;
+          const std::uint32_t pair = even | odd << 16;
+          std::memcpy(X + k / 2 * rows + i, &pair, sizeof pair);
+        }
+    }
+  }
+  /// Where a tile's activations at a depth begin; with dots a depth is even.
+  const Acc* left_at(const block& tiles, index_t tile, index_t k) const {
+    return X_of(tiles, tile) + (by_dots() ? k / 2 : k) * tokens_.rows(tile);
   }
 
   /// U = s * (A * X) of all runs of the block. A task is a panel of ranks for a few runs.
@@ -226,11 +257,11 @@ class product {
       fetch_parts(p, n, steps);
       if (one) {
         multiply_one_tile(tiles, p, count, k, depth, sums);
-      } else if constexpr (std::is_same_v<T, Acc>) {
-        const T* const right = W_.panels == nullptr ? chunk : weight_at(p, k);
-        if (W_.panels == nullptr) W_.pack(p, k, depth, chunk);
-        multiply_tiles(tiles, k, depth, right, W_.panels == nullptr ? nullptr : right + depth * width, sums);
-      } else if (tiles.end - tiles.begin < few_tiles) {
+      } else if (W_.panels == nullptr) {
+        T* const packed = reinterpret_cast<T*>(chunk);
+        W_.pack(p, k, depth, packed);
+        multiply_tiles(tiles, k, depth, packed, static_cast<const T*>(nullptr), sums);
+      } else if (std::is_same_v<T, Acc> || by_dots() || tiles.end - tiles.begin < few_tiles) {
         multiply_tiles(tiles, k, depth, weight_at(p, k), weight_at(p, k) + panel_size<T>(depth, width), sums);
       } else {
         widen_chunk(weight_at(p, k), depth, chunk);
@@ -246,13 +277,24 @@ class product {
   /// The tile of a call that has one: W goes from memory straight through the tile.
   void multiply_one_tile(const block& tiles, index_t p, index_t count, index_t k, index_t depth, Acc* sums) const {
     const auto rows = static_cast<int>(tokens_.rows(tiles.begin));
-    const Acc* const left = X_of(tiles, tiles.begin) + k * rows;
     const T* const right = weight_at(p, k);
-    if (count == 1)
-      multiply<true, 2>(rows, sums, width, left, rows, right, 0, depth, ahead_of<2, Acc>(right));
-    else
-      multiply<true, 4, Acc, T, 2>(rows, sums, 2 * width, left, rows, right, panel_size<T>(in_, width), depth,
-                                   ahead_of<4, Acc>(right));
+    with_dots<T>([&](auto dots) {
+      const Acc* const left = left_at(tiles, tiles.begin, k);
+      if (count == 1)
+        multiply<true, 2, Acc, T, tile_rows, dots()>(rows, sums, width, left, rows, right, 0, depth,
+                                                     ahead_of<2, Acc>(right));
+      else
+        multiply<true, 4, Acc, T, 2, dots()>(rows, sums, 2 * width, left, rows, right, panel_size<T>(in_, width), depth,
+                                             ahead_of<4, Acc>(right));
+    });
+  }
+
+  /// call(whether a panel of R is multiplied by dot products), known when it is compiled.
+  template <class R, class Call>
+  void with_dots(const Call& call) const {
+    if constexpr (has_dots<Acc, R>)
+      if (by_dots()) return call(std::true_type());
+    call(std::false_type());
   }
 
   /// All tiles by one chunk, a part of a panel or one that was widened. `next` is what the next chunk is made of, null where
@@ -262,21 +304,23 @@ class product {
     const index_t count = tiles.end - tiles.begin, line = static_cast<index_t>(memory_alignment);
     const index_t bytes = next == nullptr ? 0 : depth * width * static_cast<index_t>(sizeof(N));
     const bool few = count < few_tiles;
-    for (index_t t = tiles.begin; t < tiles.end; ++t) {
-      const index_t n = t - tiles.begin;
-      const auto rows = static_cast<int>(tokens_.rows(t));
-      Acc* const tile_sums = sums_of(tiles, t, 1, sums);
-      const Acc* const left = X_of(tiles, t) + k * rows;
-      const auto* const share = reinterpret_cast<const char*>(next) + bytes * n / count / line * line;
-      if (few && bytes != 0) {
-        multiply<true, 2>(
-            rows, tile_sums, width, left, rows, right, 0, depth,
-            fetching{reinterpret_cast<std::uintptr_t>(share), pieces(bytes, count * pieces(depth, depth_group<R>))});
-      } else {
-        for (index_t b = 0; b < bytes / count; b += line) prefetch(share + b);
-        multiply<false, 2>(rows, tile_sums, width, left, rows, right, 0, depth);
+    with_dots<R>([&](auto dots) {
+      for (index_t t = tiles.begin; t < tiles.end; ++t) {
+        const index_t n = t - tiles.begin;
+        const auto rows = static_cast<int>(tokens_.rows(t));
+        Acc* const tile_sums = sums_of(tiles, t, 1, sums);
+        const Acc* const left = left_at(tiles, t, k);
+        const auto* const share = reinterpret_cast<const char*>(next) + bytes * n / count / line * line;
+        if (few && bytes != 0) {
+          multiply<true, 2, Acc, R, tile_rows, dots()>(
+              rows, tile_sums, width, left, rows, right, 0, depth,
+              fetching{reinterpret_cast<std::uintptr_t>(share), pieces(bytes, count * pieces(depth, depth_group<R>))});
+        } else {
+          for (index_t b = 0; b < bytes / count; b += line) prefetch(share + b);
+          multiply<false, 2, Acc, R, tile_rows, dots()>(rows, tile_sums, width, left, rows, right, 0, depth);
+        }
       }
-    }
+    });
   }
 
   static void widen_chunk(const T* from, index_t depth, Acc* to) {

@@ -14,8 +14,10 @@
 #include <algorithm>
 #include <bit>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 #include <utility>
 
 #include "lora/float16.hpp"
@@ -48,6 +50,11 @@ inline void prefetch(const void* p) {
 #else
   static_cast<void>(p);
 #endif
+}
+
+/// The same some bytes from p, where there may be nothing: an address and no pointer.
+inline void prefetch_at(const void* p, std::ptrdiff_t bytes) {
+  prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) + static_cast<std::uintptr_t>(bytes)));
 }
 
 #if defined(LORA_DETAIL_AVX512)
@@ -106,6 +113,13 @@ struct simd<float> {
   static void store_half(float16* p, vector v) {
     _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
   }
+#if defined(LORA_DETAIL_DOTS)
+  /// c plus the two products of each 32-bit lane's pair of bfloat16, one addition after the other. Subnormal operands and
+  /// results count as zero.
+  static vector add_dots(vector a, vector b, vector c) {
+    return _mm512_dpbf16_ps(c, std::bit_cast<__m512bh>(a), std::bit_cast<__m512bh>(b));
+  }
+#endif
 
  private:
   /// Bits plus what carries into the upper half when rounding to nearest even.
@@ -369,6 +383,14 @@ struct simd {
 /// Of 16 registers: 4 x 2 accumulators and room for the product that a machine without FMA needs.
 inline constexpr int tile_rows = 4;
 
+#endif
+
+/// Whether W * x of elements T is computed by dot products of pairs, where the elements of x are T, too.
+template <class Acc, class T>
+#if defined(LORA_DETAIL_DOTS)
+inline constexpr bool has_dots = std::is_same_v<Acc, float> && std::is_same_v<T, bfloat16>;
+#else
+inline constexpr bool has_dots = false;
 #endif
 
 /// Columns of a register tile: two vectors.

@@ -27,6 +27,14 @@ inline constexpr int depth_group = std::is_same_v<T, bfloat16> ? 2 : 1;
 struct fetching {
   std::uintptr_t next = 0;  ///< an address and no pointer: it may lie outside, where nothing is read
   index_t step = 0;
+
+  /// Of two panels, `next_panel` bytes apart, one line each.
+  template <int Vectors>
+  LORA_DETAIL_INLINE void once(index_t next_panel) {
+    prefetch(reinterpret_cast<const void*>(next));
+    if constexpr (Vectors == 4) prefetch(reinterpret_cast<const void*>(next + static_cast<std::uintptr_t>(next_panel)));
+    next += static_cast<std::uintptr_t>(step);
+  }
 };
 /// How far ahead of the multiply-adds a panel that goes through one tile is fetched, in bytes.
 inline constexpr index_t fetch_ahead = 8192;
@@ -69,12 +77,7 @@ LORA_DETAIL_INLINE void advance(typename simd<Acc>::vector (&sum)[Rows][Vectors]
   constexpr int row = (Vectors < 2 ? 1 : 2) * simd<Acc>::width;  // elements of one panel at one depth
   typename simd<Acc>::vector values[Vectors];
   for (; depth >= group; depth -= group) {
-    if constexpr (Fetch) {
-      prefetch(reinterpret_cast<const void*>(fetch.next));
-      if constexpr (Vectors == 4)
-        prefetch(reinterpret_cast<const void*>(fetch.next + static_cast<std::uintptr_t>(next_panel) * sizeof(T)));
-      fetch.next += static_cast<std::uintptr_t>(fetch.step);
-    }
+    if constexpr (Fetch) fetch.template once<Vectors>(next_panel * static_cast<index_t>(sizeof(T)));
     read_panel<false, Vectors, Acc>(right, next_panel, values);
     advance_once<Rows, Vectors, Acc>(sum, left, values);
     if constexpr (group == 2) {
@@ -92,8 +95,32 @@ LORA_DETAIL_INLINE void advance(typename simd<Acc>::vector (&sum)[Rows][Vectors]
     }
 }
 
-/// Accumulators in memory, row i at sums + i * sums_stride, continued by `depth` steps.
-template <bool Fetch, int Rows, int Vectors, class Acc, class T>
+#if defined(LORA_DETAIL_DOTS)
+/// The same by dot products: left holds pairs of depths in the bits of a float, as the panel does.
+template <bool Fetch, int Rows, int Vectors>
+LORA_DETAIL_INLINE void advance_by_dots(simd<float>::vector (&sum)[Rows][Vectors], const float* left, index_t left_stride,
+                                        const bfloat16* right, index_t next_panel, index_t depth, fetching fetch) {
+  using v = simd<float>;
+  typename v::vector values[Vectors];
+  for (; depth > 0; depth -= 2) {  // a panel holds whole pairs
+    if constexpr (Fetch) fetch.once<Vectors>(next_panel * static_cast<index_t>(sizeof(bfloat16)));
+    LORA_DETAIL_UNROLL
+    for (int j = 0; j < Vectors; ++j)
+      values[j] = v::load(reinterpret_cast<const float*>(right + j / 2 * next_panel + 2 * (j % 2) * v::width));
+    LORA_DETAIL_UNROLL
+    for (int i = 0; i < Rows; ++i) {
+      const auto one = v::broadcast(left[i]);
+      LORA_DETAIL_UNROLL
+      for (int j = 0; j < Vectors; ++j) sum[i][j] = v::add_dots(one, values[j], sum[i][j]);
+    }
+    left += left_stride;
+    right += 4 * v::width;
+  }
+}
+#endif
+
+/// Accumulators in memory, row i at sums + i * sums_stride, continued by `depth` steps; Dots: left holds pairs.
+template <bool Fetch, bool Dots, int Rows, int Vectors, class Acc, class T>
 void multiply_rows(Acc* sums, index_t sums_stride, const Acc* left, index_t left_stride, const T* right, index_t next_panel,
                    index_t depth, fetching fetch = {}) {
   using v = simd<Acc>;
@@ -103,7 +130,12 @@ void multiply_rows(Acc* sums, index_t sums_stride, const Acc* left, index_t left
     LORA_DETAIL_UNROLL
     for (int j = 0; j < Vectors; ++j) sum[i][j] = v::load(sums + i * sums_stride + j * v::width);
   }
-  advance<Fetch, Rows, Vectors, Acc>(sum, left, left_stride, right, next_panel, depth, fetch);
+#if defined(LORA_DETAIL_DOTS)
+  if constexpr (Dots)
+    advance_by_dots<Fetch, Rows, Vectors>(sum, left, left_stride, right, next_panel, depth, fetch);
+  else
+#endif
+    advance<Fetch, Rows, Vectors, Acc>(sum, left, left_stride, right, next_panel, depth, fetch);
   LORA_DETAIL_UNROLL
   for (int i = 0; i < Rows; ++i) {
     LORA_DETAIL_UNROLL
@@ -112,13 +144,14 @@ void multiply_rows(Acc* sums, index_t sums_stride, const Acc* left, index_t left
 }
 
 /// The same with the number of rows chosen at run time, 1 ... Rows.
-template <bool Fetch, int Vectors, class Acc, class T, int Rows = tile_rows>
+template <bool Fetch, int Vectors, class Acc, class T, int Rows = tile_rows, bool Dots = false>
 void multiply(int rows, Acc* sums, index_t sums_stride, const Acc* left, index_t left_stride, const T* right,
               index_t next_panel, index_t depth, fetching fetch = {}) {
   if (rows == Rows)
-    multiply_rows<Fetch, Rows, Vectors>(sums, sums_stride, left, left_stride, right, next_panel, depth, fetch);
+    multiply_rows<Fetch, Dots, Rows, Vectors>(sums, sums_stride, left, left_stride, right, next_panel, depth, fetch);
   else if constexpr (Rows > 1)
-    multiply<Fetch, Vectors, Acc, T, Rows - 1>(rows, sums, sums_stride, left, left_stride, right, next_panel, depth, fetch);
+    multiply<Fetch, Vectors, Acc, T, Rows - 1, Dots>(rows, sums, sums_stride, left, left_stride, right, next_panel, depth,
+                                                     fetch);
 }
 
 /// The panel itself, some way ahead.

@@ -293,12 +293,12 @@ class rounding_sink {
         source_stride_(source.outer_stride()),
         stride_(destination.outer_stride()),
         past_caches_(Store && source_ != destination_ && std::is_same_v<T, Acc> && is_aligned(destination_) &&
-                     is_aligned(destination_ + stride_)) {}
+                     stride_ * static_cast<index_t>(sizeof(T)) % static_cast<index_t>(memory_alignment) == 0) {}
 
   void fetch(index_t row, index_t col) const {
     constexpr index_t ahead = 4;
-    const T* const p = source_ + row * source_stride_ + col + ahead * tile_cols<Acc>;
-    for (int i = 0; i < tile_rows; ++i) prefetch(p + i * source_stride_);
+    for (int i = 0; i < tile_rows; ++i)
+      prefetch_at(source_, ((row + i) * source_stride_ + col + ahead * tile_cols<Acc>)*static_cast<index_t>(sizeof(T)));
   }
   /// In registers until all of it is known to be finite and without a zero, whose sign would have to be looked at.
   LORA_DETAIL_INLINE bool plain(index_t row, index_t col, typename Update::tile& sum) const {
@@ -369,8 +369,8 @@ class panel_sink {
 
   void fetch(index_t row, index_t col) const {
     constexpr index_t ahead = 2048;
-    const auto* const p = reinterpret_cast<const char*>(source_ + offset(row, col));
-    for (index_t b = 0; b < tile_rows * width * static_cast<index_t>(sizeof(T)); b += 64) prefetch(p + ahead + b);
+    const index_t at = offset(row, col) * static_cast<index_t>(sizeof(T)) + ahead;
+    for (index_t b = 0; b < tile_rows * width * static_cast<index_t>(sizeof(T)); b += 64) prefetch_at(source_, at + b);
   }
   LORA_DETAIL_INLINE bool plain(index_t row, index_t col, typename Update::tile& sum) const {
     if constexpr (!in_registers) {
