@@ -5,18 +5,24 @@
 //
 //   lora::peft::write("adapters/both", lora::peft::make_file<float>({{"model.layers.0.self_attn.q_proj", both, false}}));
 //
-// PEFT loads what is written as the same function. Every module's rank and alpha are resolved: where they differ from r and
-// lora_alpha, rank_pattern and alpha_pattern name the module in full (anchored, so that no key fits two modules and their
-// order does not matter); an entry whose scaling has another rule than the file's gets the alpha that gives its scaling, bit for
-// bit where a double does. Factors are written in the dtype in which they were read. Config keys that were read are kept; a
-// file that was read whole and not changed gives the same tensors, byte for byte.
-//   writes   both files durably: both are complete beside the old ones before either takes its name, the weights first
-// Before anything is written, the bytes are read back as lora::peft::read would read them, and must hold the same entries.
+// PEFT loads what is written as the same function. Where the config's own r, lora_alpha and patterns give every entry its rank
+// and alpha, they are written as they are. Otherwise each module that differs from r or lora_alpha is named in full (anchored,
+// so that no key fits two modules and their order does not matter); an entry whose scaling has another rule than the file's gets
+// the alpha that gives its scaling, bit for bit where a double does. Factors are written in the dtype in which they were read.
+// fan_in_fan_out is written as it was read with. Other config keys that were read are kept; a file that was read whole and not
+// changed gives the same tensors, byte for byte.
+// Before anything is written, the bytes are read back as lora::peft::read would read them, and must hold the same entries. Only
+// the read_options that no file can hold are taken over from the file, and whoever reads what was written needs them again:
+// parameter_order, parameters_in_out, attention_out_proj_twice, ignore_keys.
+//   writes   both files are complete beside the old ones, flushed and closed, before either takes its name, the weights first.
+//            A failure before that leaves the old adapter. Two names cannot be given at once: when the second cannot be given
+//            (the error says so), or the machine stops between the two, the new weights stand beside the old config.
 //   throws   value_error for a file that was read with parts left out or passed over (they would be lost), for entries made by
 //            converted() whose file's config says otherwise, and for whatever a reader would refuse or take for something
 //            else (rank 0, no entry at all, a scaling that no finite alpha gives, a name that reads as another tensor's, text
-//            that is not UTF-8); format_error with the system's reason.
-//   costs    a second copy of the adapter in memory while it is checked.
+//            that is not UTF-8, a key that read_options::lenient let pass); format_error with the system's reason.
+//   costs    beside the adapter, in memory: twice the bytes of the file while they are laid out; then those bytes once and the
+//            adapter as it is read back, in T.
 #pragma once
 
 #include <algorithm>
@@ -37,24 +43,55 @@
 
 namespace lora::inline LORA_DETAIL_ABI::peft {
 
-/// A file of these entries, with the config that PEFT needs. Throws value_error for a name that is there twice.
+namespace write_detail {
+
+/// What a config made for entries cannot say of one, with what to do instead; empty when there is nothing.
+template <scalar T>
+std::string not_expressed(const entry<T>& e) {
+  const auto& p = e.parts();
+  if (p.kind == entry_kind::parameter)
+    return "is a bare parameter, whose name only target_parameters gives: write the file that it was read from";
+  if (p.packed != packed_factor::none)
+    return "has a block-diagonal factor (use_bdlora): write the file that it was read from, or an entry of its parts with "
+           "packed_factor::none";
+  if (p.twice)
+    return "counts twice (attention_out_proj_twice), which only its reader was told: write the file that it was read from";
+  if (p.change != base_change::none)
+    return "was trained beside a changed base (" + std::string(entry<T>::change_name(p.change)) +
+           "): make it plain with converted()";
+  if (!p.shared_with.empty())
+    return "adapts a weight that replicated layers share (layer_replication): write the file that it was read from";
+  return {};
+}
+
+}  // namespace write_detail
+
+/// A file of these entries, with the config that PEFT needs: linear layers (all with the same fan_in_fan_out), embeddings,
+/// convolutions, and both parts of an attention; with lora_bias or DoRA when all of them have it. Throws value_error for a name
+/// that is there twice and for an entry of which such a config cannot say what it is: a parameter, a block-diagonal factor, a
+/// delta that counts twice, a change of the base, a weight that replicated layers share.
 template <scalar T>
 adapter_file<T> make_file(std::vector<entry<T>> entries, std::string base_model = "", std::string task_type = "") {
+  const auto refuse = [](const std::string& name, const std::string& why) {
+    lora::detail::raise_value("peft::make_file", io_detail::in_quotes(name) + " " + why);
+  };
   config c;
   c.base_model_name_or_path = std::move(base_model);
   c.task_type = std::move(task_type);
   std::vector<std::string> names;
   typename adapter_file<T>::entry_map map;
-  if (!entries.empty()) c.fan_in_fan_out = entries.front().fan_in_fan_out();
+  // Other kinds are stored in one way only.
+  const auto first =
+      std::find_if(entries.begin(), entries.end(), [](const auto& e) { return e.kind() == entry_kind::linear; });
+  if (first != entries.end()) c.fan_in_fan_out = first->fan_in_fan_out();
   for (auto& e : entries) {
+    if (const auto why = write_detail::not_expressed(e); !why.empty()) refuse(e.name(), why);
     if (e.kind() == entry_kind::linear && e.fan_in_fan_out() != c.fan_in_fan_out)
-      lora::detail::raise_value("peft::make_file",
-                                io_detail::in_quotes(e.name()) +
-                                    " and the first entry disagree on fan_in_fan_out, which a config says "
-                                    "once for all: write them to two directories");
+      refuse(e.name(),
+             "and the first linear entry disagree on fan_in_fan_out, which a config says once for all: write them to two "
+             "directories");
     names.push_back(e.name());
-    if (!map.emplace(e.name(), std::move(e)).second)
-      lora::detail::raise_value("peft::make_file", "two entries are called " + io_detail::in_quotes(names.back()));
+    if (!map.emplace(e.name(), std::move(e)).second) refuse(names.back(), "is the name of two entries: give one");
   }
   c.target_modules.names = std::move(names);
   return {std::move(c), std::move(map)};
@@ -214,6 +251,7 @@ inline json number(double value) {
   node.kind = whole ? io_detail::json_kind::unsigned_integer : io_detail::json_kind::real;
   node.unsigned_integer = whole ? static_cast<std::uint64_t>(value) : 0;
   node.number = value;
+  node.string = whole ? std::to_string(node.unsigned_integer) : io_detail::json_real(value);
   return node;
 }
 inline json boolean(bool value) {
@@ -264,6 +302,7 @@ class config_writer {
     else
       defaults();
     resolve_ranks();
+    keys_["fan_in_fan_out"] = boolean(c_.fan_in_fan_out);  // a reader's option may have said otherwise than the file
     keys_["peft_type"] = text("LORA");
     keys_["inference_mode"] = boolean(true);
     json root;
@@ -280,7 +319,6 @@ class config_writer {
     keys_["base_model_name_or_path"] = text_or_null(c_.base_model_name_or_path);
     keys_["task_type"] = text_or_null(c_.task_type);
     keys_["bias"] = text("none");
-    keys_["fan_in_fan_out"] = boolean(c_.fan_in_fan_out);
     keys_["init_lora_weights"] = boolean(true);
     keys_["lora_dropout"] = number(0);
     bool dora = false, bias = false;
@@ -305,9 +343,20 @@ class config_writer {
     ranks.kind = alphas.kind = io_detail::json_kind::object;
     std::map<std::string, std::pair<index_t, double>> modules;
     for (const auto& [name, e] : file_) modules[looked_up(e)] = {e.rank(), alpha_of(e)};
-    for (const auto& [name, values] : modules) {
-      if (values.first != r_) add(ranks, name, number(static_cast<double>(values.first)));
-      if (values.second != alpha_) add(alphas, name, number(values.second));
+    const bool as_config = std::all_of(modules.begin(), modules.end(), [&](const auto& module) {
+      return c_.rank_of(module.first) == module.second.first && c_.scaling_of(module.first).alpha == module.second.second;
+    });
+    if (as_config) {
+      // A short pattern may stand for thousands of modules, which one key for each would make too many to look up.
+      r_ = c_.r;
+      alpha_ = c_.lora_alpha;
+      for (const auto& row : c_.rank_pattern.rows()) add(ranks, row.key, number(static_cast<double>(row.value)));
+      for (const auto& row : c_.alpha_pattern.rows()) add(alphas, row.key, number(row.value));
+    } else {
+      for (const auto& [name, values] : modules) {
+        if (values.first != r_) add(ranks, exact_key(name), number(static_cast<double>(values.first)));
+        if (values.second != alpha_) add(alphas, exact_key(name), number(values.second));
+      }
     }
     keys_["r"] = number(static_cast<double>(r_));
     keys_["lora_alpha"] = number(alpha_);
@@ -315,8 +364,8 @@ class config_writer {
     keys_["rank_pattern"] = ranks;
     keys_["alpha_pattern"] = alphas;
   }
-  static void add(json& table, const std::string& module, json value) {
-    value.key = exact_key(module);
+  static void add(json& table, const std::string& key, json value) {
+    value.key = key;
     table.items.push_back(std::move(value));
   }
   double alpha_of(const entry<T>& e) const {
@@ -376,7 +425,16 @@ std::string difference(const entry<T>& given, const entry<T>& found) {
   if (a.fan_in_fan_out != b.fan_in_fan_out) return "fan_in_fan_out";
   if (a.change != b.change) return "change of the base";
   if (a.kernel != b.kernel || a.groups != b.groups) return "kernel or groups";
+  if (a.shared_with != b.shared_with) return "module whose weight it shares";
   return {};
+}
+
+/// In what two tensors that replace one of the base differ; empty when in nothing.
+inline std::string difference(const replacement& given, const replacement& found) {
+  if (given.name != found.name || given.key != found.key) return "name";
+  if (given.why != found.why) return "reason";
+  if (given.dtype != found.dtype || given.shape != found.shape) return "dtype or shape";
+  return given.bytes == found.bytes ? "" : "values";
 }
 
 /// Throws value_error when a reader would find something else than the file holds.
@@ -394,19 +452,31 @@ void compare(const adapter_file<T>& file, const adapter_file<T>& found) {
   }
   if (found.size() != file.size()) other("it has more modules");
   if (found.replacements().size() != file.replacements().size()) other("the number of tensors that replace the base's");
+  for (std::size_t k = 0; k < file.replacements().size(); ++k) {
+    const auto& given = file.replacements()[k];
+    if (const auto what = difference(given, found.replacements()[k]); !what.empty())
+      other("the " + what + " of " + io_detail::in_quotes(given.key) + ", which replaces a tensor of the base");
+  }
   if (found.token_rows().size() != file.token_rows().size()) other("the number of embeddings with trained rows");
   for (const auto& [name, rows] : file.token_rows()) {
     const auto there = found.token_rows().find(name);
-    if (there == found.token_rows().end() || there->second.ids() != rows.ids())
+    if (there == found.token_rows().end() || there->second.ids() != rows.ids() ||
+        !same_bits(there->second.values(), rows.values()) || found.row_dtype(name) != file.row_dtype(name))
       other("the trained rows of " + io_detail::in_quotes(name));
   }
 }
 
 template <scalar T>
 void read_back(const adapter_file<T>& file, std::span<const std::byte> bytes, std::string_view text) {
+  // As a reader would who knows no more than the files and what no file holds.
+  const auto& given = file.options();
+  const read_options options{.ignore_keys = given.ignore_keys,
+                             .parameter_order = given.parameter_order,
+                             .parameters_in_out = given.parameters_in_out,
+                             .attention_out_proj_twice = given.attention_out_proj_twice};
   const auto again = [&] {
     const auto tensors = safetensors::parse(bytes, "adapter_model.safetensors");
-    return assemble<T>(parse_config(text, "adapter_config.json", file.options()), tensors, file.options());
+    return assemble<T>(parse_config(text, "adapter_config.json", options), tensors, options);
   };
 #if defined(__cpp_exceptions)
   try {
@@ -421,7 +491,7 @@ void read_back(const adapter_file<T>& file, std::span<const std::byte> bytes, st
 
 }  // namespace write_detail
 
-/// The tensors of a file as bytes of adapter_model.safetensors.
+/// The tensors of a file as bytes of adapter_model.safetensors. Not checked by reading them back: only write() does that.
 template <scalar T>
 std::vector<std::byte> tensor_bytes(const adapter_file<T>& file) {
   write_detail::check(file);
@@ -439,7 +509,7 @@ std::vector<std::byte> tensor_bytes(const adapter_file<T>& file) {
   return safetensors::to_bytes(store.tensors(), {{"format", "pt"}});
 }
 
-/// The text of adapter_config.json.
+/// The text of adapter_config.json. Not checked by reading it back: only write() does that.
 template <scalar T>
 std::string config_text(const adapter_file<T>& file) {
   write_detail::check(file);
@@ -460,13 +530,19 @@ void write(const std::filesystem::path& directory, const adapter_file<T>& file,
                                       .expected = "a directory to write",
                                       .found = failure.message(),
                                       .hint = "nothing was written"}));
-  // Both are whole on the disk before either takes its name.
-  io_detail::output_file weights(directory / "adapter_model.safetensors", bytes.size(), options.durability);
+  // Weights under another adapter's config would be scaled wrongly, so all that may fail is done before either has its name.
+  const auto weights_path = directory / "adapter_model.safetensors";
+  io_detail::output_file weights(weights_path, bytes.size(), options.durability);
   weights.write(bytes);
   io_detail::output_file config(directory / "adapter_config.json", text.size(), options.durability);
   config.write(std::as_bytes(std::span(text)));
-  weights.commit();
-  config.commit();
+  weights.finish();
+  config.finish();
+  weights.publish();
+  config.publish(
+      "adapter_model.safetensors beside it is already the new one, and does not belong to this file: write both "
+      "again before the adapter is read");
+  io_detail::flush_folder(weights_path, options.durability);
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::peft

@@ -11,8 +11,8 @@
 //            tensor at a multiple of its element's size. For one metadata pair the bytes are those of the reference.
 //   writes   a temporary file in the same folder, flushed, then renamed over `path`: whatever fails, `path` is the old file or
 //            the complete new one (see durability). The file may be one that is being read: its bytes stay as they are.
-//   throws   value_error (a name twice, bytes that do not fit the shape, text that is not UTF-8, a header above the format's
-//            100,000,000 bytes) before anything is written; format_error with the system's reason.
+//   throws   value_error (a name twice, bytes that do not fit the shape, text that is not UTF-8, more than the reader's
+//            default limits take) before anything is written; format_error with the system's reason.
 // Format and order: huggingface/safetensors.
 #pragma once
 
@@ -22,6 +22,7 @@
 #include <cstdint>
 #include <cstring>
 #include <filesystem>
+#include <limits>
 #include <map>
 #include <span>
 #include <string>
@@ -81,7 +82,19 @@ inline void check_text(std::string_view text, const char* what) {
 #endif
 }
 
+/// Throws value_error for more than a reader takes whose limits are the default ones.
+inline void check_limit(std::uint64_t count, std::uint64_t most, const char* what, std::string_view of) {
+  if (count > most)
+    lora::detail::raise_value("safetensors::write", std::string(what) + " of " + io_detail::in_quotes(of) + ", " +
+                                                        std::to_string(count) + ", is above the reader's limit of " +
+                                                        std::to_string(most));
+}
+
 inline void check_tensor(const tensor& t) {
+  constexpr limits most;
+  check_limit(t.name.size(), most.name_bytes, "the length in bytes of the name", t.name);
+  check_limit(t.shape.size(), most.dimensions, "the number of dimensions", t.name);
+  for (const auto extent : t.shape) check_limit(extent, std::numeric_limits<std::int64_t>::max(), "a dimension", t.name);
   check_text(t.name, "the name");
   const auto needed = io_detail::bytes_of(t.shape, t.dtype);
   if (t.name == "__metadata__") lora::detail::raise_value("safetensors::write", "a tensor must not be called __metadata__");
@@ -105,6 +118,7 @@ inline std::vector<const tensor*> in_order(std::span<const tensor> tensors) {
 }
 
 inline std::string header_of(const std::vector<const tensor*>& tensors, const metadata_map& metadata) {
+  check_limit(metadata.size(), limits{}.metadata, "the number of pairs", "__metadata__");
   std::string json = "{";
   const auto comma = [&] {
     if (json.size() > 1) json += ',';
@@ -131,9 +145,9 @@ inline std::string header_of(const std::vector<const tensor*>& tensors, const me
   }
   json += '}';
   json.append((8 - json.size() % 8) % 8, ' ');
-  if (json.size() > 100'000'000)
+  if (const auto most = limits{}.header_bytes; json.size() > most)
     lora::detail::raise_value("safetensors::write", "the header would take " + std::to_string(json.size()) +
-                                                        " bytes, more than the 100000000 of the format");
+                                                        " bytes, more than the " + std::to_string(most) + " of the format");
   return json;
 }
 

@@ -42,8 +42,8 @@ struct json_scalar {
   json_kind kind = json_kind::null;
   bool boolean = false;
   std::uint64_t unsigned_integer = 0;
-  double number = 0;  ///< of every number, rounded to double
-  std::string_view string = {};
+  double number = 0;             ///< of every number, rounded to double
+  std::string_view string = {};  ///< of a string; of a number, as it is written
 
   /// As it stands in a message.
   std::string text() const {
@@ -333,6 +333,7 @@ class json_scanner {
       if (end.ec != std::errc()) refuse("a number beyond the range of double", "");
       result.unsigned_integer = 0;
     }
+    result.string = source_.text.substr(begin, at_ - begin);
     handler_.scalar(result, offset());
   }
   bool is_digit() const { return here() >= '0' && here() <= '9'; }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// JSON as text: strings with their escapes, and a tree as Python's json.dumps(indent=2) lays it out.
+// JSON as text: strings with their escapes, numbers with the digits that were read, and a tree as Python's
+// json.dumps(indent=2) lays it out.
 #pragma once
 
 #include <array>
@@ -55,9 +56,9 @@ inline void append_json(std::string& out, const json_node& node, int depth) {
   switch (node.kind) {
     case json_kind::null: out += "null"; return;
     case json_kind::boolean: out += node.boolean ? "true" : "false"; return;
-    case json_kind::unsigned_integer: out += std::to_string(node.unsigned_integer); return;
-    case json_kind::negative_integer: out += std::to_string(static_cast<std::int64_t>(node.number)); return;
-    case json_kind::real: out += json_real(node.number); return;
+    case json_kind::unsigned_integer:
+    case json_kind::negative_integer:
+    case json_kind::real: out += node.string; return;
     case json_kind::string: out += json_string(node.string); return;
     case json_kind::array:
     case json_kind::object: break;

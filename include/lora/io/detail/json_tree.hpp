@@ -25,7 +25,7 @@ struct json_node {
   double number = 0;
   std::uint64_t unsigned_integer = 0;
   std::uint64_t offset = 0;  ///< in the file, near the end of the value's first token
-  std::string string;
+  std::string string;        ///< of a string; of a number, as it is written: its digits may be more than a double holds
   std::vector<json_node> items;
 
   /// null, false, "", [] and {}: a key with such a value asks for nothing.

@@ -3,7 +3,8 @@
 // Writing a file so that its name means the whole new content or the old one, never a part: a temporary file beside it is
 // written, flushed to the device, closed, and renamed over it; then the folder is flushed, which makes the name durable.
 // A failure at any step removes the temporary file and leaves the old one. A failed flush is never tried again: the system may
-// have dropped the pages and would report success.
+// have dropped the pages and would report success. Files that belong together are all finished before the first is published:
+// what usually fails (no room, a broken device) then fails while nothing is visible.
 #pragma once
 
 #include <cerrno>
@@ -62,28 +63,42 @@ class output_file {
   ~output_file() { abandon(); }
 
   void write(std::span<const std::byte> bytes);
-  /// Makes the content visible under the name.
+  /// Flushes and closes the temporary file. Nothing is visible yet.
+  void finish();
+  /// Gives the finished file its name; if_not ends the message of a failure. flush_folder then makes the name durable.
+  void publish(const char* if_not = unchanged);
+  /// All of it, for a file that stands alone.
   void commit();
 
  private:
   void open(std::uint64_t size);
   void abandon() noexcept;
-  [[noreturn]] void refuse(const std::string& expected, std::string found, int code) const {
+  [[noreturn]] void refuse(const std::string& expected, std::string found, int code, const char* hint = unchanged) const {
     detail::raise(format_error({.path = path_.string(),
                                 .expected = expected,
                                 .found = code == 0 ? std::move(found) : std::generic_category().message(code),
-                                .hint = "the file was not changed"}));
+                                .hint = hint}));
   }
+  static constexpr const char* unchanged = "the file was not changed";
 
   std::filesystem::path path_, partial_;
   safetensors::durability durable_;
-  bool committed_ = false;
+  bool published_ = false;
 #if LORA_IO_DETAIL_POSIX
   int descriptor_ = -1;
 #else
   std::ofstream stream_;
 #endif
 };
+
+/// Makes the names of files that were published in the folder of `path` survive a loss of power. Throws format_error.
+inline void flush_folder(const std::filesystem::path& path, safetensors::durability durable);
+
+inline void output_file::commit() {
+  finish();
+  publish();
+  flush_folder(path_, durable_);
+}
 
 #if LORA_IO_DETAIL_POSIX
 
@@ -114,14 +129,20 @@ inline void output_file::write(std::span<const std::byte> bytes) {
   }
 }
 
-inline void output_file::commit() {
-  const bool flush = durable_ == safetensors::durability::power;
-  if (flush && ::fsync(descriptor_) != 0) refuse("to flush the file to its device", "", errno);
+inline void output_file::finish() {
+  if (durable_ == safetensors::durability::power && ::fsync(descriptor_) != 0)
+    refuse("to flush the file to its device", "", errno);
   if (::close(std::exchange(descriptor_, -1)) != 0) refuse("to close the file", "", errno);
-  if (::rename(partial_.c_str(), path_.c_str()) != 0) refuse("to give the file its name", "", errno);
-  committed_ = true;
-  if (!flush) return;
-  const auto folder = path_.has_parent_path() ? path_.parent_path() : std::filesystem::path(".");
+}
+
+inline void output_file::publish(const char* if_not) {
+  if (::rename(partial_.c_str(), path_.c_str()) != 0) refuse("to give the file its name", "", errno, if_not);
+  published_ = true;
+}
+
+inline void flush_folder(const std::filesystem::path& path, safetensors::durability durable) {
+  if (durable != safetensors::durability::power) return;
+  const auto folder = path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
   const int descriptor = ::open(folder.c_str(), O_RDONLY | O_CLOEXEC);
   if (descriptor < 0) return;  // a folder that may be written but not read: nothing more can be done
   const int result = ::fsync(descriptor);
@@ -129,15 +150,15 @@ inline void output_file::commit() {
   ::close(descriptor);
   // Some file systems cannot flush a folder and say EINVAL; the rename is then as durable as they make it.
   if (result != 0 && code != EINVAL)
-    detail::raise(format_error({.path = path_.string(),
+    detail::raise(format_error({.path = path.string(),
                                 .expected = "to flush the folder to its device",
                                 .found = std::generic_category().message(code),
-                                .hint = "the new file is complete, but may vanish with a loss of power"}));
+                                .hint = "what was written is complete, but may vanish with a loss of power"}));
 }
 
 inline void output_file::abandon() noexcept {
   if (descriptor_ >= 0) ::close(std::exchange(descriptor_, -1));
-  if (!committed_) ::unlink(partial_.c_str());
+  if (!published_) ::unlink(partial_.c_str());
 }
 
 #else
@@ -152,17 +173,22 @@ inline void output_file::write(std::span<const std::byte> bytes) {
   if (!stream_) refuse("to write " + std::to_string(bytes.size()) + " bytes", "a failure", 0);
 }
 
-inline void output_file::commit() {
+inline void output_file::finish() {
   stream_.close();
   if (!stream_) refuse("to close the file", "a failure", 0);
-  std::error_code failure;
-  std::filesystem::rename(partial_, path_, failure);
-  if (failure) refuse("to give the file its name", failure.message(), 0);
-  committed_ = true;
 }
 
+inline void output_file::publish(const char* if_not) {
+  std::error_code failure;
+  std::filesystem::rename(partial_, path_, failure);
+  if (failure) refuse("to give the file its name", failure.message(), 0, if_not);
+  published_ = true;
+}
+
+inline void flush_folder(const std::filesystem::path&, safetensors::durability) {}
+
 inline void output_file::abandon() noexcept {
-  if (committed_) return;
+  if (published_) return;
   stream_.close();
   std::error_code failure;
   std::filesystem::remove(partial_, failure);
