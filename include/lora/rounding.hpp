@@ -21,9 +21,7 @@
 
 #include <Eigen/Core>
 #include <algorithm>
-#include <functional>
 #include <type_traits>
-#include <vector>
 
 #include "lora/adapter.hpp"
 #include "lora/delta.hpp"
@@ -134,11 +132,16 @@ merge_report unmerge(P, M&& W, const L&... l) {
   const auto weight = detail::output_view(W);
   const auto each = detail::each_of(l...);
   rounding_detail::check("unmerge", weight, each);
-  std::vector<std::function<std::size_t()>> steps;
-  each(
-      [&](const auto& one) { steps.push_back([&weight, &one] { return rounding_detail::step(weight, one, true, -1.0); }); });
+  index_t remaining = 0;
+  each([&](const auto&) { ++remaining; });
   merge_report report;
-  for (auto step = steps.rbegin(); step != steps.rend(); ++step) report.became_nonfinite += (*step)();
+  // Walked anew for each step: a range may make its adapters as it is walked, so none can be kept for later.
+  while (remaining-- > 0) {
+    index_t k = 0;
+    each([&](const auto& one) {
+      if (k++ == remaining) report.became_nonfinite += rounding_detail::step(weight, one, true, -1.0);
+    });
+  }
   return report;
 }
 

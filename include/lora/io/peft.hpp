@@ -22,6 +22,7 @@
 #include <cstdint>
 #include <filesystem>
 #include <map>
+#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -150,6 +151,7 @@ class assembler {
     if (entries_.empty() && more_.token_rows.empty())
       lora::detail::raise(format_error(
           {.path = tensors_.name(), .expected = "tensors named ...lora_A.weight and ...lora_B.weight", .found = "none"}));
+    check_all_rows();
     more_.left_out = keys_.left_out();
     more_.passed_over.insert(more_.passed_over.begin(), keys_.passed_over().begin(), keys_.passed_over().end());
     more_.prefixed = keys_.prefixed();
@@ -229,13 +231,20 @@ class assembler {
       const auto& packed = packed_B ? *t.B : *t.A;
       if (packed.shape[0] % blocks != 0 || r % blocks != 0)
         refuse(packed, "rows and a rank that " + std::to_string(blocks) + " blocks divide", packed.text());
-      (packed_B ? B : A) = spread(packed_B ? B : A, parts.blocks);
+      (packed_B ? B : A) = spread(packed, packed_B ? B : A, parts.blocks);
     }
     parts.experts.push_back(adapter_of(parts, A, B, rank));
   }
 
-  /// The blocks below each other in `packed`, on the diagonal.
-  static matrix spread(const matrix& packed, index_t blocks) {
+  /// The blocks below each other in `packed`, on the diagonal. The result has the elements of the tensor times the blocks, so
+  /// that a small file could ask for any memory: a large result must not be mostly zeros.
+  matrix spread(const safetensors::entry& t, const matrix& packed, index_t blocks) const {
+    constexpr index_t most_blocks = 256, most_elements = (index_t{64} << 20) / static_cast<index_t>(sizeof(T));
+    if (blocks > most_blocks && packed.size() > most_elements / blocks)
+      refuse(t, "blocks whose matrix has at most 64 MiB, or at most " + std::to_string(most_blocks) + " times their bytes",
+             std::to_string(blocks) + " blocks in " + t.text() + ", a matrix of " + std::to_string(packed.rows()) + " x " +
+                 std::to_string(packed.cols()) + " * " + std::to_string(blocks),
+             "a reader does not ask for so much memory for a small tensor");
     const index_t rows = packed.rows() / blocks;
     matrix result = matrix::Zero(packed.rows(), packed.cols() * blocks);
     for (index_t b = 0; b < blocks; ++b)
@@ -280,7 +289,8 @@ class assembler {
     for (std::size_t k = 2; k < A.size(); ++k) parts.kernel.push_back(static_cast<index_t>(A[k]));
     const matrix lora_A = widened(*t.A);
     const matrix lora_B = widened(*t.B);
-    parts.experts.push_back(adapter_of(parts, lora_A, parts.groups == 1 ? lora_B : spread(lora_B, parts.groups), rank));
+    parts.experts.push_back(
+        adapter_of(parts, lora_A, parts.groups == 1 ? lora_B : spread(*t.B, lora_B, parts.groups), rank));
   }
 
   /// A has the ranks of the experts one after the other, expert by expert; B the experts of each rank, rank by rank.
@@ -305,12 +315,34 @@ class assembler {
   void add_extras(entry_parts<T>& parts, const io_detail::module_tensors& t) {
     const auto out = static_cast<std::uint64_t>(parts.experts.front().out_features());
     const auto rank = static_cast<std::uint64_t>(parts.experts.front().rank());
+    check_kind(parts, *t.A);
     extra(parts.bias, parts.dtype_bias, t, t.bias, config_.lora_bias, "lora_bias", ".lora_B.bias", out, parts.name);
     extra(parts.magnitude, parts.dtype_magnitude, t, t.magnitude, config_.use_dora, "use_dora", ".lora_magnitude_vector",
           out, parts.name);
     const bool kasa = config_.change == base_change::kasa && parts.kind == entry_kind::linear;
     extra(parts.diagonal, parts.dtype_diagonal, t, t.diagonal, kasa, "kasa_config", ".lora_diag", rank, parts.name);
     if (parts.kind == entry_kind::linear) parts.change = config_.change;
+  }
+
+  /// Throws when the config asks for what this kind cannot have: PEFT refuses it, or it is more than the entry could say.
+  void check_kind(const entry_parts<T>& parts, const safetensors::entry& t) const {
+    const bool parameter = parts.kind == entry_kind::parameter;
+    const bool attention = parts.kind == entry_kind::attention_in || parts.kind == entry_kind::attention_out;
+    const auto refuse_key = [&](const std::string& key, const std::string& why) {
+      refuse(t, "a config without " + key + " for the " + name_of(parts.kind) + " " + io_detail::in_quotes(parts.name),
+             "one with it", why);
+    };
+    if (config_.use_dora && (attention || parameter))
+      refuse_key("use_dora", "PEFT has no DoRA of attentions and parameters and refuses to load this adapter");
+    if (config_.lora_bias && (parameter || parts.kind == entry_kind::embedding))
+      refuse_key("lora_bias", "PEFT has no such bias for embeddings and parameters and refuses to load this adapter");
+    if (config_.change == base_change::kasa && (attention || parameter))
+      refuse_key("kasa_config", "PEFT has no KaSA of attentions and parameters and refuses to load this adapter");
+    if (config_.change != base_change::none && (attention || parameter))
+      refuse_key("init_lora_weights " + io_detail::in_quotes(config_.init_lora_weights),
+                 "PEFT changes the base when it loads " + std::string(entry<T>::change_name(config_.change)) +
+                     ", which converted() knows for linear modules only: convert the adapter with "
+                     "path_initial_model_for_weight_conversion of save_pretrained");
   }
 
   void extra(std::vector<T>& values, safetensors::dtype& dtype, const io_detail::module_tensors& t,
@@ -348,8 +380,13 @@ class assembler {
   void add_rows(const std::string& module, const safetensors::entry& t) {
     check_matrix(t);
     const std::vector<index_t>* ids = nullptr;
-    for (const auto& [name, numbers] : config_.trainable_tokens)
-      if (name.empty() || config_detail::is_or_ends_with(module, name)) ids = &numbers;
+    for (const auto& [name, numbers] : config_.trainable_tokens) {
+      if (!name.empty() && !config_detail::is_or_ends_with(module, name)) continue;
+      if (ids != nullptr && *ids != numbers)
+        refuse(t, "the same tokens in every key of trainable_token_indices that fits " + io_detail::in_quotes(module),
+               "others in " + io_detail::in_quotes(name), "keep the key that belongs to this embedding");
+      ids = &numbers;
+    }
     if (ids == nullptr) refuse(t, "trainable_token_indices in the config for " + io_detail::in_quotes(module), "none");
     if (ids->size() != t.shape[0])
       refuse(t, "a row for each of the " + std::to_string(ids->size()) + " tokens of the config", t.text());
@@ -362,6 +399,25 @@ class assembler {
       refuse(t, "every token of trainable_token_indices once", "one twice");
     more_.token_rows.emplace(module, replaced_rows<T>(*ids, widened(t)));
     more_.row_dtypes.emplace(module, t.dtype);
+  }
+
+  /// Throws when tokens of the config have no rows. Embeddings that share a weight and have the same tokens share the rows, and
+  /// PEFT saves them once.
+  void check_all_rows() {
+    std::set<std::vector<index_t>> there;
+    for (const auto& each : more_.token_rows) there.insert(each.second.ids());
+    for (const auto& [name, ids] : config_.trainable_tokens) {
+      if (ids.empty() || there.contains(ids)) continue;
+      if (!options_.lenient)
+        lora::detail::raise(format_error(
+            {.path = tensors_.name(),
+             .item = "trainable_token_indices",
+             .expected = "a tensor " + (name.empty() ? "<input embedding>" : name) + ".token_adapter.trainable_tokens_delta",
+             .found = "none",
+             .hint = "the file is incomplete"}));
+      more_.passed_over.push_back("trainable_token_indices " + io_detail::in_quotes(name) +
+                                  ": no rows, which PEFT takes as those of the base");
+    }
   }
 
   // ---- tensors

@@ -52,7 +52,7 @@ struct entry_parts {
   /// One, or one for each expert.
   std::vector<lora::adapter<T>> experts;
   lora::scaling scale{.alpha = 1, .rule = scaling_rule::fixed};  ///< as the config has it
-  bool fan_in_fan_out = false;                                   ///< the base stores in x out
+  bool fan_in_fan_out = false;                                   ///< the base stores in x out; of a parameter: a stack
   std::vector<T> bias = {};                                      ///< of lora_B
   std::vector<T> magnitude = {};                                 ///< of DoRA
   std::vector<T> diagonal = {};                                  ///< of KaSA, between B and A
@@ -95,7 +95,7 @@ class entry {
   double scaling() const { return p_.experts.front().scaling(); }
   index_t in_features() const { return p_.experts.front().in_features(); }
   index_t out_features() const { return p_.experts.front().out_features(); }
-  /// The base stores W as [in, out].
+  /// The base stores W as [in, out]; of a parameter: a stack of experts as [expert, in, out], a matrix never.
   bool fan_in_fan_out() const { return p_.fan_in_fan_out; }
   index_t experts() const { return static_cast<index_t>(p_.experts.size()); }
 
@@ -133,6 +133,11 @@ class entry {
     if (!more.empty())
       lora::detail::raise_value("peft::entry::plain",
                                 p_.name + " has " + more + ": use the verbs of lora/io/peft_verbs.hpp, or factors()");
+    if (p_.fan_in_fan_out && p_.kind == entry_kind::parameter)
+      lora::detail::raise_value("peft::entry::plain", p_.name +
+                                                          " was read with read_options::parameters_in_out, which counts "
+                                                          "for a stack of experts and not for a matrix: use "
+                                                          "merge(stack, entry) or merge(W, entry)");
     if (p_.fan_in_fan_out || p_.kind == entry_kind::embedding)
       lora::detail::raise_value("peft::entry::plain", "the base stores the weight of " + p_.name +
                                                           " as in_features x out_features (fan_in_fan_out): pass "

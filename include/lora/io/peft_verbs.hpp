@@ -10,12 +10,13 @@
 //   apply_through(down, y, e...)              a convolution's, through the caller's convolution (through.hpp)
 //   attach(W, e...)                           DoRA: norms computed once; the verbs of dora.hpp take the result
 //
-// Each e is an entry, scaled(w, entry), or a range of these (a run-time number of adapters), all of one scalar.
+// Each e is an entry, scaled(w, entry), or a range of these (a run-time number of adapters), all of one scalar. A range may
+// make scaled ones as it is walked, but not entries: they must live somewhere.
 // Arithmetic, rounding, bounds, cost and aliasing are those of the core's verbs on the entries' factors. Entries are taken in
 // the order given; with a magnitude among them that order matters (dora.hpp).
 //   throws   as those, and value_error for an entry that the verb cannot honour wholly: a bias without b, a magnitude in
-//            apply, a grouped convolution in merge (its delta has no kernel of the base's shape), a change of the base (see
-//            converted() in peft_convert.hpp), a weight that replicated layers share. Nothing is written then.
+//            apply or for a stack, a grouped convolution in merge (its delta has no kernel of the base's shape), a change of
+//            the base (see converted() in peft_convert.hpp), a weight that replicated layers share. Nothing is written then.
 #pragma once
 
 #include <algorithm>
@@ -74,6 +75,11 @@ void append(list<T>& all, const scaled_entry<T>& e) {
 }
 template <class T, entry_range R>
 void append(list<T>& all, const R& range) {
+  using element = decltype(*std::begin(range));
+  static_assert(
+      std::is_lvalue_reference_v<element> || std::is_same_v<std::remove_cvref_t<element>, scaled_entry<T>>,
+      "lora::peft: the range makes each entry as it is walked, so that it would be gone before it is used: keep the "
+      "entries in a container, or let the range return references to them");
   for (const auto& e : range) append(all, e);
 }
 
@@ -119,11 +125,12 @@ void check_one_weight(const char* operation, const list<T>& all) {
 }
 
 template <class T>
-void check_no_bias(const char* operation, const list<T>& all) {
+void check_no_bias(const char* operation, const list<T>& all,
+                   const char* instead =
+                       "pass the base's bias, too, with merge or unmerge(W, bias, entry); a base without "
+                       "one cannot take it") {
   for (const auto& each : all)
-    if (!each.of().lora_bias().empty())
-      refuse(operation, each.name() + " has a bias of its own (lora_bias): pass the base's bias as " + operation +
-                            "(W, bias, entry); a base without one cannot take it");
+    if (!each.of().lora_bias().empty()) refuse(operation, each.name() + " has a bias of its own (lora_bias): " + instead);
 }
 
 template <class T>
@@ -141,27 +148,34 @@ bool any_magnitude(const list<T>& all) {
   return std::any_of(all.begin(), all.end(), [](const auto& e) { return !e.of().magnitude().empty(); });
 }
 
+/// What of the base a verb is given.
+enum class given { matrix, stack };
+
+/// PEFT looks at a module's is_transposed for stacks only: a parameter of two dimensions is out x in always.
 template <class T>
-bool stored_in_out(const entry<T>& e) {
+bool stored_in_out(const entry<T>& e, given base) {
+  if (e.kind() == entry_kind::parameter && base == given::matrix) return false;
   return e.fan_in_fan_out() || e.kind() == entry_kind::embedding;
 }
 
-/// Throws value_error when the entries disagree on how one weight is stored.
+/// Throws value_error when there are no entries, or when they disagree on how one weight is stored.
 template <class T>
-bool common_orientation(const char* operation, const list<T>& all) {
+bool common_orientation(const char* operation, const list<T>& all, given base) {
+  if (all.empty()) refuse(operation, "no entry is given");
   const auto& first = all.front().of();
   for (const auto& each : all)
-    if (stored_in_out(each.of()) != stored_in_out(first))
+    if (stored_in_out(each.of(), base) != stored_in_out(first, base))
       refuse(operation, "the config of one adapter says fan_in_fan_out and the other's does not, for " + first.name() +
                             " and " + each.name() +
                             "; one weight is stored one way: read them with read_options::fan_in_fan_out");
-  return stored_in_out(first);
+  return stored_in_out(first, base);
 }
 
 /// Throws shape_error, with a way out when W only fits the other way round.
 template <class T>
-void check_shape(const char* operation, index_t stored_rows, index_t stored_cols, const entry<T>& e) {
-  const bool swapped = stored_in_out(e);
+void check_shape(const char* operation, index_t stored_rows, index_t stored_cols, const entry<T>& e,
+                 given base = given::matrix) {
+  const bool swapped = stored_in_out(e, base);
   const index_t rows = swapped ? e.in_features() : e.out_features();
   const index_t cols = swapped ? e.out_features() : e.in_features();
   if (stored_rows == rows && stored_cols == cols) return;
@@ -173,7 +187,8 @@ void check_shape(const char* operation, index_t stored_rows, index_t stored_cols
                     : "; it fits transposed: this base stores in x out (fan_in_fan_out, as GPT-2 does) and the config does "
                       "not say so: read with {.fan_in_fan_out = true}";
   if (stored_rows == cols && stored_cols == rows && e.kind() == entry_kind::parameter)
-    what += "; it fits transposed: read with read_options::parameters_in_out the other way";
+    what += base == given::stack ? "; it fits transposed: read with read_options::parameters_in_out the other way"
+                                 : "; it fits transposed: if this is a slice of a stack of experts, pass the stack";
   lora::detail::raise_shape(operation, what);
 }
 
@@ -197,8 +212,7 @@ std::vector<dora_view<T>> core_with_magnitude(const list<T>& all) {
 /// verb(out x in view of the stored weight), after every check.
 template <class View, class T, class Verb>
 auto oriented(const char* operation, const View& stored, const list<T>& all, const Verb& verb) {
-  if (all.empty()) refuse(operation, "no entry is given");
-  const bool swapped = common_orientation(operation, all);
+  const bool swapped = common_orientation(operation, all, given::matrix);
   check_one_weight(operation, all);
   for (const auto& e : all) check_shape(operation, stored.rows(), stored.cols(), e.of());
   return swapped ? verb(stored.transpose()) : verb(stored);
@@ -264,14 +278,16 @@ merge_report merge_into(const char* operation, double sign, const View& stored, 
 
 template <class View, class T>
 merge_report merge_stack(const View& stack, const list<T>& all) {
+  const bool swapped = common_orientation("merge", all, given::stack);
   check_one_weight("merge", all);
+  check_no_bias("merge", all);
+  check_no_magnitude("merge", all, "its norms are those of a matrix, not of a stack: use merge(W, entry)");
   for (const auto& e : all) {
     if (e.of().experts() != stack.extent(0))
       lora::detail::raise_shape("merge", e.name() + " is for " + std::to_string(e.of().experts()) +
                                              " experts and the stack has " + std::to_string(stack.extent(0)));
-    if (stack.extent(0) > 0) check_shape("merge", stack.extent(1), stack.extent(2), e.of());
+    if (stack.extent(0) > 0) check_shape("merge", stack.extent(1), stack.extent(2), e.of(), given::stack);
   }
-  const bool swapped = common_orientation("merge", all);
   merge_report report;
   for (index_t k = 0; k < stack.extent(0); ++k) {
     std::vector<core_adapter<T>> of_expert;
@@ -401,6 +417,7 @@ void rows(const M& W, const R& ids, Y&& y, const E&... e) {
   detail::refuse_temporary<Y>();
   const auto all = peft::entry_detail::list_of(e...);
   peft::entry_detail::check_mixable("rows", all);
+  peft::entry_detail::check_no_bias("rows", all, "rows of an embedding take none, and PEFT has no such embedding");
   for (const auto& each : all)
     if (each.of().kind() != peft::entry_kind::embedding)
       peft::entry_detail::refuse("rows", each.name() + " is not an embedding but a " + peft::name_of(each.of().kind()));
@@ -430,7 +447,7 @@ template <class M, peft::entries... E>
 auto attach(const M& W, const E&... e) {
   const auto stored = as_matrix(W);
   const auto all = peft::entry_detail::list_of(e...);
-  peft::entry_detail::check_no_bias("attach", all);
+  peft::entry_detail::check_no_bias("attach", all, "what attach returns has no place for it; mix it in with apply");
   return peft::entry_detail::oriented("attach", stored, all, [&](const auto& view) {
     return lora::attach(view, peft::entry_detail::core_with_magnitude(all));
   });
