@@ -53,6 +53,13 @@ concept strided_matrix = !eigen_matrix<M> && requires(const bare<M>& m) {
   { m.outer_stride() } -> std::convertible_to<index_t>;
 };
 
+/// False for an mdspan whose accessor makes another value of an element (std::linalg::scaled), which would be passed over.
+template <class M>
+inline constexpr bool refers_to_elements = true;
+template <class M>
+  requires requires { typename M::reference; }
+inline constexpr bool refers_to_elements<M> = std::is_lvalue_reference_v<typename M::reference>;
+
 /// std::mdspan and Kokkos' mdspan of rank 2, told by their members so that no mdspan header is included.
 template <class M>
 concept mdspan_like = !eigen_matrix<M> && !strided_matrix<M> && requires(const bare<M>& m) {
@@ -60,8 +67,7 @@ concept mdspan_like = !eigen_matrix<M> && !strided_matrix<M> && requires(const b
   typename bare<M>::layout_type;
   typename bare<M>::mapping_type;
   requires bare<M>::rank() == 2;
-  // An accessor that makes another value of an element (std::linalg::scaled) would be passed over.
-  requires std::is_lvalue_reference_v<typename bare<M>::reference>;
+  requires refers_to_elements<bare<M>>;
   { *m.data_handle() };
   { m.extent(std::size_t{0}) } -> std::convertible_to<std::size_t>;
   { m.stride(std::size_t{0}) } -> std::convertible_to<std::size_t>;

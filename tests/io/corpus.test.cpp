@@ -64,20 +64,19 @@ struct nothing {
 /// Refusals of the PEFT reader, by a config and tensors.
 std::vector<std::pair<std::string, std::string>> peft_refusals() {
   std::vector<std::pair<std::string, std::string>> result;
-  const auto config = [&](const std::string& name, const std::string& more) {
-    result.emplace_back(name, refusal([&] {
-                          (void)lora::peft::parse_config(R"({"peft_type":"LORA","r":2,"lora_alpha":6)" + more + "}",
-                                                         "adapter_config.json");
-                        }));
+  const auto config = [&](const std::string& name, const std::string& text) {
+    result.emplace_back("config " + name, refusal([&] { (void)lora::peft::parse_config(text, "adapter_config.json"); }));
   };
-  config("config_dropped_comma", R"("use_dora":true)");
+  config("with a comma left out", R"({"peft_type":"LORA","r":2 "lora_alpha":6})");
+  config("with a key twice", R"({"peft_type":"LORA","r":2,"r":2})");
+  config("\"r\":0", R"({"peft_type":"LORA","r":0,"lora_alpha":6})");
   for (const std::string line :
        {R"("use_qalora":true)", R"("alora_invocation_tokens":[1])", R"("arrow_config":{"top_k":2})",
         R"("enable_lora":[true])", R"("init_lora_weights":"pissa_niter_16")", R"("init_lora_weights":"corda")",
-        R"("bias":"some")", R"("r":0)", R"("unknown_key":7)", R"("lora_bias":true,"use_dora":true)",
-        R"("rank_pattern":{"(?<=a)b":2})", R"("layer_replication":[[2,1]])", R"("trainable_token_indices":["a"])",
-        R"("use_bdlora":true)", R"("task_type":"CHAT")", R"("layers_pattern":["h"])"})
-    config("config " + line, (line.starts_with("\"r\"") ? ",\"x\":null," : ",") + line);
+        R"("bias":"some")", R"("unknown_key":7)", R"("lora_bias":true,"use_dora":true)", R"("rank_pattern":{"(?<=a)b":2})",
+        R"("layer_replication":[[2,1]])", R"("trainable_token_indices":["a"])", R"("use_bdlora":true)",
+        R"("use_bdlora":{"later":1})", R"("task_type":"CHAT")", R"("layers_pattern":["h"])", R"("modules_to_save":["a|b"])"})
+    config(line, R"({"peft_type":"LORA","r":2,"lora_alpha":6,)" + line + "}");
   const auto file = [&](const std::string& name, const std::string& more, const build::file& tensors) {
     result.emplace_back(name, refusal([&] {
                           const auto bytes = build::to_bytes(tensors.text());
@@ -100,6 +99,12 @@ std::vector<std::pair<std::string, std::string>> peft_refusals() {
   file("file with rows and no ids", "", pair().add(p + "e.token_adapter.trainable_tokens_delta", {1, 2}));
   file("file with two parameters", R"(,"target_parameters":["m.a","m.b"])",
        pair().add(p + "m.base_layer.lora_A.weight", {2, 4}).add(p + "m.base_layer.lora_B.weight", {3, 2}));
+  file("file with a saved module under PEFT's inner name alone", R"(,"modules_to_save":["score"])",
+       pair().add(p + "score.modules_to_save.weight", {2, 2}));
+  file("file with a letter beyond ASCII", R"(,"rank_pattern":{"\\w+":2})",
+       build::file().add(p + "caf\xC3\xA9.lora_A.weight", {2, 4}).add(p + "caf\xC3\xA9.lora_B.weight", {3, 2}));
+  file("file with a layer too many", R"(,"layer_replication":[[0,2]])",
+       build::file().add(p + "layers.2.q.lora_A.weight", {2, 4}).add(p + "layers.2.q.lora_B.weight", {3, 2}));
   file("file with nothing", "", build::file());
   return result;
 }

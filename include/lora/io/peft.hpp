@@ -144,13 +144,15 @@ class assembler {
       : config_(c), tensors_(tensors), options_(options), keys_(c, tensors, options), modules_(c, keys_, tensors, options) {}
 
   adapter_file<T> run() {
-    check_pattern_work();
     for (const auto& [path, t] : keys_.modules()) add(path, t);
     for (const auto& each : keys_.replacing()) add_replacement(each);
     for (const auto& [module, t] : keys_.token_rows()) add_rows(module, *t);
     if (entries_.empty() && more_.token_rows.empty())
-      lora::detail::raise(format_error(
-          {.path = tensors_.name(), .expected = "tensors named ...lora_A.weight and ...lora_B.weight", .found = "none"}));
+      lora::detail::raise(
+          format_error({.path = tensors_.name(),
+                        .expected = "tensors named ...lora_A.weight and ...lora_B.weight",
+                        .found = "none",
+                        .hint = "save the adapter again with save_pretrained of the PEFT model, not of its base"}));
     check_all_rows();
     more_.left_out = keys_.left_out();
     more_.passed_over.insert(more_.passed_over.begin(), keys_.passed_over().begin(), keys_.passed_over().end());
@@ -181,7 +183,9 @@ class assembler {
     }
     auto parts = factors_of(path, what, t);
     add_extras(parts, t);
-    parts.shared_with = modules_.shared_with(what.name, *t.A);
+    auto base = modules_.in_base(what.name, *t.A);
+    parts.base_name = base.name;
+    if (base.shared) parts.shared_with = std::move(base.name);
     if (entries_.contains(what.name)) refuse(*t.A, "one adapter for " + io_detail::in_quotes(what.name), "two");
     entries_.emplace(what.name, entry<T>(std::move(parts)));
   }
@@ -368,7 +372,7 @@ class assembler {
 
   void add_replacement(const io_detail::replacing_tensor& each) {
     const auto& t = *each.tensor;
-    replacement result{each.name,
+    replacement result{modules_.in_base(each.name, t).name,
                        std::string(keys_.prefixed() ? t.name.substr(io_detail::peft_keys::prefix.size()) : t.name),
                        static_cast<replacement::reason>(each.why),
                        t.dtype,
@@ -443,21 +447,6 @@ class assembler {
     const auto values = tensors_.template copy<T>(t.name);
     const auto rows = static_cast<index_t>(t.shape[0]);
     return Eigen::Map<const matrix>(values.data(), rows, static_cast<index_t>(values.size()) / rows);
-  }
-
-  /// Patterns are looked up for every module. Both come from files, so their product is bounded.
-  void check_pattern_work() const {
-    constexpr double most = 2e9;
-    double cost = 0, length = 0;
-    for (const auto& row : config_.rank_pattern.rows()) cost += static_cast<double>(row.pattern.cost());
-    for (const auto& row : config_.alpha_pattern.rows()) cost += static_cast<double>(row.pattern.cost());
-    for (const auto& each : keys_.modules()) length += static_cast<double>(each.first.size());
-    if (cost * length > most)
-      lora::detail::raise(format_error({.path = config_.path,
-                                        .item = "rank_pattern",
-                                        .expected = "patterns that can be looked up for every module of the file",
-                                        .found = "more work than a reader may do for a file",
-                                        .hint = "use plain names, or fewer patterns"}));
   }
 
   [[noreturn]] void refuse_rank(const safetensors::entry& t, index_t rank, const char* dimension) const {

@@ -38,23 +38,51 @@ class pattern_table {
 
   /// Throws value_error when the key is a pattern that is not supported.
   void add(std::string key, V value) {
-    io_detail::module_pattern pattern(key);
-    if (!pattern.fault().empty())
-      lora::detail::raise_value("peft::pattern_table",
-                                "the pattern " + io_detail::in_quotes(key) + " has " + pattern.fault());
-    rows_.push_back({std::move(key), std::move(value), std::move(pattern)});
+    const std::string quoted = io_detail::in_quotes(key);
+    const std::string fault = try_add(std::move(key), std::move(value));
+    if (!fault.empty()) lora::detail::raise_value("peft::pattern_table", "the pattern " + quoted + " has " + fault);
   }
-  /// What the first fitting key says of a module (its name without base_model.model.); nothing when none fits.
+  /// Adds the key, or says what is wrong with it.
+  std::string try_add(std::string key, V value) {
+    io_detail::module_pattern pattern(key);
+    if (std::string fault = pattern.fault(); !fault.empty()) return fault;
+    if (pattern.cost() > most_cost - cost_) return "more steps than the patterns of a table may have together";
+    cost_ += pattern.cost();
+    rows_.push_back({std::move(key), std::move(value), std::move(pattern)});
+    return "";
+  }
+
+  /// The first key that fits a module, or before it one whose answer depends on tables of Unicode that are not here.
+  struct answer {
+    const row* fits = nullptr;
+    const row* unicode = nullptr;
+  };
+  answer look_up(std::string_view module) const {
+    for (const auto& each : rows_) {
+      const auto verdict = each.pattern.match(module);
+      if (verdict == io_detail::pattern::verdict::yes) return {.fits = &each};
+      if (verdict == io_detail::pattern::verdict::not_ascii) return {.unicode = &each};
+    }
+    return {};
+  }
+  /// What the first fitting key says of a module (its name without base_model.model.); nothing when none fits. Throws
+  /// value_error where the answer depends on tables of Unicode.
   std::optional<V> find(std::string_view module) const {
-    for (const auto& each : rows_)
-      if (each.pattern.fits(module)) return each.value;
-    return std::nullopt;
+    const answer found = look_up(module);
+    if (found.unicode != nullptr) lora::detail::raise_value("peft", io_detail::unicode_text(found.unicode->key, module));
+    return found.fits == nullptr ? std::nullopt : std::optional<V>(found.fits->value);
   }
   const std::vector<row>& rows() const { return rows_; }
   bool empty() const { return rows_.empty(); }
+  /// An upper bound for the work of a look-up per character of a name.
+  std::size_t cost() const { return cost_; }
 
  private:
+  // Of steps in memory: 64 MiB.
+  static constexpr std::size_t most_cost = std::size_t{1} << 22;
+
   std::vector<row> rows_;
+  std::size_t cost_ = 0;
 };
 
 /// target_modules or exclude_modules: nothing, one regular expression for the whole name, or names and ends of names.
@@ -128,7 +156,8 @@ struct read_options {
   /// adapter_file::left_out(); without them the model is not the one that was trained.
   bool leave_out_saved_modules = false;
   /// Follow PEFT where it passes over things: unknown config keys, tensors that it would not use, a missing lora_B (which is
-  /// zero then). adapter_file::passed_over() lists each. What PEFT refuses, and what would be random, stays an error.
+  /// zero then). adapter_file::ignored_keys() lists the keys and passed_over() the rest. What PEFT refuses, and what would be
+  /// random, stays an error.
   bool lenient = false;
   /// target_parameters: the names of a module's parameters in the order in which the module registers them, for modules
   /// with more than one adapted parameter. Their names are not in the file, only their nesting, which follows that order.
@@ -141,7 +170,7 @@ struct read_options {
 
 /// Whether the config selects a module by name, as PEFT 0.21 decides it: not excluded, not in modules_to_save, named by
 /// target_modules, and in one of layers_to_transform. Throws value_error where a name does not tell (target_modules null
-/// or "all-linear"), or a pattern is not supported.
+/// without target_parameters, or "all-linear"), or a pattern is not supported. Compiles the config's patterns on each call.
 bool matches_target(const config& c, std::string_view module);
 
 namespace config_detail {
@@ -224,8 +253,10 @@ inline constexpr std::array<std::string_view, 6> task_types{"SEQ_CLS",   "SEQ_2_
 /// From the tree to the config.
 class reader {
  public:
-  reader(const json_node& root, const std::string& path, const read_options& options) : root_(root), options_(options) {
+  reader(const std::shared_ptr<const json_node>& root, const std::string& path, const read_options& options)
+      : root_(*root), options_(options) {
     result_.path = path;
+    result_.source = root;
   }
 
   config read() {
@@ -237,7 +268,6 @@ class reader {
     read_modules();
     read_variants();
     read_texts();
-    result_.source = std::make_shared<const json_node>(root_);
     return std::move(result_);
   }
 
@@ -265,11 +295,14 @@ class reader {
   }
 
   void check_unknown(const std::string& key, const json_node& value) {
-    const auto& vouched = options_.ignore_keys;
-    if (!options_.lenient && !value.asks_for_nothing() && std::find(vouched.begin(), vouched.end(), key) == vouched.end())
+    if (!may_ignore(key, value))
       refuse(value, key, "a key that this version knows", value.text(),
              "if it does not change the arithmetic, name it in read_options::ignore_keys");
     result_.ignored_keys.push_back(key);
+  }
+  bool may_ignore(const std::string& key, const json_node& value) const {
+    const auto& vouched = options_.ignore_keys;
+    return options_.lenient || value.asks_for_nothing() || std::find(vouched.begin(), vouched.end(), key) != vouched.end();
   }
 
   // ---- what they say
@@ -290,10 +323,10 @@ class reader {
 
   void read_patterns() {
     each_pattern("rank_pattern", [&](const std::string& key, const json_node& value) {
-      result_.rank_pattern.add(key, positive(value, "rank_pattern"));
+      return result_.rank_pattern.try_add(key, positive(value, "rank_pattern"));
     });
     each_pattern("alpha_pattern", [&](const std::string& key, const json_node& value) {
-      result_.alpha_pattern.add(key, finite(value, "alpha_pattern"));
+      return result_.alpha_pattern.try_add(key, finite(value, "alpha_pattern"));
     });
   }
 
@@ -304,26 +337,27 @@ class reader {
     if (table->kind != json_kind::object)
       refuse(*table, name, "an object of patterns", io_detail::json_kind_name(table->kind), "");
     for (const auto& item : table->items) {
-      const std::string fault = io_detail::module_pattern(item.key).fault();
+      const std::string fault = add(item.key, item);
       if (!fault.empty())
         refuse(item, name, "a pattern that this reader supports", in_quotes(item.key) + " with " + fault,
                "write the module's name instead; docs/formats.md lists the supported expressions");
-      add(item.key, item);
     }
   }
 
   void read_modules() {
     result_.target_modules = selection("target_modules");
     result_.exclude_modules = selection("exclude_modules");
-    result_.modules_to_save = names("modules_to_save");
-    result_.layers_pattern = names("layers_pattern");
+    result_.modules_to_save = plain_names("modules_to_save");
+    result_.layers_pattern = plain_names("layers_pattern");
     read_layers();
     const auto* layers = value_of("layers_to_transform");
     const bool has_layers = layers != nullptr && layers->kind != json_kind::null;
     if (has_layers && result_.target_modules.expression)
-      refuse(*layers, "layers_to_transform", "target_modules as a list", "target_modules as text", "");
+      refuse(*layers, "layers_to_transform", "target_modules as a list", "target_modules as text",
+             "PEFT refuses the two together: write the layers into the expression of target_modules");
     if (!result_.layers_pattern.empty() && !has_layers)
-      refuse(root_, "layers_pattern", "layers_to_transform beside it", "none", "");
+      refuse(*value_of("layers_pattern"), "layers_pattern", "layers_to_transform beside it", "none",
+             "PEFT refuses it alone: remove it, or add layers_to_transform");
   }
 
   void read_layers() {
@@ -360,7 +394,8 @@ class reader {
     if (bias->kind == json_kind::string && bias->string == "none") return;
     const bool all = bias->kind == json_kind::string && bias->string == "all";
     if (!all && (bias->kind != json_kind::string || bias->string != "lora_only"))
-      refuse(*bias, "bias", "\"none\", \"all\" or \"lora_only\"", bias->text(), "");
+      refuse(*bias, "bias", "\"none\", \"all\" or \"lora_only\"", bias->text(),
+             "write \"none\" if the file has no tensor of a bias, else the one with which it was trained");
     result_.bias = all ? trained_biases::all : trained_biases::lora_only;
   }
 
@@ -395,8 +430,12 @@ class reader {
         if (item.kind == json_kind::null) continue;
         if (item.kind != json_kind::array) refuse(item, "use_bdlora", "module names", item.text(), "");
         (item.key.back() == 'a' ? result.in_A : result.in_B) = list(item, "use_bdlora");
-      } else if (!item.asks_for_nothing() && !options_.lenient) {
-        refuse(item, "use_bdlora", "a key that this version knows", in_quotes(item.key), "");
+      } else {
+        const std::string key = "use_bdlora." + item.key;
+        if (!may_ignore(key, item))
+          refuse(item, "use_bdlora", "a key that this version knows", in_quotes(item.key),
+                 "if it does not change the arithmetic, name it in read_options::ignore_keys as " + in_quotes(key));
+        result_.ignored_keys.push_back(key);
       }
     }
     result_.bd = std::move(result);
@@ -406,7 +445,8 @@ class reader {
     const auto* map = value_of("layer_replication");
     if (map == nullptr || map->asks_for_nothing()) return;
     const auto bad = [&](const json_node& at) {
-      refuse(at, "layer_replication", "pairs [begin, end) of layer numbers", at.text(), "");
+      refuse(at, "layer_replication", "pairs [begin, end) of layer numbers", at.text(),
+             "each pair names layers of the base, as in [[0, 16], [8, 24]]: begin below end, at most 1000000 layers in all");
     };
     if (map->kind != json_kind::array) bad(*map);
     std::uint64_t layers = 0;
@@ -425,11 +465,12 @@ class reader {
     if (tokens == nullptr || tokens->asks_for_nothing()) return;
     const auto ids = [&](const json_node& array) {
       std::vector<index_t> result;
+      const char* hint = "write a list of token numbers, or an object with such a list for each embedding's name";
       if (array.kind != json_kind::array)
-        refuse(array, "trainable_token_indices", "token numbers, or an object of them", array.text(), "");
+        refuse(array, "trainable_token_indices", "token numbers, or an object of them", array.text(), hint);
       for (const auto& id : array.items) {
         if (id.kind != json_kind::unsigned_integer || id.unsigned_integer > 0x7fffffffu)
-          refuse(id, "trainable_token_indices", "token numbers", id.text(), "");
+          refuse(id, "trainable_token_indices", "token numbers", id.text(), hint);
         result.push_back(static_cast<index_t>(id.unsigned_integer));
       }
       return result;
@@ -449,7 +490,7 @@ class reader {
     result_.task_type = text("task_type");
     if (!result_.task_type.empty() && std::find(task_types.begin(), task_types.end(), result_.task_type) == task_types.end())
       refuse(*value_of("task_type"), "task_type", "one of PEFT's " + io_detail::listed(task_types),
-             in_quotes(result_.task_type), "");
+             in_quotes(result_.task_type), "it does not change the arithmetic: write null, or the one that is meant");
     result_.base_model_name_or_path = text("base_model_name_or_path");
     result_.revision = text("revision");
     result_.peft_version = text("peft_version");
@@ -500,6 +541,15 @@ class reader {
     if (value->kind != json_kind::array) refuse(*value, key, "module names or null", value->text(), "");
     return list(*value, key);
   }
+  /// PEFT takes these for regular expressions in one place and for ends of names in another.
+  std::vector<std::string> plain_names(const char* key) const {
+    auto result = names(key);
+    for (const auto& name : result)
+      if (name.empty() || !io_detail::is_plain(name))
+        refuse(*value_of(key), key, "plain names (letters, digits, _, - and dots)", in_quotes(name),
+               "PEFT reads it as a regular expression, which is not supported here: list the modules' names");
+    return result;
+  }
   module_selection selection(const char* key) const {
     const auto* value = value_of(key);
     if (value == nullptr || value->kind == json_kind::null) return {};
@@ -527,7 +577,7 @@ class reader {
 
 /// Reads a config from its text; `path` names it in messages. Throws format_error.
 inline config parse_config(std::string_view text, const std::string& path, const read_options& options = {}) {
-  const auto root = io_detail::parse_json_tree({.text = text, .path = path});
+  const auto root = std::make_shared<const io_detail::json_node>(io_detail::parse_json_tree({.text = text, .path = path}));
   return config_detail::reader(root, path, options).read();
 }
 
@@ -544,29 +594,16 @@ inline bool is_or_ends_with(std::string_view module, std::string_view name) {
   return module.size() > name.size() && module[module.size() - name.size() - 1] == '.' && module.ends_with(name);
 }
 
-inline bool expression_fits(const std::string& expression, std::string_view module, const char* key) {
-  const io_detail::pattern pattern(expression);
-  if (!pattern.fault().empty())
-    lora::detail::raise_value("peft::matches_target",
-                              std::string(key) + " " + in_quotes(expression) + " is not supported: " + pattern.fault());
-  return io_detail::decided(pattern.matches_all(io_detail::code_points(module)), expression, module);
-}
-
 inline bool any_fits(const std::vector<std::string>& names, std::string_view module) {
   return std::any_of(names.begin(), names.end(), [&](const auto& name) { return is_or_ends_with(module, name); });
 }
 
-inline bool selects(const module_selection& selection, std::string_view module, const char* key) {
-  if (selection.expression) return !selection.expression->empty() && expression_fits(*selection.expression, module, key);
-  return selection.names && any_fits(*selection.names, module);
-}
-
-/// The name equals or lies inside one of modules_to_save.
-inline bool is_saved(const std::vector<std::string>& saved, std::string_view module) {
-  for (auto end = module.size();; end = module.rfind('.', end - 1)) {
-    if (end == std::string_view::npos || end == 0) return false;
-    if (any_fits(saved, module.substr(0, end))) return true;
-  }
+/// Whether it holds for the path, or for one that the path lies in.
+template <class Fits>
+bool any_on_the_way(std::string_view path, const Fits& fits) {
+  for (auto end = path.size(); end != std::string_view::npos && end != 0; end = path.rfind('.', end - 1))
+    if (fits(path.substr(0, end))) return true;
+  return false;
 }
 
 inline std::vector<std::string_view> segments(std::string_view module) {
@@ -589,50 +626,120 @@ inline bool same_number(std::string_view text, std::uint64_t number) {
   return text == std::to_string(number);
 }
 
+using patterns = std::vector<io_detail::module_pattern>;
+inline patterns compiled(const std::vector<std::string>& names) { return {names.begin(), names.end()}; }
+inline bool any_matches(const patterns& all, std::string_view module) {
+  return std::any_of(all.begin(), all.end(),
+                     [&](const auto& each) { return each.match(module) == io_detail::pattern::verdict::yes; });
+}
+
 /// The layer number in a name: behind one of the containers, or without containers the first number that has two
 /// segments before and one behind it. Empty when there is none.
-inline std::string_view layer_number(std::string_view module, const std::vector<std::string>& containers) {
+inline std::string_view layer_number(std::string_view module, const patterns& containers) {
   const auto parts = segments(module);
+  const auto before = [&](std::size_t k) {  // without the dot
+    return module.substr(0, static_cast<std::size_t>(parts[k].data() - module.data()) - 1);
+  };
   if (containers.empty()) {
     for (std::size_t k = 2; k + 1 < parts.size(); ++k)
       if (is_number(parts[k])) return parts[k];
     return {};
   }
-  for (const auto& container : containers) {
-    const auto wanted = segments(container);
-    for (std::size_t k = wanted.size(); k + 1 < parts.size(); ++k)
-      if (is_number(parts[k]) &&
-          std::equal(wanted.begin(), wanted.end(), parts.begin() + static_cast<std::ptrdiff_t>(k - wanted.size())))
-        return parts[k];
-  }
+  for (const auto& container : containers)
+    for (std::size_t k = 1; k + 1 < parts.size(); ++k)
+      if (is_number(parts[k]) && container.match(before(k)) == io_detail::pattern::verdict::yes) return parts[k];
   return {};
 }
+
+/// What a config selects by name, compiled once for all names of a file. Looks at the config.
+class target_rule {
+ public:
+  explicit target_rule(const config& c)
+      : config_(c),
+        target_(expression_of(c.target_modules)),
+        exclude_(expression_of(c.exclude_modules)),
+        saved_(compiled(c.modules_to_save)),
+        containers_(compiled(c.layers_pattern)) {}
+
+  struct answer {
+    std::optional<bool> selected;   ///< nothing: a name does not tell
+    std::string why = {};           ///< it does not
+    bool excluded_unicode = false;  ///< because exclude_modules asks for tables of Unicode
+  };
+  answer decide(std::string_view module) const {
+    answer excluded = fits(config_.exclude_modules, exclude_, module, "exclude_modules");
+    if (!excluded.selected) {
+      excluded.excluded_unicode = exclude_->fault().empty();
+      return excluded;
+    }
+    const auto is_saved = [&](std::string_view path) { return any_matches(saved_, path); };
+    if (*excluded.selected || any_on_the_way(module, is_saved)) return {false};
+    const auto& target = config_.target_modules;
+    if (!target.expression && !target.names) {
+      // PEFT then adapts parameters only.
+      if (!config_.target_parameters.empty()) return {false};
+      return {{}, "target_modules is null: PEFT then chooses by the base's architecture"};
+    }
+    if (target.expression && is_all_linear(*target.expression))
+      return {{}, "target_modules is \"all-linear\": a name does not tell a module's type"};
+    answer result = fits(target, target_, module, "target_modules");
+    if (target.names && *result.selected) result.selected = is_named(module) || in_layers(module);
+    return result;
+  }
+
+  /// An upper bound for the work of decide().
+  double work(std::string_view module) const {
+    const auto size = [](const auto& list) { return static_cast<double>(list.size()); };
+    const auto of = [&](const module_selection& s, const std::optional<io_detail::pattern>& p) {
+      return (p ? static_cast<double>(p->cost()) * size(module) : 0) + (s.names ? size(*s.names) : 0);
+    };
+    const auto depth = 1 + static_cast<double>(std::count(module.begin(), module.end(), '.'));
+    return of(config_.target_modules, target_) + of(config_.exclude_modules, exclude_) + size(config_.layers_to_transform) +
+           depth * (size(saved_) + size(containers_));
+  }
+
+ private:
+  static std::optional<io_detail::pattern> expression_of(const module_selection& selection) {
+    if (!selection.expression || selection.expression->empty()) return std::nullopt;
+    return io_detail::pattern(*selection.expression);
+  }
+  static bool is_all_linear(std::string text) {
+    std::transform(text.begin(), text.end(), text.begin(),
+                   [](char x) { return x >= 'A' && x <= 'Z' ? static_cast<char>(x - 'A' + 'a') : x; });
+    return text == "all-linear";
+  }
+  static answer fits(const module_selection& selection, const std::optional<io_detail::pattern>& expression,
+                     std::string_view module, const char* key) {
+    if (!expression) return {selection.names && any_fits(*selection.names, module)};
+    if (!expression->fault().empty())
+      return {{}, std::string(key) + " " + in_quotes(*selection.expression) + " is not supported: " + expression->fault()};
+    const auto verdict = expression->matches_all(io_detail::code_points(module));
+    if (verdict == io_detail::pattern::verdict::not_ascii)
+      return {{}, io_detail::unicode_text(*selection.expression, module)};
+    return {verdict == io_detail::pattern::verdict::yes};
+  }
+  bool is_named(std::string_view module) const {
+    const auto& names = *config_.target_modules.names;
+    return std::find(names.begin(), names.end(), module) != names.end();
+  }
+  bool in_layers(std::string_view module) const {
+    if (config_.layers_to_transform.empty()) return true;
+    const auto number = layer_number(module, containers_);
+    return !number.empty() && std::any_of(config_.layers_to_transform.begin(), config_.layers_to_transform.end(),
+                                          [&](auto layer) { return same_number(number, layer); });
+  }
+
+  const config& config_;
+  std::optional<io_detail::pattern> target_, exclude_;
+  patterns saved_, containers_;
+};
 
 }  // namespace config_detail
 
 inline bool matches_target(const config& c, std::string_view module) {
-  if (config_detail::selects(c.exclude_modules, module, "exclude_modules") ||
-      config_detail::is_saved(c.modules_to_save, module))
-    return false;
-  const auto& target = c.target_modules;
-  if (!target.expression && !target.names)
-    lora::detail::raise_value("peft::matches_target",
-                              "target_modules is null: PEFT then chooses by the base's architecture");
-  if (target.expression) {
-    std::string lower = *target.expression;
-    std::transform(lower.begin(), lower.end(), lower.begin(),
-                   [](char x) { return x >= 'A' && x <= 'Z' ? static_cast<char>(x - 'A' + 'a') : x; });
-    if (lower == "all-linear")
-      lora::detail::raise_value("peft::matches_target",
-                                "target_modules is \"all-linear\": a name does not tell a module's type");
-    return config_detail::selects(target, module, "target_modules");
-  }
-  if (std::find(target.names->begin(), target.names->end(), module) != target.names->end()) return true;
-  if (!config_detail::any_fits(*target.names, module)) return false;
-  if (c.layers_to_transform.empty()) return true;
-  const auto number = config_detail::layer_number(module, c.layers_pattern);
-  return !number.empty() && std::any_of(c.layers_to_transform.begin(), c.layers_to_transform.end(),
-                                        [&](auto layer) { return config_detail::same_number(number, layer); });
+  const auto answer = config_detail::target_rule(c).decide(module);
+  if (!answer.selected) lora::detail::raise_value("peft::matches_target", answer.why);
+  return *answer.selected;
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::peft

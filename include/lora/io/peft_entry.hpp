@@ -63,6 +63,7 @@ struct entry_parts {
   packed_factor packed = packed_factor::none;
   index_t blocks = 1;
   bool twice = false;            ///< read_options::attention_out_proj_twice
+  std::string base_name = {};    ///< the name in the base, where layer_replication gives it another; empty: the name
   std::string shared_with = {};  ///< the base's module, when replicated layers share its weight
   safetensors::dtype dtype_A = safetensors::dtype_of<T>(), dtype_B = dtype_A, dtype_bias = dtype_A,
                      dtype_magnitude = dtype_A, dtype_diagonal = dtype_A;
@@ -75,6 +76,7 @@ class entry {
   explicit entry(entry_parts<T> parts) : p_(std::move(parts)) {
     if (p_.experts.empty()) lora::detail::raise_value("peft::entry", "an entry needs an adapter");
     if (p_.path.empty()) p_.path = p_.name;
+    if (p_.base_name.empty()) p_.base_name = p_.name;
   }
   /// A plain adapter of a linear layer.
   entry(std::string name, lora::adapter<T> factors, bool fan_in_fan_out)
@@ -85,11 +87,11 @@ class entry {
   entry_kind kind() const { return p_.kind; }
   /// The base's tensor that the delta weight belongs to.
   std::string weight_name() const {
-    if (p_.kind == entry_kind::parameter) return p_.name;
-    return p_.name + (p_.kind == entry_kind::attention_in ? "_weight" : ".weight");
+    if (p_.kind == entry_kind::parameter) return p_.base_name;
+    return p_.base_name + (p_.kind == entry_kind::attention_in ? "_weight" : ".weight");
   }
   /// The base's tensor that lora_bias() belongs to.
-  std::string bias_name() const { return p_.name + (p_.kind == entry_kind::attention_in ? "_bias" : ".bias"); }
+  std::string bias_name() const { return p_.base_name + (p_.kind == entry_kind::attention_in ? "_bias" : ".bias"); }
 
   index_t rank() const { return p_.experts.front().rank(); }
   double scaling() const { return p_.experts.front().scaling(); }

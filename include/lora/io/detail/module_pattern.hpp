@@ -6,65 +6,69 @@
 
 #include <algorithm>
 #include <cstddef>
-#include <cstdint>
+#include <optional>
 #include <string>
 #include <string_view>
-#include <utility>
-#include <vector>
 
-#include "lora/error.hpp"
 #include "lora/io/detail/pattern.hpp"
 #include "lora/io/detail/text.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
-/// The answer of a pattern, or value_error where it depends on tables of Unicode that are not here.
-inline bool decided(pattern::verdict verdict, std::string_view expression, std::string_view module) {
-  if (verdict == pattern::verdict::not_ascii)
-    detail::raise_value("peft", "whether " + in_quotes(expression) + " matches " + in_quotes(module) +
-                                    " depends on the Unicode class of a letter, which is not supported");
-  return verdict == pattern::verdict::yes;
+/// Letters, digits, _ and -, and dots, which stand for any character: a pattern that is compared as it stands.
+inline bool is_plain(std::string_view text) {
+  return std::all_of(text.begin(), text.end(), [](char c) {
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' || c == '-' || c == '.';
+  });
+}
+
+inline bool is_ascii(std::string_view text) {
+  return std::all_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) < 0x80; });
+}
+
+/// Why pattern::verdict::not_ascii is no answer.
+inline std::string unicode_text(std::string_view expression, std::string_view module) {
+  return "whether " + in_quotes(expression) + " matches " + in_quotes(module) +
+         " depends on the Unicode class of a letter, which is not supported";
 }
 
 class module_pattern {
  public:
   explicit module_pattern(std::string_view key) : key_(key) {
-    if (is_plain(key)) return;
-    // Parentheses that only fit together with ours would be another expression than the writer's.
-    pattern alone(key);
-    compiled_.push_back(alone.fault().empty() ? anchored(key_) : std::move(alone));
+    if (!is_plain(key)) compiled_ = pattern::at_end_of_path(key);
   }
 
   /// Empty when the key is supported.
-  std::string fault() const { return compiled_.empty() ? "" : compiled_.front().fault(); }
+  std::string fault() const { return compiled_ ? compiled_->fault() : ""; }
 
-  bool fits(std::string_view module) const {
-    if (compiled_.empty() && is_plain(module)) return plain_fits(module);
-    const auto text = code_points(module);
-    if (compiled_.empty()) return decided(anchored(key_).matches_beginning(text), key_, module);
-    return decided(compiled_.front().matches_beginning(text), key_, module);
+  pattern::verdict match(std::string_view module) const {
+    if (compiled_) return compiled_->matches_beginning(code_points(module));
+    const bool fits = is_plain(module) ? plain_fits(module) : plain_fits_any(code_points(module));
+    return fits ? pattern::verdict::yes : pattern::verdict::no;
   }
 
-  /// An upper bound for the work of fits() per character of a name.
-  std::size_t cost() const { return compiled_.empty() ? 1 : compiled_.front().size(); }
+  /// An upper bound for the work of match() per character of a name.
+  std::size_t cost() const { return compiled_ ? compiled_->cost() : 1; }
 
  private:
-  /// Letters, digits, _ and -, and dots, which stand for any character.
-  static bool is_plain(std::string_view text) {
-    return std::all_of(text.begin(), text.end(), [](char c) {
-      return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' || c == '-' || c == '.';
-    });
-  }
-  bool plain_fits(std::string_view module) const {
+  template <class C>
+  bool plain_fits(std::basic_string_view<C> module) const {
     if (module.size() < key_.size()) return false;
-    const auto end = module.substr(module.size() - key_.size());
-    if (module.size() > key_.size() && module[module.size() - key_.size() - 1] != '.') return false;
-    return std::equal(key_.begin(), key_.end(), end.begin(), [](char k, char c) { return k == '.' || k == c; });
+    const auto path = module.substr(0, module.size() - key_.size()), end = module.substr(path.size());
+    if (!path.empty() && path.back() != '.') return false;
+    return std::equal(key_.begin(), key_.end(), end.begin(),
+                      [](char k, C c) { return k == '.' ? c != '\n' : c == static_cast<C>(k); });
   }
-  static pattern anchored(const std::string& key) { return pattern("(.*\\.)?(" + key + ")$"); }
+  /// As Python has it: no dot is a line end, and $ is also before one at the end.
+  bool plain_fits_any(std::u32string_view module) const {
+    const auto fits = [&](std::u32string_view text) {
+      return plain_fits(text) && text.substr(0, text.size() - key_.size()).find(U'\n') == text.npos;
+    };
+    return fits(module) || (module.ends_with(U'\n') && fits(module.substr(0, module.size() - 1)));
+  }
 
   std::string key_;
-  std::vector<pattern> compiled_;  // none for a plain key
+  std::optional<pattern> compiled_;  // none for a plain key
 };
 
 }  // namespace lora::inline LORA_DETAIL_ABI::io_detail

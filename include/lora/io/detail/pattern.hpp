@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Regular expressions as Python's re reads them, for the patterns in adapter configs. A pattern comes from a stranger's
-// file, so matching is a walk over a set of states: time is at most (size of the pattern) x (length of the name), nothing
+// file, so matching is a walk over a set of states: time is at most (cost of the pattern) x (length of the name), nothing
 // recurses on the text, and what is not supported is refused with its name instead of being guessed.
 //
 // Supported: characters, . \. \d \D \w \W \s \S \b \B \A \Z, classes with ranges, groups ( ) (?: ) (?P<n> ), |, ^ $, and the
@@ -54,6 +54,7 @@ struct character_class {
   std::vector<std::pair<char, bool>> escapes;  // second: as written, or its complement
   bool complement = false;
 
+  std::size_t size() const { return ranges.size() + escapes.size(); }
   bool holds(char32_t c) const {
     const bool listed =
         std::any_of(ranges.begin(), ranges.end(), [c](const auto& r) { return c >= r.first && c <= r.second; }) ||
@@ -313,21 +314,15 @@ class pattern {
   enum class verdict { no, yes, not_ascii };
 
   /// fault() says what is wrong with a pattern that is not supported; it then matches nothing.
-  explicit pattern(std::string_view text) {
-    pattern_parser parser(code_points(text));
-    const std::uint32_t root = parser.parse();
-    fault_ = parser.fault();
-    if (!fault_.empty()) return;
-    classes_ = std::move(parser.classes);
-    uses_escapes_ = parser.uses_escapes;
-    emit(parser.nodes, root);
-    push(pattern_step::kind::accept);
-    if (budget_ == 0) fault_ = "repetitions that multiply to more than " + std::to_string(most_steps) + " steps";
-  }
+  explicit pattern(std::string_view text) : pattern(text, false) {}
+  /// (.*\.)?(TEXT)$, for a text that is a pattern by itself: parentheses that only fit together with ours would be another
+  /// expression than the writer's.
+  static pattern at_end_of_path(std::string_view text) { return {text, true}; }
 
   const std::string& fault() const { return fault_; }
-  /// The number of steps; a match takes at most this number times the length of the text.
-  std::size_t size() const { return steps_.size(); }
+  /// The steps and the parts of their classes: a match takes at most this number times the length of the text, and memory
+  /// is in proportion to it.
+  std::size_t cost() const { return cost_; }
 
   /// As re.match: from the beginning of the text, to anywhere.
   verdict matches_beginning(const std::u32string& text) const { return run(text, false); }
@@ -338,6 +333,37 @@ class pattern {
   using kind = pattern_step::kind;
   using places = std::vector<std::uint32_t>;
   static constexpr std::size_t most_steps = 20'000;
+
+  pattern(std::string_view text, bool behind_path) {
+    pattern_parser parser(code_points(text));
+    const std::uint32_t root = parser.parse();
+    fault_ = parser.fault();
+    if (!fault_.empty()) return;
+    classes_ = std::move(parser.classes);
+    uses_escapes_ = parser.uses_escapes;
+    if (behind_path) emit_path();
+    emit(parser.nodes, root);
+    if (behind_path) push(kind::end);
+    push(kind::accept);
+    if (budget_ == 0) {
+      fault_ = "repetitions that multiply to more than " + std::to_string(most_steps) + " steps";
+      return;
+    }
+    steps_.shrink_to_fit();
+    cost_ = steps_.size();
+    for (const auto& step : steps_)
+      if (step.what == kind::one_of) cost_ += classes_[step.first].size();
+    for (const auto& each : classes_) cost_ += 1 + each.size();
+  }
+
+  /// (.*\.)? at the beginning.
+  void emit_path() {
+    steps_ = {{.what = kind::fork, .first = 1, .second = 5},
+              {.what = kind::fork, .first = 2, .second = 4},
+              {.what = kind::any},
+              {.what = kind::jump, .first = 1},
+              {.what = kind::character, .character = U'.'}};
+  }
 
   std::uint32_t here() const { return static_cast<std::uint32_t>(steps_.size()); }
   std::uint32_t push(kind what) {
@@ -447,7 +473,7 @@ class pattern {
   std::vector<pattern_step> steps_;
   std::vector<character_class> classes_;
   std::string fault_;
-  std::size_t budget_ = most_steps;
+  std::size_t budget_ = most_steps, cost_ = 0;
   bool uses_escapes_ = false;
 };
 

@@ -55,6 +55,18 @@ struct replacing_tensor {
                               .hint = std::move(hint)}));
 }
 
+/// Throws format_error when the config's patterns and lists take too many steps for the names of a file: both come from
+/// strangers, and their product is bounded by nothing else.
+inline void check_work(const peft::config& c, double steps) {
+  constexpr double most = 2e9;
+  if (steps <= most) return;
+  detail::raise(format_error({.path = c.path,
+                              .expected = "patterns and lists of names (rank_pattern, alpha_pattern, target_modules, "
+                                          "modules_to_save ...) that can be looked up for every name of the file",
+                              .found = "more work than a reader may do for a file",
+                              .hint = "use plain names, or fewer of them"}));
+}
+
 /// What a part of a tensor's name means when nothing in the file or its config explains it.
 struct name_meaning {
   std::string_view part;
@@ -99,8 +111,13 @@ class peft_keys {
   peft_keys(const peft::config& config, const safetensors::file& tensors, const peft::read_options& options)
       : config_(config), tensors_(tensors), options_(options) {
     for (const auto name : tensors.names()) place(tensors.at(name));
+    double steps = 0;
+    for (const auto* t : other_) steps += static_cast<double>(1 + std::count(t->name.begin(), t->name.end(), '.'));
+    check_work(config, steps * static_cast<double>(config.modules_to_save.size()));
     for (const auto* t : other_) place_other(*t);
-    check_copies();
+    for (const auto* t : copies_) place_copy(*t);
+    std::sort(replacing_.begin(), replacing_.end(),
+              [](const auto& a, const auto& b) { return a.tensor->name < b.tensor->name; });
   }
 
   /// By PEFT's path: the module's name, with base_layer where wrappers are nested.
@@ -139,7 +156,8 @@ class peft_keys {
     const bool prefixed = t.name.starts_with(prefix);
     if (prefixed_.value_or(prefixed) != prefixed)
       refuse_tensor(tensors_, t, "all names with the prefix base_model.model., or none",
-                    prefixed ? "both" : "a name without it");
+                    prefixed ? "both" : "a name without it",
+                    "two files were put together, or keys renamed in part: give all of them the prefix, or none");
     prefixed_ = prefixed;
     const std::string_view name = bare(t);
     for (const auto& p : parts) {
@@ -169,27 +187,46 @@ class peft_keys {
     const auto leaf = last_segment(name);
     const auto module = without_last_segment(name);
     const auto inner = last_segment(module);
-    if (inner == "modules_to_save" || inner == "original_module") {
-      const auto saved = without_last_segment(module);
-      if (peft::config_detail::is_saved(config_.modules_to_save, saved))
-        return add_replacing(t, std::string(saved) + "." + std::string(leaf), replacing_tensor::reason::unused_copy);
+    if (as_copy(name)) {
+      copies_.push_back(&t);
+      return;
     }
-    if (peft::config_detail::is_saved(config_.modules_to_save, name)) {
+    if (is_saved(module)) {
+      saved_.emplace(name, &t);
       if (!options_.leave_out_saved_modules)
         return add_replacing(t, std::string(name), replacing_tensor::reason::saved_module);
       left_out_.emplace_back(t.name);
       return;
     }
     const auto wrapped = inner == "base_layer" ? without_last_segment(module) : module;
-    const std::string base_name = std::string(wrapped) + "." + std::string(leaf);
-    if (leaf == "bias" && trains_bias_of(wrapped)) return add_replacing(t, base_name, replacing_tensor::reason::bias);
-    if (leaf == "weight" && is_saved_embedding(wrapped))
-      return add_replacing(t, base_name, replacing_tensor::reason::embedding);
-    if (options_.lenient) {
-      passed_over_.push_back("tensor " + in_quotes(t.name) + ": not a part of a LoRA adapter");
-      return;
-    }
+    if (leaf == "bias" && trains_bias_of(wrapped))
+      return add_replacing(t, without_wrappers(name), replacing_tensor::reason::bias);
+    // PEFT saves all of such a module: also the bias, which is no reason to take a module for one that it saves.
+    const bool beside_weight =
+        leaf == "bias" && tensors_.find(std::string(without_last_segment(t.name)) + ".weight") != nullptr;
+    if ((leaf == "weight" || beside_weight) && is_saved_embedding(wrapped))
+      return add_replacing(t, without_wrappers(name), replacing_tensor::reason::embedding);
+    if (options_.lenient) return pass_over(t);
     refuse_unknown(t, name);
+  }
+
+  /// Whether PEFT saves the module, or one that it lies in, whole: it takes every module whose name ends in an entry, also in
+  /// the middle of a word.
+  bool is_saved(std::string_view module) const {
+    return peft::config_detail::any_on_the_way(module, [&](std::string_view path) {
+      return std::any_of(config_.modules_to_save.begin(), config_.modules_to_save.end(),
+                         [&](const auto& saved) { return path.ends_with(saved); });
+    });
+  }
+  /// The name in the base, which has no base_layer.
+  static std::string without_wrappers(std::string_view name) {
+    std::string result;
+    for (const auto segment : peft::config_detail::segments(name))
+      if (segment != "base_layer") result += "." + std::string(segment);
+    return result.substr(1);
+  }
+  void pass_over(const safetensors::entry& t) {
+    passed_over_.push_back("tensor " + in_quotes(t.name) + ": not a part of a LoRA adapter");
   }
 
   bool trains_bias_of(std::string_view module) const {
@@ -205,21 +242,41 @@ class peft_keys {
     replacing_.push_back({&t, std::move(name), why});
   }
 
-  /// PEFT writes some biases of saved modules twice; the copies must agree, or which is meant is not known.
-  void check_copies() const {
-    for (const auto& copy : replacing_) {
-      if (copy.why != replacing_tensor::reason::unused_copy ||
-          copy.tensor->name.find(".original_module.") != std::string_view::npos)
-        continue;
-      const auto same = std::find_if(replacing_.begin(), replacing_.end(), [&](const auto& r) {
-        return r.name == copy.name && r.why == replacing_tensor::reason::saved_module;
-      });
-      if (same == replacing_.end()) continue;
-      const auto& a = *copy.tensor;
-      const auto& b = *same->tensor;
-      if (a.dtype != b.dtype || !std::equal(a.bytes.begin(), a.bytes.end(), b.bytes.begin(), b.bytes.end()))
-        refuse_tensor(tensors_, a, "the values of " + in_quotes(b.name) + ", of which it is a copy", "others");
+  /// PEFT writes some tensors of saved modules also as x.modules_to_save.bias, a copy of x.bias, and x.original_module.bias, the
+  /// base's.
+  struct copy {
+    std::string_view module, rest;
+    bool trained;
+  };
+  std::optional<copy> as_copy(std::string_view name) const {
+    for (const std::string_view wrapper : {".modules_to_save.", ".original_module."}) {
+      const auto at = name.find(wrapper);
+      if (at != std::string_view::npos && is_saved(name.substr(0, at)))
+        return copy{name.substr(0, at), name.substr(at + wrapper.size()), wrapper == ".modules_to_save."};
     }
+    return std::nullopt;
+  }
+  /// Copies must agree, or which is meant is not known; and PEFT never reads x from them.
+  void place_copy(const safetensors::entry& t) {
+    const auto [module, rest, trained] = *as_copy(bare(t));
+    const auto beside = [&, module = module](std::string_view inside) {
+      return saved_.find(std::string(module) + "." + std::string(inside));
+    };
+    auto saved = beside(rest);
+    // Inside a module of modules, PEFT leaves the adapter's name before the rest.
+    if (saved == saved_.end() && trained) saved = beside(rest.substr(rest.find('.') + 1));
+    if (saved == saved_.end()) {
+      if (options_.lenient) return pass_over(t);
+      refuse_tensor(tensors_, t,
+                    "a tensor " + in_quotes(std::string(module) + "." + std::string(rest)) + " beside it, which PEFT reads",
+                    "none", "the file is incomplete; read_options::lenient passes over this tensor, as PEFT does");
+    }
+    const auto& other = *saved->second;
+    if (trained &&
+        (t.dtype != other.dtype || !std::equal(t.bytes.begin(), t.bytes.end(), other.bytes.begin(), other.bytes.end())))
+      refuse_tensor(tensors_, t, "the values of " + in_quotes(other.name) + ", of which it is a copy", "others",
+                    "PEFT reads " + in_quotes(other.name) + ": remove the copy if that is the one that is meant");
+    add_replacing(t, saved->first, replacing_tensor::reason::unused_copy);
   }
 
   static const name_meaning* meaning_of(std::string_view name) {
@@ -249,7 +306,8 @@ class peft_keys {
   std::optional<bool> prefixed_;
   std::map<std::string, module_tensors, std::less<>> modules_;
   std::map<std::string, const safetensors::entry*, std::less<>> token_rows_;
-  std::vector<const safetensors::entry*> other_;
+  std::vector<const safetensors::entry*> other_, copies_;
+  std::map<std::string, const safetensors::entry*, std::less<>> saved_;  // by name, also those that are left out
   std::vector<replacing_tensor> replacing_;
   std::vector<std::string> left_out_, passed_over_;
 };

@@ -5,11 +5,14 @@
 #pragma once
 
 #include <algorithm>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
-#include <optional>
+#include <map>
+#include <set>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -24,13 +27,60 @@ struct adapted {
   std::string name, looked_up;
 };
 
+/// The name in the base of an adapted thing, and whether other layers of layer_replication use it too.
+struct base_name {
+  std::string name;
+  bool shared = false;
+};
+
 class peft_modules {
  public:
+  /// Throws format_error when looking up all modules would take too long.
   peft_modules(const peft::config& config, const peft_keys& keys, const safetensors::file& tensors,
                const peft::read_options& options)
-      : config_(config), keys_(keys), tensors_(tensors), options_(options) {}
+      : config_(config), keys_(keys), tensors_(tensors), options_(options), rule_(config) {
+    check_work(config, work());
+    for (const auto& [begin, end] : config.layer_replication)
+      for (auto layer = begin; layer < end; ++layer) {
+        origins_.push_back(layer);
+        ++copies_[layer];
+      }
+  }
 
   adapted identify(const std::string& path, const module_tensors& t) const {
+    auto result = told_by_neighbours(path, t);
+    check_decided("rank_pattern", config_.rank_pattern, result.looked_up);
+    check_decided("alpha_pattern", config_.alpha_pattern, result.looked_up);
+    return result;
+  }
+
+  /// Whether PEFT would load the adapter of this module: its config must select it. True where a name does not decide it.
+  /// Throws format_error where only tables of Unicode tell whether the module is excluded.
+  bool would_load(const adapted& a) const {
+    if (a.kind == peft::entry_kind::parameter || config_.ensure_weight_tying) return true;
+    const auto answer = rule_.decide(a.looked_up);
+    if (answer.excluded_unicode) refuse_undecided("exclude_modules", *config_.exclude_modules.expression, a.looked_up);
+    return answer.selected.value_or(true);
+  }
+
+  /// Throws format_error for a layer that layer_replication does not make.
+  base_name in_base(const std::string& name, const safetensors::entry& t) const {
+    const auto number = replicated_layer(name);
+    if (number.empty()) return {name};
+    std::uint64_t layer = 0;
+    const auto parsed = std::from_chars(number.data(), number.data() + number.size(), layer);
+    if (parsed.ec != std::errc() || layer >= origins_.size())
+      refuse_tensor(tensors_, t, "a layer of the " + std::to_string(origins_.size()) + " that layer_replication makes",
+                    "layer " + std::string(number), "the config and the tensors do not belong together");
+    const auto origin = origins_[static_cast<std::size_t>(layer)];
+    base_name result{name, copies_.at(origin) > 1};
+    if (origin != layer)
+      result.name.replace(static_cast<std::size_t>(number.data() - name.data()), number.size(), std::to_string(origin));
+    return result;
+  }
+
+ private:
+  adapted told_by_neighbours(const std::string& path, const module_tensors& t) const {
     const auto [bare, depth] = unwrapped(path);
     constexpr std::string_view out = ".base_layer.out_proj";
     if (path.ends_with(out)) {
@@ -50,34 +100,42 @@ class peft_modules {
     return {kernel ? peft::entry_kind::convolution : peft::entry_kind::linear, bare, bare};
   }
 
-  /// Whether PEFT would load the adapter of this module: its config must select it. True where a name does not decide it.
-  bool would_load(const adapted& a) const {
-    if (a.kind == peft::entry_kind::parameter || config_.ensure_weight_tying) return true;
-    return decide(a.looked_up).value_or(true);
+  /// PEFT replicates the layers of x.layers, x.encoder.layer or x.h; numbers elsewhere (classifier.0) count nothing.
+  std::string_view replicated_layer(std::string_view name) const {
+    if (origins_.empty()) return {};
+    const auto parts = peft::config_detail::segments(name);
+    for (std::size_t k = 1; k < parts.size(); ++k)
+      if (peft::config_detail::is_number(parts[k]) &&
+          (parts[k - 1] == "layers" || parts[k - 1] == "layer" || parts[k - 1] == "h"))
+        return parts[k];
+    return {};
   }
 
-  /// The module of the base that a replicated layer is made of, when other layers use it too; empty otherwise. Throws
-  /// format_error for a layer that the map does not have.
-  std::string shared_with(const std::string& name, const safetensors::entry& t) const {
-    if (config_.layer_replication.empty()) return {};
-    const auto number = peft::config_detail::layer_number(name, config_.layers_pattern);
-    if (number.empty()) return {};
-    std::vector<std::uint64_t> origin;
-    for (const auto& [begin, end] : config_.layer_replication)
-      for (auto layer = begin; layer < end; ++layer) origin.push_back(layer);
-    const auto layer = std::find_if(origin.begin(), origin.end(), [&, k = std::uint64_t{0}](auto) mutable {
-      return peft::config_detail::same_number(number, k++);
-    });
-    if (layer == origin.end())
-      refuse_tensor(tensors_, t, "a layer of the " + std::to_string(origin.size()) + " that layer_replication makes",
-                    "layer " + std::string(number));
-    if (std::count(origin.begin(), origin.end(), *layer) == 1 && peft::config_detail::same_number(number, *layer)) return {};
-    std::string base = name;
-    base.replace(static_cast<std::size_t>(number.data() - name.data()), number.size(), std::to_string(*layer));
-    return base;
+  /// Steps that all look-ups may take.
+  double work() const {
+    const auto size = [](const auto& list) { return static_cast<double>(list.size()); };
+    const double patterns = static_cast<double>(config_.rank_pattern.cost() + config_.alpha_pattern.cost());
+    const double blocks = config_.bd ? size(config_.bd->in_A) + size(config_.bd->in_B) : 0;
+    double steps = size(keys_.token_rows()) * size(config_.trainable_tokens);
+    for (const auto& [path, t] : keys_.modules())
+      steps += patterns * size(path) + rule_.work(path) + size(config_.target_parameters) + blocks;
+    return steps;
   }
 
- private:
+  template <class Table>
+  void check_decided(const char* key, const Table& table, const std::string& module) const {
+    if (is_ascii(module)) return;
+    if (const auto* row = table.look_up(module).unicode; row != nullptr) refuse_undecided(key, row->key, module);
+  }
+  [[noreturn]] void refuse_undecided(const char* key, const std::string& expression, const std::string& module) const {
+    detail::raise(
+        format_error({.path = config_.path,
+                      .item = key,
+                      .expected = "an expression whose answer does not depend on the Unicode class of a letter",
+                      .found = in_quotes(expression) + " for the module " + in_quotes(module),
+                      .hint = "write the module's name, or a class of characters in place of \\w, \\d, \\s or \\b"}));
+  }
+
   /// x.base_layer.base_layer: the module x inside two wrappers.
   static std::pair<std::string, std::size_t> unwrapped(std::string_view path) {
     constexpr std::string_view wrapper = ".base_layer";
@@ -89,32 +147,16 @@ class peft_modules {
     return {std::string(path), depth};
   }
 
-  /// What target_modules says of a name; nothing when it does not decide.
-  std::optional<bool> decide(const std::string& module) const {
-    const auto& target = config_.target_modules;
-    if (!target.names && !target.expression) return std::nullopt;
-    if (target.expression) {
-      std::string lower = *target.expression;
-      std::transform(lower.begin(), lower.end(), lower.begin(),
-                     [](char c) { return c >= 'A' && c <= 'Z' ? static_cast<char>(c - 'A' + 'a') : c; });
-      if (lower == "all-linear" || !pattern(*target.expression).fault().empty()) return std::nullopt;
-      if (std::any_of(module.begin(), module.end(), [](char c) { return static_cast<unsigned char>(c) >= 0x80; }))
-        return std::nullopt;
-    }
-    if (const auto& excluded = config_.exclude_modules.expression; excluded && !pattern(*excluded).fault().empty())
-      return std::nullopt;
-    return peft::matches_target(config_, module);
-  }
-  bool selected(const std::string& module) const { return decide(module).value_or(false); }
+  bool selected(const std::string& module) const { return rule_.decide(module).selected.value_or(false); }
 
   /// The parameters of a module that target_parameters names, in its order.
   std::vector<std::string> parameters_of(std::string_view module) const {
     std::vector<std::string> result;
+    std::set<std::string_view> seen;
     for (const auto& target : config_.target_parameters) {
-      const auto owner = without_last_segment(target);
-      std::string leaf(last_segment(target));
+      const auto owner = without_last_segment(target), leaf = last_segment(target);
       const bool fits = owner.empty() || peft::config_detail::is_or_ends_with(module, owner);
-      if (fits && std::find(result.begin(), result.end(), leaf) == result.end()) result.push_back(std::move(leaf));
+      if (fits && seen.insert(leaf).second) result.emplace_back(leaf);
     }
     return result;
   }
@@ -153,6 +195,9 @@ class peft_modules {
   const peft_keys& keys_;
   const safetensors::file& tensors_;
   const peft::read_options& options_;
+  peft::config_detail::target_rule rule_;
+  std::vector<std::uint64_t> origins_;           // of the layers that layer_replication makes
+  std::map<std::uint64_t, std::size_t> copies_;  // of a layer of the base
 };
 
 }  // namespace lora::inline LORA_DETAIL_ABI::io_detail

@@ -86,6 +86,9 @@ struct header {
   }
 };
 
+/// What to do about a header that contradicts itself or the format.
+inline constexpr const char* damaged_hint = "the file is damaged, or its writer is wrong: download or save it again";
+
 /// What a file is that does not begin with a sensible length, by its first bytes.
 inline std::string hint_from_first_bytes(std::span<const std::byte> bytes) {
   const std::string_view first(reinterpret_cast<const char*>(bytes.data()), std::min<std::size_t>(bytes.size(), 8));
@@ -110,7 +113,7 @@ inline header check_length(std::span<const std::byte> first, std::uint64_t file_
   };
   if (file_bytes < 8)
     refuse("a safetensors file, which begins with 8 bytes of header length", std::to_string(file_bytes) + " bytes in all",
-           file_bytes == 0 ? "the file is empty: was the download or the save interrupted?" : "");
+           file_bytes == 0 ? "the file is empty: was the download or the save interrupted?" : damaged_hint);
   std::uint64_t length = 0;
   for (std::size_t k = 8; k-- > 0;) length = length << 8 | std::to_integer<std::uint64_t>(first[k]);
   const std::uint64_t largest = std::min<std::uint64_t>(limit.header_bytes, 100'000'000);
@@ -118,7 +121,8 @@ inline header check_length(std::span<const std::byte> first, std::uint64_t file_
     refuse("a header length of at most " + std::to_string(largest), std::to_string(length), hint_from_first_bytes(first));
   if (length > file_bytes - 8)
     refuse("a header length that the file holds, " + std::to_string(file_bytes - 8) + " bytes left",
-           "header length " + std::to_string(length), "the file is cut off, or its length field is wrong");
+           "header length " + std::to_string(length),
+           "the file is cut off, or its length field is wrong: download or save it again");
   header result;
   result.path = std::string(path);
   result.json_bytes = length;
@@ -181,7 +185,7 @@ class header_handler {
     } else if (level_ == level::entry) {
       begin_field_value(kind, offset);
     } else {
-      refuse(offset, "unsigned integers in " + std::string(fields[field_]), json_kind_name(kind));
+      refuse_tensor(offset, "unsigned integers in " + std::string(fields[field_]), json_kind_name(kind));
     }
   }
 
@@ -192,7 +196,7 @@ class header_handler {
         break;
       case level::shape: level_ = level::entry; break;
       case level::offsets:
-        if (offsets_ != 2) refuse(offset, "two data_offsets", std::to_string(offsets_));
+        if (offsets_ != 2) refuse_tensor(offset, "two data_offsets", std::to_string(offsets_));
         level_ = level::entry;
         break;
       case level::entry:
@@ -232,76 +236,82 @@ class header_handler {
     field_ = static_cast<std::size_t>(std::find(fields.begin(), fields.end(), name) - fields.begin());
     if (field_ == other) {
       if (other_fields_.size() >= limit_.other_fields)
-        refuse(offset, "at most " + std::to_string(limit_.other_fields) + " other fields", "more");
+        refuse_tensor(offset, "at most " + std::to_string(limit_.other_fields) + " other fields", "more",
+                      "safetensors::limits raises it");
       other_fields_.emplace_back(name);
       return;
     }
-    if (seen_[field_]) refuse(offset, "the field " + in_quotes(name) + " once", "it twice");
+    if (seen_[field_]) refuse_tensor(offset, "the field " + in_quotes(name) + " once", "it twice");
     seen_[field_] = true;
   }
 
   void field_value(const json_scalar& value, std::uint64_t offset) {
     if (field_ == dtype_field) {
-      if (value.kind != json_kind::string) refuse(offset, "a dtype as text", value.text());
+      if (value.kind != json_kind::string) refuse_tensor(offset, "a dtype as text", value.text());
       const auto known = safetensors::dtype_named(value.string);
       if (!known)
-        refuse(offset, "a dtype this reader knows (" + safetensors::all_dtype_names() + ")", in_quotes(value.string));
+        refuse_tensor(offset, "a dtype this reader knows (" + safetensors::all_dtype_names() + ")", in_quotes(value.string),
+                      "save the tensor as one of them");
       entry_.type = *known;
     } else if (field_ != other) {
-      refuse(offset, "an array of unsigned integers as " + std::string(fields[field_]), value.text());
+      refuse_tensor(offset, "an array of unsigned integers as " + std::string(fields[field_]), value.text());
     }
   }
 
   void begin_field_value(json_kind kind, std::uint64_t offset) {
-    if (field_ == dtype_field) refuse(offset, "a dtype as text", json_kind_name(kind));
+    if (field_ == dtype_field) refuse_tensor(offset, "a dtype as text", json_kind_name(kind));
     if (field_ != other && kind != json_kind::array)
-      refuse(offset, "an array of unsigned integers as " + std::string(fields[field_]), json_kind_name(kind));
+      refuse_tensor(offset, "an array of unsigned integers as " + std::string(fields[field_]), json_kind_name(kind));
     level_ = field_ == other ? level::skipped : field_ == shape_field ? level::shape : level::offsets;
     if (level_ == level::skipped) skipped_depth_ = 1;
     if (level_ == level::offsets) offsets_ = 0;
   }
 
   void add_extent(const json_scalar& value, std::uint64_t offset) {
-    if (value.kind != json_kind::unsigned_integer) refuse(offset, "unsigned integers in shape", value.text());
+    if (value.kind != json_kind::unsigned_integer) refuse_tensor(offset, "unsigned integers in shape", value.text());
     if (value.unsigned_integer > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()))
-      refuse(offset, "a dimension below 2^63", value.text());
+      refuse_tensor(offset, "a dimension below 2^63", value.text());
     if (entry_.dimensions >= std::min<std::uint64_t>(limit_.dimensions, std::numeric_limits<std::uint16_t>::max()))
-      refuse(offset, "at most " + std::to_string(limit_.dimensions) + " dimensions", "more");
+      refuse_tensor(offset, "at most " + std::to_string(limit_.dimensions) + " dimensions", "more",
+                    "safetensors::limits raises it");
     result_.shapes.push_back(value.unsigned_integer);
     ++entry_.dimensions;
   }
 
   void add_offset(const json_scalar& value, std::uint64_t offset) {
-    if (value.kind != json_kind::unsigned_integer) refuse(offset, "unsigned integers in data_offsets", value.text());
+    if (value.kind != json_kind::unsigned_integer) refuse_tensor(offset, "unsigned integers in data_offsets", value.text());
     if (offsets_ == 0) entry_.begin = value.unsigned_integer;
     if (offsets_ == 1) entry_.end = value.unsigned_integer;
-    if (++offsets_ > 2) refuse(offset, "two data_offsets", "more");
+    if (++offsets_ > 2) refuse_tensor(offset, "two data_offsets", "more");
   }
 
   void finish_entry(std::uint64_t offset) {
     for (std::size_t k = 0; k < fields.size(); ++k)
-      if (!seen_[k]) refuse(offset, "the field " + std::string(fields[k]), "none");
+      if (!seen_[k]) refuse_tensor(offset, "the field " + std::string(fields[k]), "none");
     if (other_fields_.size() > 1) {
       std::sort(other_fields_.begin(), other_fields_.end());
       const auto twice = std::adjacent_find(other_fields_.begin(), other_fields_.end());
-      if (twice != other_fields_.end()) refuse(offset, "the field " + in_quotes(*twice) + " once", "it twice");
+      if (twice != other_fields_.end()) refuse_tensor(offset, "the field " + in_quotes(*twice) + " once", "it twice");
     }
     result_.tensors.push_back(entry_);
   }
 
   [[noreturn]] void refuse_entry(std::uint64_t offset, std::string found) const {
-    refuse(offset, "an object with dtype, shape and data_offsets", std::move(found));
+    refuse_tensor(offset, "an object with dtype, shape and data_offsets", std::move(found));
   }
   /// Of the tensor that is being read.
-  [[noreturn]] void refuse(std::uint64_t offset, std::string expected, std::string found) const {
-    refuse(offset, std::string(result_.name_of(entry_)), std::move(expected), std::move(found));
+  [[noreturn]] void refuse_tensor(std::uint64_t offset, std::string expected, std::string found,
+                                  const char* hint = damaged_hint) const {
+    refuse(offset, std::string(result_.name_of(entry_)), std::move(expected), std::move(found), hint);
   }
-  [[noreturn]] void refuse(std::uint64_t offset, std::string item, std::string expected, std::string found) const {
+  [[noreturn]] void refuse(std::uint64_t offset, std::string item, std::string expected, std::string found,
+                           const char* hint = "") const {
     detail::raise(format_error({.path = result_.path,
                                 .item = std::move(item),
                                 .offset = offset,
                                 .expected = std::move(expected),
-                                .found = std::move(found)}));
+                                .found = std::move(found),
+                                .hint = hint}));
   }
 
   static constexpr std::array<std::string_view, 3> fields{"dtype", "shape", "data_offsets"};
@@ -409,12 +419,13 @@ class header_rules {
   }
 
   void check_size(const header_entry& t) const {
-    if (t.end < t.begin) refuse(t, "data_offsets that begin before they end", range(t), "");
+    if (t.end < t.begin) refuse(t, "data_offsets that begin before they end", range(t), damaged_hint);
     const auto needed = bytes_of(h_.shape_of(t), t.type);
     if (needed && t.end - t.begin == *needed) return;
     const std::string what = std::string(safetensors::name_of(t.type)) + " " + shape_list(h_.shape_of(t));
     if (!needed) refuse(t, "a shape whose bytes can be counted", what, "it overflows 64 bits or ends inside a byte");
-    refuse(t, std::to_string(*needed) + " bytes for " + what, std::to_string(t.end - t.begin) + " at " + range(t), "");
+    refuse(t, std::to_string(*needed) + " bytes for " + what, std::to_string(t.end - t.begin) + " at " + range(t),
+           damaged_hint);
   }
 
   void check_order() const {
@@ -425,7 +436,7 @@ class header_rules {
         const std::string neighbour =
             before == nullptr ? "the beginning of the data" : in_quotes(h_.name_of(*before)) + " " + range(*before);
         refuse(t, "to begin at " + std::to_string(at) + ", where " + neighbour + " ends", range(t),
-               t.begin > at ? "a hole in the data" : "two tensors share bytes");
+               std::string(t.begin > at ? "a hole in the data" : "two tensors share bytes") + "; " + damaged_hint);
       }
       at = t.end;
       before = &t;
@@ -446,7 +457,7 @@ class header_rules {
                                 .expected = "tensor data to end at " + std::to_string(end),
                                 .found = "a data size of " + std::to_string(h_.data_bytes) + ", " + std::to_string(off) +
                                          (cut ? " bytes missing" : " bytes too many"),
-                                .hint = cut       ? "the file is cut off"
+                                .hint = cut       ? "the file is cut off: download or save it again"
                                         : padding ? "probably uncounted header padding: the data would be shifted by it "
                                                     "(tolerances::uncounted_padding reads it so)"
                                                   : "tolerances::trailing_bytes reads the file without them"}));
