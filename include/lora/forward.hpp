@@ -201,10 +201,6 @@ concept base_weight = matrix_like<M> || is_packed_weight<bare<M>>;
 template <class M>
 concept base = base_weight<M> || is_biased<bare<M>>;
 
-}  // namespace detail
-
-namespace detail {
-
 /// forward with everything found out but the accumulator: Operands are what it depends on besides x and y.
 template <class... Operands, class M, class X, class Y, class Parts, class Each>
 void forward_call(workspace& space, const M& W, const X& x, Y& y, const Parts& parts, const Each& factors) {

@@ -80,14 +80,12 @@ class packed_adapter {
     if constexpr (!detail::holds_exactly<F, typename V::value_type>)
       for (index_t i = 0; i < view.rows(); ++i)
         for (index_t k = 0; k < view.cols(); ++k)
-          if (detail::is_finite(view(i, k)) && !detail::is_finite(detail::narrow<F>(detail::widen<acc_of<V>>(view(i, k)))))
+          if (detail::is_finite(view(i, k)) && !detail::is_finite(detail::converted<F>(view(i, k))))
             detail::raise_value("packed_adapter", "element " + std::to_string(i) + ", " + std::to_string(k) + " of " +
                                                       factor +
                                                       " is finite, and too large for the format of the panels: pack it in "
                                                       "a wider one");
   }
-  template <class V>
-  using acc_of = accumulator_t<typename V::value_type>;
 
   index_t B_begin() const {
     constexpr index_t line = static_cast<index_t>(detail::memory_alignment / sizeof(F));
@@ -120,10 +118,10 @@ scaled_packed_adapter<F> scaled(double weight, const packed_adapter<F>& adapter)
   if (!detail::is_finite(weight)) detail::raise_value("scaled", "the weight is not finite");
   return {&adapter, weight};
 }
+/// Strengths multiply.
 template <scalar F>
 scaled_packed_adapter<F> scaled(double weight, const scaled_packed_adapter<F>& adapter) {
-  if (!detail::is_finite(weight * adapter.weight)) detail::raise_value("scaled", "the weight is not finite");
-  return {adapter.adapter, weight * adapter.weight};
+  return scaled(weight * adapter.weight, *adapter.adapter);
 }
 template <scalar F>
 void scaled(double weight, const packed_adapter<F>&& adapter) = delete;  // the result would look at a temporary

@@ -331,7 +331,7 @@ class assembler {
   /// Throws when the config asks for what this kind cannot have: PEFT refuses it, or it is more than the entry could say.
   void check_kind(const entry_parts<T>& parts, const safetensors::entry& t) const {
     const bool parameter = parts.kind == entry_kind::parameter;
-    const bool attention = parts.kind == entry_kind::attention_in || parts.kind == entry_kind::attention_out;
+    const bool attention = is_attention(parts.kind);
     const auto refuse_key = [&](const std::string& key, const std::string& why) {
       refuse(t, "a config without " + key + " for the " + name_of(parts.kind) + " " + io_detail::in_quotes(parts.name),
              "one with it", why);

@@ -40,6 +40,8 @@ inline const char* name_of(entry_kind kind) {
   return "";
 }
 
+inline bool is_attention(entry_kind kind) { return kind == entry_kind::attention_in || kind == entry_kind::attention_out; }
+
 /// Which factor of BD-LoRA is stored as its blocks.
 enum class packed_factor { none, A, B };
 

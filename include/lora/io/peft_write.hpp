@@ -287,8 +287,7 @@ inline std::string exact_key(const std::string& module) {
 /// The name under which PEFT looks up an entry's patterns.
 template <scalar T>
 std::string looked_up(const entry<T>& e) {
-  const bool attention = e.kind() == entry_kind::attention_in || e.kind() == entry_kind::attention_out;
-  return attention ? std::string(io_detail::without_last_segment(e.name())) : e.name();
+  return is_attention(e.kind()) ? std::string(io_detail::without_last_segment(e.name())) : e.name();
 }
 
 template <scalar T>

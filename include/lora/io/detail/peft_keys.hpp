@@ -115,7 +115,7 @@ class peft_keys {
     for (const auto* t : other_) steps += static_cast<double>(1 + std::count(t->name.begin(), t->name.end(), '.'));
     check_work(config, steps * static_cast<double>(config.modules_to_save.size()));
     for (const auto* t : other_) place_other(*t);
-    for (const auto* t : copies_) place_copy(*t);
+    for (const auto& each : copies_) place_copy(each);
     std::sort(replacing_.begin(), replacing_.end(),
               [](const auto& a, const auto& b) { return a.tensor->name < b.tensor->name; });
   }
@@ -187,8 +187,8 @@ class peft_keys {
     const auto leaf = last_segment(name);
     const auto module = without_last_segment(name);
     const auto inner = last_segment(module);
-    if (as_copy(name)) {
-      copies_.push_back(&t);
+    if (const auto of = as_copy(t)) {
+      copies_.push_back(*of);
       return;
     }
     if (is_saved(module)) {
@@ -245,34 +245,37 @@ class peft_keys {
   /// PEFT writes some tensors of saved modules also as x.modules_to_save.bias, a copy of x.bias, and x.original_module.bias, the
   /// base's.
   struct copy {
+    const safetensors::entry* tensor;
     std::string_view module, rest;
     bool trained;
   };
-  std::optional<copy> as_copy(std::string_view name) const {
+  std::optional<copy> as_copy(const safetensors::entry& t) const {
+    const std::string_view name = bare(t);
     for (const std::string_view wrapper : {".modules_to_save.", ".original_module."}) {
       const auto at = name.find(wrapper);
       if (at != std::string_view::npos && is_saved(name.substr(0, at)))
-        return copy{name.substr(0, at), name.substr(at + wrapper.size()), wrapper == ".modules_to_save."};
+        return copy{&t, name.substr(0, at), name.substr(at + wrapper.size()), wrapper == ".modules_to_save."};
     }
     return std::nullopt;
   }
   /// Copies must agree, or which is meant is not known; and PEFT never reads x from them.
-  void place_copy(const safetensors::entry& t) {
-    const auto [module, rest, trained] = *as_copy(bare(t));
-    const auto beside = [&, module = module](std::string_view inside) {
-      return saved_.find(std::string(module) + "." + std::string(inside));
+  void place_copy(const copy& of) {
+    const auto& t = *of.tensor;
+    const auto beside = [&](std::string_view inside) {
+      return saved_.find(std::string(of.module) + "." + std::string(inside));
     };
-    auto saved = beside(rest);
+    auto saved = beside(of.rest);
     // Inside a module of modules, PEFT leaves the adapter's name before the rest.
-    if (saved == saved_.end() && trained) saved = beside(rest.substr(rest.find('.') + 1));
+    if (saved == saved_.end() && of.trained) saved = beside(of.rest.substr(of.rest.find('.') + 1));
     if (saved == saved_.end()) {
       if (options_.lenient) return pass_over(t);
-      refuse_tensor(tensors_, t,
-                    "a tensor " + in_quotes(std::string(module) + "." + std::string(rest)) + " beside it, which PEFT reads",
-                    "none", "the file is incomplete; read_options::lenient passes over this tensor, as PEFT does");
+      refuse_tensor(
+          tensors_, t,
+          "a tensor " + in_quotes(std::string(of.module) + "." + std::string(of.rest)) + " beside it, which PEFT reads",
+          "none", "the file is incomplete; read_options::lenient passes over this tensor, as PEFT does");
     }
     const auto& other = *saved->second;
-    if (trained &&
+    if (of.trained &&
         (t.dtype != other.dtype || !std::equal(t.bytes.begin(), t.bytes.end(), other.bytes.begin(), other.bytes.end())))
       refuse_tensor(tensors_, t, "the values of " + in_quotes(other.name) + ", of which it is a copy", "others",
                     "PEFT reads " + in_quotes(other.name) + ": remove the copy if that is the one that is meant");
@@ -306,7 +309,8 @@ class peft_keys {
   std::optional<bool> prefixed_;
   std::map<std::string, module_tensors, std::less<>> modules_;
   std::map<std::string, const safetensors::entry*, std::less<>> token_rows_;
-  std::vector<const safetensors::entry*> other_, copies_;
+  std::vector<const safetensors::entry*> other_;
+  std::vector<copy> copies_;
   std::map<std::string, const safetensors::entry*, std::less<>> saved_;  // by name, also those that are left out
   std::vector<replacing_tensor> replacing_;
   std::vector<std::string> left_out_, passed_over_;
