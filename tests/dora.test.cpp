@@ -158,6 +158,15 @@ TEST_CASE("DoRA at strength 0 does not read the factors", "[dora]") {
   CHECK(std::abs(normed.row(1).norm() - 2) < 1e-5);  // its magnitude stays
 }
 
+TEST_CASE("DoRA adds a double bias in double", "[dora]") {
+  const test::matrix<float> W = test::matrix<float>::Ones(1, 1), x = W;
+  const auto layer = lora::attach(W);
+  const std::vector<double> b{-1 + 0x1p-40};  // -1 as a float
+  test::matrix<float> y(1, 1);
+  lora::forward(lora::with_bias(W, b), x, y, layer);
+  CHECK(y(0, 0) == 0x1p-40F);
+}
+
 TEST_CASE("DoRA refuses an output over what it reads", "[dora]") {
   test::matrix<float> W = drawn<float>(4, 4, 1), x = drawn<float>(4, 4, 2);
   const auto W_before = W, x_before = x;

@@ -326,6 +326,10 @@ TEST_CASE("Eigen transposes and refs", "[matrix_view]") {
   CHECK(&lora::as_matrix(part)(0, 0) == &c(1, 1));
 }
 
+static_assert(lora::matrix_like<test::md::mdspan<float, test::md::dextents<>>>);
+static_assert(!lora::matrix_like<test::md::doubled_mdspan<float, test::md::dextents<>>>,
+              "what an accessor makes of the elements must not be passed over");
+
 TEST_CASE("mdspan of layout_right and layout_left", "[matrix_view]") {
   std::vector<float> v(20);
   const auto check = [&](auto span, auto order) {

@@ -2,7 +2,9 @@
 //
 // packed_weight and packed_adapter hold every bit, and what is computed from panels has the bits of what is computed from
 // plain matrices: products, merges, and merges where zeros, infinities and NaN end the fast path.
+#include <cstring>
 #include <limits>
+#include <utility>
 #include <vector>
 
 #include "lora/forward.hpp"
@@ -212,6 +214,20 @@ TEST_CASE("a factor that the panels' format does not hold is refused", "[packed]
   // What is not finite already stays that.
   A(1, 2) = std::numeric_limits<float>::infinity();
   CHECK(lora::packed_adapter<lora::float16>{lora::adapter<float>{A, g.reals<float>(5, 3, 1), {.alpha = 2}}}.rank() == 3);
+}
+
+TEMPLATE_TEST_CASE("a merged copy has the panels of the merged weight, padding too", "[packed]", float, double,
+                   lora::float16, lora::bfloat16) {
+  using T = TestType;
+  test::random g(1022);
+  for (const auto& [out, in] : std::vector<std::pair<index_t, index_t>>{{1, 1}, {33, 7}, {16, 5}, {47, 32}}) {
+    CAPTURE(out, in);
+    const test::matrix<T> W = g.reals<T>(out, in, 1);
+    const auto l = random_adapter<float>(g, out, in);
+    const lora::packed_weight<T> ours = lora::merged(lora::packed_weight<T>{W}, l), want{lora::merged(W, l)};
+    REQUIRE(ours.bytes() == want.bytes());
+    CHECK(std::memcmp(ours.panels(), want.panels(), want.bytes()) == 0);
+  }
 }
 
 TEST_CASE("strengths of packed adapters multiply", "[packed]") {

@@ -83,6 +83,7 @@ class mdspan {
   using layout_type = Layout;
   using mapping_type = typename Layout::template mapping<E>;
   using index_type = typename E::index_type;
+  using reference = T&;
   static constexpr std::size_t rank() { return 2; }
 
   constexpr mdspan(T* data, const mapping_type& mapping) : data_(data), mapping_(mapping) {}
@@ -100,6 +101,14 @@ class mdspan {
  private:
   T* data_;
   mapping_type mapping_;
+};
+
+/// As what std::linalg::scaled gives: its accessor makes twice each element.
+template <class T, class E, class Layout = layout_right>
+class doubled_mdspan : public mdspan<T, E, Layout> {
+ public:
+  using mdspan<T, E, Layout>::mdspan;
+  using reference = T;
 };
 
 template <class Index = std::size_t>
