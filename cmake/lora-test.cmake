@@ -44,15 +44,16 @@ function(lora_run_test name target)
     ENVIRONMENT "OMP_WAIT_POLICY=passive;LSAN_OPTIONS=suppressions=${PROJECT_SOURCE_DIR}/tests/support/leaks.txt")
 endfunction()
 
-# OUTSIDE: needs the reference files. OPTIMIZED: as the build says; the others are compiled without, which takes half the time
-# (what full optimization does to the kernels is tested by packed, float16 and laws/agreement, and their variants in flags).
+# OUTSIDE: needs the reference files. OPTIMIZED: as the build says. MULTIPLIES: -O1, because it computes enough for that to pay.
+# The others are compiled without optimization, which takes half the time (what full optimization does to the kernels is tested
+# by packed, float16 and laws/agreement, and their variants in flags).
 function(lora_add_test name)
-  cmake_parse_arguments(PARSE_ARGV 1 arg "OUTSIDE;OPTIMIZED" "" "LIBRARIES")
+  cmake_parse_arguments(PARSE_ARGV 1 arg "OUTSIDE;OPTIMIZED;MULTIPLIES" "" "LIBRARIES")
   string(REPLACE "/" "_" target "test_${name}")
   add_executable(${target} "${name}.test.cpp")
   target_link_libraries(${target} PRIVATE lora_test ${arg_LIBRARIES})
   if(NOT arg_OPTIMIZED AND NOT CMAKE_BUILD_TYPE STREQUAL "Debug")
-    target_compile_options(${target} PRIVATE -O0)
+    target_compile_options(${target} PRIVATE $<IF:$<BOOL:${arg_MULTIPLIES}>,-O1,-O0>)
   endif()
   if(arg_OUTSIDE)
     lora_run_test(${name} ${target} OUTSIDE)

@@ -21,17 +21,12 @@
 
 #include "support/catch.hpp"
 #include "support/random.hpp"
+#include "support/sanitized.hpp"
 
 namespace {
 
-#if !defined(__OPTIMIZE__) || defined(__SANITIZE_ADDRESS__)
+#if !defined(__OPTIMIZE__) || LORA_TEST_ASAN
 constexpr std::uint64_t step = 1021;
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-constexpr std::uint64_t step = 1021;
-#else
-constexpr std::uint64_t step = 1;
-#endif
 #else
 constexpr std::uint64_t step = 1;
 #endif

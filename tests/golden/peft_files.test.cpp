@@ -11,11 +11,7 @@ namespace {
 
 using namespace golden;  // NOLINT: a test
 namespace fs = std::filesystem;
-
-std::string slurp(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
+using build::slurp;
 
 bool of_family(const std::string& id) {
   return !id.starts_with("other_") && !id.starts_with("combine_") && !id.starts_with("mixed_kinds_");

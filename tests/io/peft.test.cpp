@@ -9,7 +9,7 @@
 #include <string>
 #include <vector>
 
-#include "io/build.hpp"
+#include "io/peft_file.hpp"
 #include "lora/delta.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
@@ -20,16 +20,13 @@ namespace {
 
 namespace peft = lora::peft;
 namespace st = lora::safetensors;
+using build::assemble;
+using build::config;
+using build::file_refused;
 using build::has;
+using build::parse;
 using build::refused;
 
-/// A config with more keys behind the ones that every adapter needs.
-std::string config(const std::string& more = "") {
-  return R"({"peft_type":"LORA","r":2,"lora_alpha":6)" + (more.empty() ? "" : "," + more) + "}";
-}
-peft::config parse(const std::string& text, const peft::read_options& options = {}) {
-  return peft::parse_config(text, "adapter_config.json", options);
-}
 void config_refused(const std::string& text, std::initializer_list<std::string_view> parts) {
   INFO(text);
   refused([&] { (void)parse(text); }, parts);
@@ -38,15 +35,6 @@ void config_refused(const std::string& text, std::initializer_list<std::string_v
 /// A rank-2 adapter of a 3 x 4 layer named m.
 build::file small(const std::string& prefix = "base_model.model.") {
   return build::file().add(prefix + "m.lora_A.weight", {2, 4}, 0.5F).add(prefix + "m.lora_B.weight", {3, 2}, 0.25F);
-}
-
-template <class T = float>
-peft::adapter_file<T> assemble(const std::string& json, const build::file& tensors, const peft::read_options& options = {}) {
-  const auto bytes = build::to_bytes(tensors.text());
-  return peft::assemble<T>(parse(json, options), st::parse(bytes, "adapter_model.safetensors"), options);
-}
-void file_refused(const std::string& json, const build::file& tensors, std::initializer_list<std::string_view> parts) {
-  refused([&] { (void)assemble(json, tensors); }, parts);
 }
 
 }  // namespace
@@ -830,7 +818,7 @@ TEST_CASE("outside: every adapter of PEFT 0.21 is read or refused for a reason",
 
 namespace {
 
-const std::string prefix = "base_model.model.";
+using build::prefix;
 
 /// Every verb refuses the call with value_error that says `part`, and W keeps its values.
 template <class E>

@@ -9,7 +9,7 @@
 #include <utility>
 #include <vector>
 
-#include "io/build.hpp"
+#include "io/peft_file.hpp"
 #include "lora/delta.hpp"
 #include "lora/io/peft.hpp"
 #include "lora/rounding.hpp"
@@ -19,22 +19,11 @@
 namespace {
 
 namespace peft = lora::peft;
+using build::assemble;
+using build::config;
+using build::file_refused;
+using build::prefix;
 using build::refused;
-
-const std::string prefix = "base_model.model.";
-
-std::string config(const std::string& more = "", const std::string& rank = "2") {
-  return R"({"peft_type":"LORA","r":)" + rank + R"(,"lora_alpha":6)" + (more.empty() ? "" : "," + more) + "}";
-}
-peft::adapter_file<float> assemble(const std::string& json, const build::file& tensors,
-                                   const peft::read_options& options = {}) {
-  const auto bytes = build::to_bytes(tensors.text());
-  return peft::assemble<float>(peft::parse_config(json, "adapter_config.json", options),
-                               lora::safetensors::parse(bytes, "adapter_model.safetensors"), options);
-}
-void file_refused(const std::string& json, const build::file& tensors, std::initializer_list<std::string_view> parts) {
-  refused([&] { (void)assemble(json, tensors); }, parts);
-}
 
 build::file linear() {
   return build::file().add(prefix + "m.lora_A.weight", {2, 4}, 0.5F).add(prefix + "m.lora_B.weight", {3, 2}, 0.25F);

@@ -7,31 +7,30 @@
 #include <string>
 #include <vector>
 
-#include "io/build.hpp"
+#include "io/peft_file.hpp"
 #include "lora/io/peft_inventory.hpp"
 #include "support/catch.hpp"
 #include "support/refused.hpp"
+#include "support/sanitized.hpp"
 
 namespace {
 
 namespace peft = lora::peft;
 namespace st = lora::safetensors;
+using build::prefix;
 using build::refused;
 using reason = peft::replacement::reason;
 
-const std::string prefix = "base_model.model.";
-
+// Of a config, only what it says more than every one.
 peft::config parse(const std::string& more, const peft::read_options& options = {}) {
-  return peft::parse_config(R"({"peft_type":"LORA","r":2,"lora_alpha":6)" + (more.empty() ? "" : "," + more) + "}",
-                            "adapter_config.json", options);
+  return build::parse(build::config(more), options);
 }
-peft::adapter_file<float> assemble(const std::string& more, const build::file& tensors,
-                                   const peft::read_options& options = {}) {
-  const auto bytes = build::to_bytes(tensors.text());
-  return peft::assemble<float>(parse(more, options), st::parse(bytes, "adapter_model.safetensors"), options);
+peft::adapter_file<float> assemble_with(const std::string& more, const build::file& tensors,
+                                        const peft::read_options& options = {}) {
+  return build::assemble(build::config(more), tensors, options);
 }
-void file_refused(const std::string& more, const build::file& tensors, std::initializer_list<std::string_view> parts) {
-  refused([&] { (void)assemble(more, tensors); }, parts);
+void refused_with(const std::string& more, const build::file& tensors, std::initializer_list<std::string_view> parts) {
+  build::file_refused(build::config(more), tensors, parts);
 }
 
 /// Rank-2 adapters of 3 x 4 layers.
@@ -52,17 +51,7 @@ std::vector<std::string> replaced(const peft::adapter_file<float>& file) {
 std::string with(const std::string& name, reason why) { return name + ":" + std::to_string(static_cast<int>(why)); }
 
 /// KiB that freed memory may keep: AddressSanitizer holds it back for a while.
-#if defined(__SANITIZE_ADDRESS__)
-constexpr long held_back = 256 * 1024;
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-constexpr long held_back = 256 * 1024;
-#else
-constexpr long held_back = 0;
-#endif
-#else
-constexpr long held_back = 0;
-#endif
+constexpr long held_back = LORA_TEST_ASAN ? 256 * 1024 : 0;
 
 }  // namespace
 
@@ -72,21 +61,23 @@ constexpr long held_back = 0;
 TEST_CASE("replicated layers are found where the number is the second segment", "[peft][names]") {
   for (const std::string path : {"layers.", "h.", "model.layers.", "bert.encoder.layer."}) {
     INFO(path);
-    const auto file = assemble(R"("layer_replication":[[0,2],[1,2]])", pairs({path + "0.q", path + "2.q"}));
+    const auto file = assemble_with(R"("layer_replication":[[0,2],[1,2]])", pairs({path + "0.q", path + "2.q"}));
     CHECK(file.at(path + "0.q").shared_with().empty());
     CHECK(file.at(path + "2.q").shared_with() == path + "1.q");
-    file_refused(R"("layer_replication":[[0,2]])", pairs({path + "2.q"}), {"lora_A", "a layer of the 2", "layer 2"});
-    file_refused(R"("layer_replication":[[0,2]])", pairs({path + "99999999999999999999.q"}), {"a layer of the 2"});
+    refused_with(R"("layer_replication":[[0,2]])", pairs({path + "2.q"}), {"lora_A", "a layer of the 2", "layer 2"});
+    refused_with(R"("layer_replication":[[0,2]])", pairs({path + "99999999999999999999.q"}), {"a layer of the 2"});
   }
   // The container is PEFT's choice, not that of layers_pattern, and the number may be the last segment.
-  const auto file = assemble(R"("layer_replication":[[1,2],[1,2]],"layers_to_transform":[1],"layers_pattern":["blocks"])",
-                             pairs({"layers.1", "norm"}));
+  const auto file =
+      assemble_with(R"("layer_replication":[[1,2],[1,2]],"layers_to_transform":[1],"layers_pattern":["blocks"])",
+                    pairs({"layers.1", "norm"}));
   CHECK(file.at("layers.1").shared_with() == "layers.1");
   CHECK(file.at("norm").shared_with().empty());
 }
 
 TEST_CASE("a replicated layer with a weight of its own has its name in the base", "[peft][names]") {
-  const auto file = assemble(R"("layer_replication":[[0,1],[2,3]])", pairs({"layers.0.q", "layers.1.q", "layers.01.k"}));
+  const auto file =
+      assemble_with(R"("layer_replication":[[0,1],[2,3]])", pairs({"layers.0.q", "layers.1.q", "layers.01.k"}));
   CHECK(file.at("layers.0.q").weight_name() == "layers.0.q.weight");
   const auto& moved = file.at("layers.1.q");
   CHECK(moved.name() == "layers.1.q");
@@ -100,14 +91,14 @@ TEST_CASE("a replicated layer with a weight of its own has its name in the base"
   Eigen::MatrixXf W = Eigen::MatrixXf::Zero(3, 4);
   CHECK_NOTHROW(lora::merge(W, moved));
   // So has what replaces a tensor of the base; a head's numbers are no layers.
-  const auto biases = assemble(R"("layer_replication":[[0,1],[2,3]],"bias":"all","modules_to_save":["classifier"])",
-                               pairs({"layers.1.q", "mlp.7"})
-                                   .add(prefix + "layers.1.q.base_layer.bias", {3})
-                                   .add(prefix + "classifier.3.weight", {2, 2}));
+  const auto biases = assemble_with(R"("layer_replication":[[0,1],[2,3]],"bias":"all","modules_to_save":["classifier"])",
+                                    pairs({"layers.1.q", "mlp.7"})
+                                        .add(prefix + "layers.1.q.base_layer.bias", {3})
+                                        .add(prefix + "classifier.3.weight", {2, 2}));
   CHECK(replaced(biases) ==
         std::vector<std::string>{with("classifier.3.weight", reason::saved_module), with("layers.2.q.bias", reason::bias)});
   CHECK(biases.at("mlp.7").weight_name() == "mlp.7.weight");
-  const auto shared = assemble(R"("layer_replication":[[0,2],[1,2]])", pairs({"layers.2.q"}));
+  const auto shared = assemble_with(R"("layer_replication":[[0,2],[1,2]])", pairs({"layers.2.q"}));
   CHECK(shared.at("layers.2.q").weight_name() == "layers.1.q.weight");
 }
 
@@ -118,17 +109,17 @@ TEST_CASE("a class of characters on a letter beyond ASCII is refused with the ke
   const std::string cafe = "caf\xC3\xA9";
   const auto tensors = pairs({"m." + cafe});
   for (const std::string key : {"rank_pattern", "alpha_pattern"})
-    file_refused('"' + key + R"(":{"\\w+":2})", tensors,
+    refused_with('"' + key + R"(":{"\\w+":2})", tensors,
                  {"adapter_config.json", '"' + key + '"', "\"\\w+\"", "m.caf\\xc3\\xa9", "the module's name"});
-  file_refused(R"("target_modules":["caf)"
+  refused_with(R"("target_modules":["caf)"
                "\xC3\xA9"
                R"("],"exclude_modules":"\\d+")",
                tensors, {"adapter_config.json", "\"exclude_modules\"", "\"\\d+\"", "m.caf\\xc3\\xa9"});
   // An earlier key that fits decides, and so does an expression without classes.
-  CHECK(assemble(R"("rank_pattern":{".*":2,"\\w+":3})", tensors).at("m." + cafe).rank() == 2);
-  CHECK_NOTHROW(assemble(R"("target_modules":".*caf.","exclude_modules":"n.*")", tensors));
-  file_refused(R"("target_modules":"n.*")", tensors, {"target_modules selects"});
-  CHECK_NOTHROW(assemble(R"("target_modules":"\\w.*")", tensors));  // the tensors tell
+  CHECK(assemble_with(R"("rank_pattern":{".*":2,"\\w+":3})", tensors).at("m." + cafe).rank() == 2);
+  CHECK_NOTHROW(assemble_with(R"("target_modules":".*caf.","exclude_modules":"n.*")", tensors));
+  refused_with(R"("target_modules":"n.*")", tensors, {"target_modules selects"});
+  CHECK_NOTHROW(assemble_with(R"("target_modules":"\\w.*")", tensors));  // the tensors tell
   CHECK_THROWS_AS(peft::matches_target(parse(R"("target_modules":"\\w.*")"), cafe), lora::value_error);
 }
 
@@ -143,7 +134,7 @@ TEST_CASE("a trained bias has its name in the base, whatever wraps the module", 
                            .add(prefix + "a.base_layer.out_proj.lora_B.weight", {3, 2})
                            .add(prefix + "a.base_layer.out_proj.base_layer.bias", {3});
   for (const std::string bias : {"all", "lora_only"})
-    CHECK(replaced(assemble("\"bias\":\"" + bias + '"', tensors)) ==
+    CHECK(replaced(assemble_with("\"bias\":\"" + bias + '"', tensors)) ==
           std::vector<std::string>{with("a.out_proj.bias", reason::bias)});
 }
 
@@ -153,41 +144,41 @@ TEST_CASE("a saved module is not read from PEFT's inner name for it", "[peft][na
   for (const std::string inner : {"modules_to_save", "original_module"}) {
     INFO(inner);
     const std::string key = "score." + inner + ".weight";
-    file_refused(saved, pair().add(prefix + key, {2, 2}), {key, "\"score.weight\" beside it", "none", "incomplete"});
-    const auto lenient = assemble(saved, pair().add(prefix + key, {2, 2}), {.lenient = true});
+    refused_with(saved, pair().add(prefix + key, {2, 2}), {key, "\"score.weight\" beside it", "none", "incomplete"});
+    const auto lenient = assemble_with(saved, pair().add(prefix + key, {2, 2}), {.lenient = true});
     CHECK(lenient.replacements().empty());
     REQUIRE(lenient.passed_over().size() == 1);
     CHECK(build::has(lenient.passed_over()[0], key));
     const auto both = pair().add(prefix + key, {2, 2}).add(prefix + "score.weight", {2, 2});
-    CHECK(replaced(assemble(saved, both)) ==
+    CHECK(replaced(assemble_with(saved, both)) ==
           std::vector<std::string>{with("score.weight", reason::unused_copy), with("score.weight", reason::saved_module)});
-    CHECK_NOTHROW(assemble(saved, both, {.leave_out_saved_modules = true}));
+    CHECK_NOTHROW(assemble_with(saved, both, {.leave_out_saved_modules = true}));
   }
   // Inside a module of modules the name of the adapter stays in the key.
   const std::string bias = "score.dense.bias", copy = "score.modules_to_save.default.dense.bias";
   const auto inside =
       pair().add(prefix + bias, {2}).add(prefix + copy, {2}).add(prefix + "score.original_module.dense.bias", {2}, 3);
-  CHECK(replaced(assemble(saved, inside)) == std::vector<std::string>{with(bias, reason::saved_module),
-                                                                      with(bias, reason::unused_copy),
-                                                                      with(bias, reason::unused_copy)});
-  file_refused(saved, pair().add(prefix + bias, {2}, 2).add(prefix + copy, {2}), {copy, "the values of"});
-  file_refused(saved, pair().add(prefix + copy, {2}), {copy, "incomplete"});
+  CHECK(replaced(assemble_with(saved, inside)) == std::vector<std::string>{with(bias, reason::saved_module),
+                                                                           with(bias, reason::unused_copy),
+                                                                           with(bias, reason::unused_copy)});
+  refused_with(saved, pair().add(prefix + bias, {2}, 2).add(prefix + copy, {2}), {copy, "the values of"});
+  refused_with(saved, pair().add(prefix + copy, {2}), {copy, "incomplete"});
   const auto other = pair().add(prefix + "score.modules_to_save.weight", {2, 2}, 2).add(prefix + "score.weight", {2, 2});
-  file_refused(saved, other, {"score.modules_to_save.weight", "the values of", "others", "remove the copy"});
-  refused([&] { (void)assemble(saved, other, {.leave_out_saved_modules = true}); }, {"the values of"});
-  CHECK_NOTHROW(
-      assemble(saved, pair().add(prefix + "score.original_module.weight", {2, 2}, 2).add(prefix + "score.weight", {2, 2})));
+  refused_with(saved, other, {"score.modules_to_save.weight", "the values of", "others", "remove the copy"});
+  refused([&] { (void)assemble_with(saved, other, {.leave_out_saved_modules = true}); }, {"the values of"});
+  CHECK_NOTHROW(assemble_with(
+      saved, pair().add(prefix + "score.original_module.weight", {2, 2}, 2).add(prefix + "score.weight", {2, 2})));
 }
 
 TEST_CASE("PEFT saves each module whose name ends in an entry of modules_to_save", "[peft][names]") {
   const std::string saved = R"("modules_to_save":["head"])";
   const auto file =
-      assemble(saved, pairs({"m"}).add(prefix + "qa_head.weight", {2, 2}).add(prefix + "x.qa_head.out.bias", {2}));
+      assemble_with(saved, pairs({"m"}).add(prefix + "qa_head.weight", {2, 2}).add(prefix + "x.qa_head.out.bias", {2}));
   CHECK(replaced(file) == std::vector<std::string>{with("qa_head.weight", reason::saved_module),
                                                    with("x.qa_head.out.bias", reason::saved_module)});
   // A part of the end is not the end, and the last segment of a tensor's name is no module.
-  file_refused(saved, pairs({"m"}).add(prefix + "head_2.weight", {2, 2}), {"head_2.weight"});
-  file_refused(saved, pairs({"m"}).add(prefix + "x.head", {2, 2}), {"x.head"});
+  refused_with(saved, pairs({"m"}).add(prefix + "head_2.weight", {2, 2}), {"head_2.weight"});
+  refused_with(saved, pairs({"m"}).add(prefix + "x.head", {2, 2}), {"x.head"});
   // An adapter in it is one that PEFT loads: it excludes by whole segments.
   CHECK(peft::matches_target(parse(R"("target_modules":["q"],"modules_to_save":["head"])"), "qa_head.q"));
   CHECK_FALSE(peft::matches_target(parse(R"("target_modules":["q"],"modules_to_save":["a.head"])"), "a-head.q"));
@@ -197,11 +188,11 @@ TEST_CASE("an embedding is saved with its bias", "[peft][names]") {
   for (const std::string wrapper : {"", ".base_layer"}) {
     const auto tensors =
         pairs({"m"}).add(prefix + "lm_head" + wrapper + ".bias", {2}).add(prefix + "lm_head" + wrapper + ".weight", {2, 2});
-    CHECK(replaced(assemble("", tensors)) ==
+    CHECK(replaced(assemble_with("", tensors)) ==
           std::vector<std::string>{with("lm_head.bias", reason::embedding), with("lm_head.weight", reason::embedding)});
   }
-  file_refused("", pairs({"m"}).add(prefix + "lm_head.base_layer.bias", {2}), {"lm_head.base_layer.bias"});
-  file_refused("", pairs({"m"}).add(prefix + "m.base_layer.bias", {2}), {"m.base_layer.bias"});
+  refused_with("", pairs({"m"}).add(prefix + "lm_head.base_layer.bias", {2}), {"lm_head.base_layer.bias"});
+  refused_with("", pairs({"m"}).add(prefix + "m.base_layer.bias", {2}), {"m.base_layer.bias"});
 }
 
 // ---- what a config selects
@@ -227,13 +218,13 @@ TEST_CASE("lists that PEFT reads as regular expressions must be plain", "[peft][
 TEST_CASE("without target_modules, target_parameters adapt no module", "[peft][names]") {
   const std::string parameters = R"("target_parameters":["experts.w"])";
   const auto tensors = pairs({"experts", "q"});
-  file_refused(parameters, tensors, {"q.lora_A.weight", "target_modules selects", "PEFT would ignore"});
-  file_refused(parameters + R"(,"target_modules":null)", tensors, {"q.lora_A.weight"});
-  CHECK(assemble(parameters, tensors, {.lenient = true}).names() == std::vector<std::string>{"experts.w"});
-  CHECK(assemble(parameters + R"(,"target_modules":["q"])", tensors).size() == 2);
+  refused_with(parameters, tensors, {"q.lora_A.weight", "target_modules selects", "PEFT would ignore"});
+  refused_with(parameters + R"(,"target_modules":null)", tensors, {"q.lora_A.weight"});
+  CHECK(assemble_with(parameters, tensors, {.lenient = true}).names() == std::vector<std::string>{"experts.w"});
+  CHECK(assemble_with(parameters + R"(,"target_modules":["q"])", tensors).size() == 2);
   CHECK_FALSE(peft::matches_target(parse(parameters), "q"));
   // What is excluded is excluded, also where PEFT would choose the targets.
-  file_refused(R"("exclude_modules":["q"])", pairs({"q"}), {"q.lora_A.weight", "PEFT would ignore"});
+  refused_with(R"("exclude_modules":["q"])", pairs({"q"}), {"q.lora_A.weight", "PEFT would ignore"});
 }
 
 TEST_CASE("an unknown key of use_bdlora is listed", "[peft][names]") {
@@ -303,13 +294,13 @@ TEST_CASE("looking up many names takes no more work than a reader may take", "[p
     const std::string name = prefix + "layers." + std::to_string(k) + ".q";
     modules.add(name + ".lora_A.weight", {2, 1}).add(name + ".lora_B.weight", {1, 2});
   }
-  file_refused("\"modules_to_save\":[" + list + "]", others, {"modules_to_save", "more work"});
-  file_refused("\"layers_to_transform\":[1],\"target_modules\":[" + list + "],\"layers_pattern\":[" + list + "]", modules,
+  refused_with("\"modules_to_save\":[" + list + "]", others, {"modules_to_save", "more work"});
+  refused_with("\"layers_to_transform\":[1],\"target_modules\":[" + list + "],\"layers_pattern\":[" + list + "]", modules,
                {"target_modules", "more work"});
   // A class has its whole length as cost.
-  file_refused("\"target_modules\":\"([" + std::string(3000, 'a') + "]?){1000}\"", modules, {"target_modules", "more work"});
+  refused_with("\"target_modules\":\"([" + std::string(3000, 'a') + "]?){1000}\"", modules, {"target_modules", "more work"});
   // Origins of layers are made once, not for each module.
   std::string ranges;
   for (int k = 0; k < 10; ++k) ranges += (k == 0 ? "[0,100000]" : ",[0,100000]");
-  CHECK(assemble("\"layer_replication\":[" + ranges + "]", modules).size() == 6'000);
+  CHECK(assemble_with("\"layer_replication\":[" + ranges + "]", modules).size() == 6'000);
 }

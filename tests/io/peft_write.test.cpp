@@ -58,6 +58,7 @@ namespace {
 namespace fs = std::filesystem;
 namespace peft = lora::peft;
 namespace st = lora::safetensors;
+using build::slurp;
 using matrix = lora::detail::row_major_matrix<float>;
 
 lora::adapter<float> made(lora::index_t rank, double alpha, lora::scaling_rule rule = lora::scaling_rule::standard) {
@@ -67,10 +68,6 @@ peft::adapter_file<float> file_of(const std::string& name, lora::adapter<float> 
   return peft::make_file<float>({{name, std::move(a), false}});
 }
 
-std::string slurp(const fs::path& path) {
-  std::ifstream file(path, std::ios::binary);
-  return {std::istreambuf_iterator<char>(file), {}};
-}
 std::size_t files_in(const fs::path& folder) {
   return static_cast<std::size_t>(std::distance(fs::directory_iterator(folder), fs::directory_iterator()));
 }

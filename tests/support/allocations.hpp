@@ -13,13 +13,7 @@
 #include <cstdlib>
 #include <new>
 
-#if defined(__SANITIZE_ADDRESS__)
-#define LORA_TEST_ASAN 1
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-#define LORA_TEST_ASAN 1
-#endif
-#endif
+#include "support/sanitized.hpp"
 
 namespace test::allocations {
 
@@ -84,7 +78,7 @@ bool fails_at(long n, const Call& call) {
 
 }  // namespace test::allocations
 
-#if defined(LORA_TEST_ASAN)
+#if LORA_TEST_ASAN
 
 extern "C" int __sanitizer_install_malloc_and_free_hooks(void (*)(const volatile void*, std::size_t),
                                                          void (*)(const volatile void*));

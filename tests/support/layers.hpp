@@ -10,21 +10,12 @@
 #include <vector>
 
 #include "agreement.hpp"
+#include "support/sanitized.hpp"
 
 namespace layers {
 
 /// The long tests run whole in a release build and a tenth under a sanitizer, which is ten to twenty times slower.
-#if defined(__SANITIZE_ADDRESS__)
-inline constexpr int thinning = 10;
-#elif defined(__has_feature)
-#if __has_feature(address_sanitizer)
-inline constexpr int thinning = 10;
-#else
-inline constexpr int thinning = 1;
-#endif
-#else
-inline constexpr int thinning = 1;
-#endif
+inline constexpr int thinning = LORA_TEST_ASAN ? 10 : 1;
 
 using generator = std::mt19937_64;
 
