@@ -118,7 +118,7 @@ void break_even(benchmark::State& state, lora_bench::session& session, const row
       0);
 
   const auto tokens = static_cast<double>(r.tokens);
-  const auto predicted = lora::advise<T>(m.limits, {.out_features = r.layer.out, .in_features = r.layer.in}, {r.rank},
+  const auto predicted = lora::advise<T>(m.limits(), {.out_features = r.layer.out, .in_features = r.layer.in}, {r.rank},
                                          {.tokens_per_switch = 1, .tokens_per_call = tokens});
   const auto extra = m.series.difference(2, 1);
   const auto measured = [&](double difference) {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The machine's limits as the benches use them: the library's own probe, with memory enough for this machine's caches. A
-// row's `share` is the time that these limits allow over the time it took. Each row measures them again before and after
-// its series and takes the better: on a shared host the memory bandwidth doubles and halves within minutes.
+// row's `share` is the time that these limits allow over the time it took. They are measured again between its rounds,
+// because on a shared host the clock and the memory's bandwidth change within seconds.
 #pragma once
 
 #include <benchmark/benchmark.h>
@@ -14,12 +14,14 @@
 
 namespace lora_bench {
 
+inline double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+
 /// How long f() takes, in seconds.
 template <class F>
 double time_of(const F& f) {
-  const auto start = std::chrono::steady_clock::now();
+  const double start = now();
   f();
-  return std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+  return now() - start;
 }
 
 /// All last-level caches of the machine together; 32 MiB where it does not tell.
@@ -36,16 +38,14 @@ inline std::size_t last_level_cache() {
   return bytes;
 }
 
-/// Four times the cache: what a pass leaves in it serves at most a quarter of the next.
-inline lora::detail::limits_probe make_probe() {
-  return lora::detail::limits_probe(std::max(std::size_t{128} << 20, 4 * last_level_cache()));
+/// The seconds that a way which reads `bytes` must take, as a function of the limits.
+inline auto reading(double work, double bytes) {
+  return [=](const lora::limits& l) { return l.reading(work, bytes); };
 }
 
-inline lora::limits better(const lora::limits& a, const lora::limits& b) {
-  return {.flops = std::max(a.flops, b.flops),
-          .read = std::max(a.read, b.read),
-          .read_write = std::max(a.read_write, b.read_write),
-          .threads = a.threads};
+/// Four times the cache: what a pass leaves in it serves at most a quarter of the next.
+inline lora::detail::limits_probe make_probe() {
+  return lora::detail::limits_probe(std::max(std::size_t{32} << 20, 4 * last_level_cache()));
 }
 
 }  // namespace lora_bench

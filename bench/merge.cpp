@@ -119,9 +119,11 @@ void merge(benchmark::State& state, lora_bench::session& session, const shape& l
   for (const auto& rival : rivals) ways.push_back(in_turn(rows, rival.merge));
   const auto m = session.measure(state, ways, 0);
 
-  const double limit = m.limits.updating(2 * static_cast<double>(rank) * layer.size(), 2 * layer.size() * sizeof(T));
-  state.counters["share"] = limit / m.series.time(0).median;
-  state.counters["share_panels"] = limit / m.series.time(1).median;
+  const auto limit = [&](const lora::limits& l) {
+    return l.updating(2 * static_cast<double>(rank) * layer.size(), 2 * layer.size() * sizeof(T));
+  };
+  state.counters["share"] = m.share(0, limit);
+  state.counters["share_panels"] = m.share(1, limit);
   state.counters["panels_us"] = m.series.time(1).median * 1e6;
   for (std::size_t k = 0; k < rivals.size(); ++k) {
     lora_bench::count(state, "speedup_vs_" + rivals[k].name, m.series.ratio(k + 2, 0));

@@ -118,12 +118,13 @@ void mixed_batch(benchmark::State& state, lora_bench::session& session, const ro
   const auto tokens = static_cast<double>(r.tokens), factors = r.layer.factors(static_cast<double>(r.rank));
   const double bytes = r.layer.size() * sizeof(T), more_bytes = static_cast<double>(r.adapters) * factors * sizeof(T);
   const double more_work = r.adapters == 0 ? 0 : 2 * factors * tokens;
-  const double base_limit = m.limits.reading(2 * r.layer.size() * tokens, bytes);
-  const double mixed_limit = m.limits.reading(2 * r.layer.size() * tokens + more_work, bytes + more_bytes);
-  lora_bench::count_overhead(state, m.series.ratio(1, 0), mixed_limit / base_limit - 1);
+  const auto base_limit = lora_bench::reading(2 * r.layer.size() * tokens, bytes);
+  const auto mixed_limit = lora_bench::reading(2 * r.layer.size() * tokens + more_work, bytes + more_bytes);
+  const lora::limits limits = m.limits();
+  lora_bench::count_overhead(state, m.series.ratio(1, 0), mixed_limit(limits) / base_limit(limits) - 1);
   state.counters["floor_bytes"] = more_bytes / bytes;
-  state.counters["share"] = base_limit / m.series.time(0).median;
-  state.counters["share_mixed"] = mixed_limit / m.series.time(1).median;
+  state.counters["share"] = m.share(0, base_limit);
+  state.counters["share_mixed"] = m.share(1, mixed_limit);
   state.counters["base_us"] = m.series.time(0).median * 1e6;
 }
 

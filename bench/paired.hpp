@@ -51,6 +51,7 @@ class series {
   void add(std::size_t which, double seconds) { seconds_[which].push_back(seconds); }
 
   estimate time(std::size_t which) const { return estimate_median(seconds_[which]); }
+  const std::vector<double>& seconds(std::size_t which) const { return seconds_[which]; }
   estimate ratio(std::size_t over, std::size_t under) const {
     return combine(over, under, [](double a, double b) { return a / b; });
   }
@@ -69,12 +70,14 @@ class series {
   std::vector<std::vector<double>> seconds_;
 };
 
-/// Rounds until `budget` seconds have gone; at least 6 (fewer have no 95 % interval), at most 2000.
-inline series time_in_turns(double budget, const std::vector<way>& ways) {
+/// Rounds until `budget` seconds have gone, without what before_round() takes; at least 6 (fewer have no 95 % interval), at
+/// most 2000.
+inline series time_in_turns(double budget, const std::vector<way>& ways, const way& before_round) {
   for (const way& run : ways) run();
   series result(ways.size());
   double spent = 0;
   for (std::size_t round = 0; round < 6 || (spent < budget && round < 2000); ++round) {
+    before_round();
     // Every way stands in every place, and every two of them follow each other both ways.
     for (std::size_t k = 0; k < ways.size(); ++k) {
       const std::size_t place = (round / 2 + k) % ways.size();

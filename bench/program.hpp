@@ -36,10 +36,30 @@ struct column {
   int decimals;
 };
 
-/// A series between two probes, and the better of what they found.
+/// A series, and the machine's limits when each of its rounds began.
 struct measurement {
-  lora::limits limits;
   lora_bench::series series;
+  std::vector<lora::limits> of_round;
+
+  /// The medians of the rounds.
+  lora::limits limits() const {
+    const auto median = [this](double lora::limits::*rate) {
+      std::vector<double> rates;
+      for (const lora::limits& l : of_round) rates.push_back(l.*rate);
+      return estimate_median(std::move(rates)).median;
+    };
+    return {.flops = median(&lora::limits::flops),
+            .read = median(&lora::limits::read),
+            .read_write = median(&lora::limits::read_write),
+            .threads = of_round.front().threads};
+  }
+  /// The time that the limits allow, limit(lora::limits), over the time that a way took: the median of the rounds.
+  template <class Limit>
+  double share(std::size_t which, const Limit& limit) const {
+    std::vector<double> shares;
+    for (std::size_t k = 0; k < of_round.size(); ++k) shares.push_back(limit(of_round[k]) / series.seconds(which)[k]);
+    return estimate_median(std::move(shares)).median;
+  }
 };
 
 /// The rows' view of the program.
@@ -61,15 +81,22 @@ class session {
   measurement measure(benchmark::State& state, const std::vector<way>& ways, std::size_t subject) {
     measurement m;
     for (auto _ : state) {
-      const lora::limits before = probe.measure();
-      m.series = time_in_turns(row_seconds, ways);
-      m.limits = better(before, probe.measure());
+      // Between rounds, for a third of the time at most: where rounds are short, one probe serves several.
+      double probing = 0, start = now();
+      m.series = time_in_turns(row_seconds, ways, [&] {
+        if (m.of_round.empty() || 3 * probing <= now() - start) {
+          probing += time_of([&] { m.of_round.push_back(probe.measure(0.001, 1)); });
+        } else {
+          m.of_round.push_back(m.of_round.back());
+        }
+      });
       state.SetIterationTime(m.series.time(subject).median);
     }
+    const lora::limits limits = m.limits();
     state.counters["rounds"] = static_cast<double>(m.series.rounds());
-    state.counters["limit_flops"] = m.limits.flops;
-    state.counters["limit_read"] = m.limits.read;
-    state.counters["limit_read_write"] = m.limits.read_write;
+    state.counters["limit_flops"] = limits.flops;
+    state.counters["limit_read"] = limits.read;
+    state.counters["limit_read_write"] = limits.read_write;
     return m;
   }
 

@@ -151,13 +151,14 @@ void two_ways(benchmark::State& state, lora_bench::session& session, const row& 
 
   const auto m = session.measure(state, ways, 1);
   const auto tokens = static_cast<double>(r.tokens), factors = r.layer.factors(static_cast<double>(r.rank)) * r.adapters;
-  const double merged_limit = m.limits.reading(2 * r.layer.size() * tokens, r.layer.size() * sizeof(T));
-  const double unmerged_limit =
-      m.limits.reading(2 * (r.layer.size() + factors) * tokens, r.layer.size() * sizeof(T) + factors * sizeof(F));
-  lora_bench::count_overhead(state, m.series.ratio(1, 0), unmerged_limit / merged_limit - 1);
+  const auto merged_limit = lora_bench::reading(2 * r.layer.size() * tokens, r.layer.size() * sizeof(T));
+  const auto unmerged_limit =
+      lora_bench::reading(2 * (r.layer.size() + factors) * tokens, r.layer.size() * sizeof(T) + factors * sizeof(F));
+  const lora::limits limits = m.limits();
+  lora_bench::count_overhead(state, m.series.ratio(1, 0), unmerged_limit(limits) / merged_limit(limits) - 1);
   if (r.adapters > 1) lora_bench::count(state, "over_stacked", m.series.ratio(1, 2), -1);
-  state.counters["share"] = merged_limit / m.series.time(0).median;
-  state.counters["share_unmerged"] = unmerged_limit / m.series.time(1).median;
+  state.counters["share"] = m.share(0, merged_limit);
+  state.counters["share_unmerged"] = m.share(1, unmerged_limit);
   state.counters["merged_us"] = m.series.time(0).median * 1e6;
 }
 
@@ -190,7 +191,7 @@ void base_product(benchmark::State& state, lora_bench::session& session, const s
 
   const auto m = session.measure(state, ways, 0);
   state.counters["share"] =
-      m.limits.reading(2 * layer.size() * static_cast<double>(tokens), layer.size() * sizeof(T)) / m.series.time(0).median;
+      m.share(0, lora_bench::reading(2 * layer.size() * static_cast<double>(tokens), layer.size() * sizeof(T)));
   for (std::size_t k = 0; k < rivals.size(); ++k) {
     lora_bench::count(state, "speedup_vs_" + rivals[k].name, m.series.ratio(k + 1, 0));
     state.counters[rivals[k].name + "_us"] = m.series.time(k + 1).median * 1e6;

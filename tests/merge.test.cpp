@@ -3,7 +3,9 @@
 // merge, unmerge, merged and merge_checked. On whole numbers the sum is exact and only the store rounds, so the bits
 // that must come out are known for every scalar and every layout.
 #include <array>
+#include <bit>
 #include <cmath>
+#include <cstdint>
 #include <initializer_list>
 #include <limits>
 #include <string>
@@ -361,6 +363,80 @@ TEST_CASE("became_nonfinite counts across threads and tiles", "[merge]") {
                  {"merge_checked", std::to_string(301 * columns).c_str(), std::to_string(301 * 403).c_str()}));
   CHECK(same_bits(W, before));
   CHECK(lora::merge(W, l).became_nonfinite == 301 * columns);
+}
+
+TEMPLATE_TEST_CASE("-0 stays -0 in whole tiles where no adapter contributes", "[merge]", float, double, lora::float16,
+                   lora::bfloat16) {
+  test::matrix<TestType> W = test::matrix<TestType>::Constant(37, 83, test::stored<TestType>(-0.0));
+  const auto before = test::bytes(W);
+  MatrixXf B = constant(37, 3, 0);
+  B.col(1).setConstant(-0.0F);
+  test::random g(82);
+  CAPTURE(g.seed());
+  const MatrixXf A = g.reals<float>(3, 83, 2);
+  const lora::adapter<float> zero{A, B, {.alpha = 5}};
+  test::col_matrix<TestType> by_cols = W;
+  lora::packed_weight<TestType> panels{W};
+  lora::merge(by_cols, zero);
+  lora::merge(panels, zero);
+  CHECK(test::bytes(test::matrix<TestType>(by_cols)) == before);
+  CHECK(test::bytes(test::matrix<TestType>(panels.matrix())) == before);
+  lora::unmerge(W, zero);
+  CHECK(test::bytes(lora::merged(W, zero)) == before);
+  CHECK(test::bytes(W) == before);
+  // What adapters cancel is zero as well.
+  const lora::adapter<float> l{constant(3, 83, 2), constant(37, 3, 5), {.alpha = 9}};
+  lora::merge(W, l, lora::scaled(-1, l));
+  CHECK(test::bytes(W) == before);
+}
+
+TEMPLATE_TEST_CASE("a NaN of any bits in a factor becomes a NaN in the weight, and is counted", "[merge]", float,
+                   lora::float16, lora::bfloat16) {
+  test::matrix<TestType> W = test::matrix<TestType>::Constant(37, 83, test::stored<TestType>(1));
+  MatrixXf A = constant(2, 83, 0.5F);
+  const std::uint32_t nans[] = {0x7fff'ffff, 0xffff'ffff, 0x7f80'0001, 0xffff'8000, 0x7fc0'0000};
+  for (index_t n = 0; n < 5; ++n) A(n % 2, 16 * n + 3) = std::bit_cast<float>(nans[n]);
+  const lora::adapter<float> l{A, constant(37, 2, 2), {.alpha = 2}};
+  test::col_matrix<TestType> by_cols = W;
+  lora::packed_weight<TestType> panels{W};
+  CHECK(lora::merge(W, l).became_nonfinite == 5 * 37);
+  CHECK(lora::merge(by_cols, l).became_nonfinite == 5 * 37);
+  CHECK(lora::merge(panels, l).became_nonfinite == 5 * 37);
+  index_t wrong = 0;
+  const auto in_panels = panels.matrix();
+  for (index_t i = 0; i < 37; ++i)
+    for (index_t j = 0; j < 83; ++j)
+      for (const double value : {test::value(W(i, j)), test::value(by_cols(i, j)), test::value(in_panels(i, j))})
+        wrong += j % 16 == 3 && j < 80 ? !std::isnan(value) : value != 3;
+  CHECK(wrong == 0);
+}
+
+TEMPLATE_TEST_CASE("weights next to the largest number stay finite", "[merge]", float, double, lora::float16,
+                   lora::bfloat16) {
+  // Their sum does not: what is looked at must be each.
+  const TestType largest = std::numeric_limits<TestType>::max();
+  test::matrix<TestType> W = test::matrix<TestType>::Constant(37, 83, largest);
+  W.rightCols(40).setConstant(test::stored<TestType>(-test::value(largest)));
+  const auto before = test::bytes(W);
+  const lora::adapter<float> l{constant(1, 83, 1), constant(37, 1, 1), {.alpha = 3}};
+  lora::merge_checked(W, l);
+  CHECK(test::bytes(W) == before);
+  lora::packed_weight<TestType> panels{W};
+  CHECK(lora::merge(panels, l).became_nonfinite == 0);
+  CHECK(test::bytes(test::matrix<TestType>(panels.matrix())) == before);
+  // A step more than half a unit of the largest: each overflows.
+  using factor = lora::accumulator_t<TestType, float>;
+  const double step = std::is_same_v<TestType, lora::float16>    ? 16
+                      : std::is_same_v<TestType, lora::bfloat16> ? 0x1p119
+                      : std::is_same_v<TestType, float>          ? 0x1p103
+                                                                 : 0x1p970;
+  const lora::adapter<factor> far{test::matrix<factor>::Constant(1, 83, static_cast<factor>(step)),
+                                  test::matrix<factor>::Constant(37, 1, 1),
+                                  {.alpha = 1}};
+  CHECK(lora::unmerge(panels, far).became_nonfinite == 37 * 40);
+  test::matrix<TestType> copy = W;
+  CHECK(lora::unmerge(copy, far).became_nonfinite == 37 * 40);
+  CHECK(lora::merge(W, far).became_nonfinite == 37 * 43);
 }
 
 TEST_CASE("merge_checked changes all or nothing", "[merge]") {

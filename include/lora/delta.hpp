@@ -24,20 +24,23 @@ namespace detail {
 template <class Update, class Acc>
 class delta_sink {
  public:
-  static constexpr bool by_columns = false;
+  static constexpr bool down = false;
 
   delta_sink(Acc* destination, index_t stride) : destination_(destination), stride_(stride) {}
 
-  void fetch(index_t, index_t) const {}
-  LORA_DETAIL_INLINE bool plain(index_t row, index_t col, const typename Update::tile& delta) const {
-    tally none;
-    full(none, row, col, delta);
-    return true;
-  }
-  LORA_DETAIL_INLINE void full(tally&, index_t row, index_t col, const typename Update::tile& delta) const {
-    LORA_DETAIL_UNROLL
-    for (int i = 0; i < tile_rows; ++i) Update::spill(delta[i][0], delta[i][1], destination_ + (row + i) * stride_ + col);
-  }
+  struct place {
+    Acc* to;
+    index_t stride;
+
+    void next() { to += Update::width; }
+    void fetch() const {}
+    LORA_DETAIL_INLINE bool plain(const typename Update::tile& delta) const {
+      LORA_DETAIL_UNROLL
+      for (int i = 0; i < tile_rows; ++i) Update::spill(delta[i][0], delta[i][1], to + i * stride);
+      return true;
+    }
+  };
+  place at(index_t row, index_t col) const { return {destination_ + row * stride_ + col, stride_}; }
   void part(tally&, index_t row, index_t col, index_t count, const Acc* delta) const {
     std::copy_n(delta, count, destination_ + row * stride_ + col);
   }

@@ -48,13 +48,17 @@ class limits_probe {
 
   int threads() const { return threads_; }
 
-  /// budget: seconds in all.
-  limits measure(double budget = 0.05) {
+  /// budget: seconds in all; each rate is the best of at_least so many passes. What was written last is read before the end,
+  /// so that no write is left for whoever is measured next.
+  limits measure(double budget = 0.05, int at_least = 3) {
     const auto threads = static_cast<double>(threads_);
     const double bytes = static_cast<double>(share_) * threads * sizeof(float);
-    return {.flops = threads * fma_chunk * fma_flops / best(0.3 * budget, [&](int) { return multiply_adds(); }),
-            .read = bytes / best(0.3 * budget, [&](int thread) { return read(part(thread)); }),
-            .read_write = 2 * bytes / best(0.4 * budget, [&](int thread) { return update(part(thread)); }),
+    const double update_time = best(0.4 * budget, at_least, [&](int thread) { return update(part(thread)); });
+    const double read_time = best(0.3 * budget, at_least, [&](int thread) { return read(part(thread)); });
+    const double fma_time = best(0.3 * budget, at_least, [&](int) { return multiply_adds(); });
+    return {.flops = threads * fma_chunk * fma_flops / fma_time,
+            .read = bytes / read_time,
+            .read_write = 2 * bytes / update_time,
             .threads = threads_};
   }
 
@@ -66,11 +70,11 @@ class limits_probe {
   static constexpr int fma_chunk = 20'000;
   static constexpr double fma_flops = 2.0 * chains * v::width;
 
-  /// The shortest of the runs that fit into the time (three at least), of work(thread) on every thread at once.
+  /// The shortest of the runs that fit into the time, of work(thread) on every thread at once.
   template <class Work>
-  double best(double budget, const Work& work) {
+  double best(double budget, int at_least, const Work& work) {
     double shortest = 1e9, spent = 0;
-    for (int runs = 0; runs < 3 || spent < budget; ++runs) {
+    for (int runs = 0; runs < at_least || spent < budget; ++runs) {
       const auto start = std::chrono::steady_clock::now();
       parallel(threads_, [&](const team& team) { opaque(work(team.thread())); });
       const double once = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();

@@ -10,7 +10,8 @@
 //            W.transpose().
 //   rounding once, to W's scalar, nearest even: the adapters are accumulated apart from W in float (double if W or any
 //            factor is double), from zero, in the order given; then W is added. Merging two adapters in one call is not
-//            the same bits as in two calls, which round twice. An element whose delta is 0 keeps its bits.
+//            the same bits as in two calls, which round twice. An element for which all products
+//            are 0 keeps its bits.
 //   error    |result - exact| <= u_s |exact| + (1+u_s) (u |W| + gamma_{R+3} sum |s| |lora_B| |lora_A|) + eta/2, with u of
 //            the accumulator, u_s and eta (subnormal step) of W's scalar; u_s = eta = 0 where that is the accumulator; and
 //            what underflows in the accumulator (docs/numerics.md).
@@ -44,10 +45,10 @@ namespace detail {
 template <class Acc, class T, storage_order Order>
 using update_of = rank_update<Acc, Order, columns_of<Acc, storage_t<T>>>;
 
-/// destination := round(source + the update); both of one shape, possibly the same memory.
+/// destination := round(source - the update); both of one shape, possibly the same memory.
 template <class Acc, columns Columns, class T, storage_order Order>
-tally write_sum(const rank_update<Acc, Order, Columns>& update, const matrix_view<const T, Order>& source,
-                const matrix_view<T, Order>& destination) {
+tally write_difference(const rank_update<Acc, Order, Columns>& update, const matrix_view<const T, Order>& source,
+                       const matrix_view<T, Order>& destination) {
   return update.run(rounding_sink<rank_update<Acc, Order, Columns>, Acc, T, Order>(source, destination));
 }
 
@@ -67,7 +68,7 @@ merge_report merge_signed(const char* operation, double sign, M& W, const L&... 
                                                                            sign);
     refuse_factor_overlap(operation, "W", weight, each);
     if (update.rank() == 0) return {};
-    return {write_sum(update, matrix_view<const value, view::order>(weight), weight).became_nonfinite};
+    return {write_difference(update, matrix_view<const value, view::order>(weight), weight).became_nonfinite};
   }
 }
 
@@ -81,7 +82,7 @@ template <class M, class... L>
   requires detail::mergeable<M> && (detail::adapters<L> && ...)
 merge_report merge(M&& W, const L&... l) {
   detail::refuse_temporary<M>();
-  return detail::merge_signed("merge", 1.0, W, l...);
+  return detail::merge_signed("merge", detail::merging, W, l...);
 }
 
 /// W := round(W - sum of deltas); see the top of this file.
@@ -89,7 +90,7 @@ template <class M, class... L>
   requires detail::mergeable<M> && (detail::adapters<L> && ...)
 merge_report unmerge(M&& W, const L&... l) {
   detail::refuse_temporary<M>();
-  return detail::merge_signed("unmerge", -1.0, W, l...);
+  return detail::merge_signed("unmerge", detail::unmerging, W, l...);
 }
 
 /// round(W + sum of deltas) as a new Eigen matrix with W's scalar and storage order, or a new packed_weight; the same bits
@@ -99,7 +100,8 @@ template <class M, class... L>
 auto merged(const M& W, const L&... l) {
   const auto each = detail::each_of(l...);
   if constexpr (detail::is_packed_weight<M>) {
-    const detail::panel_update<accumulator_t<M, L...>> update("merged", each, W.out_features(), W.in_features(), 1.0);
+    const detail::panel_update<accumulator_t<M, L...>> update("merged", each, W.out_features(), W.in_features(),
+                                                              detail::merging);
     if (update.rank() == 0) return M(W);
     M result = M::unfilled(W.out_features(), W.in_features());
     detail::write_panels(update, W, result);
@@ -110,14 +112,14 @@ auto merged(const M& W, const L&... l) {
     using value = typename view::value_type;
     constexpr int options = view::is_row_major ? Eigen::RowMajor : Eigen::ColMajor;
     const detail::update_of<accumulator_t<value, L...>, value, view::order> update("merged", each, weight.rows(),
-                                                                                   weight.cols(), 1.0);
+                                                                                   weight.cols(), detail::merging);
     Eigen::Matrix<value, Eigen::Dynamic, Eigen::Dynamic, options> result(weight.rows(), weight.cols());
     const auto destination = as_matrix(result);
     if (update.rank() == 0) {
       for (index_t k = 0; k < weight.outer_size(); ++k)
         std::copy_n(weight.outer(k), weight.inner_size(), destination.outer(k));
     } else {
-      detail::write_sum(update, matrix_view<const value, view::order>(weight), destination);
+      detail::write_difference(update, matrix_view<const value, view::order>(weight), destination);
     }
     return result;
   }
@@ -137,7 +139,7 @@ void merge_checked(M&& W, const L&... l) {
   };
   if constexpr (detail::is_packed_weight<detail::bare<M>>) {
     const detail::panel_update<accumulator_t<detail::bare<M>, L...>> update("merge_checked", each, W.out_features(),
-                                                                            W.in_features(), 1.0);
+                                                                            W.in_features(), detail::merging);
     judge(detail::check_panels(update, W), W.out_features() * W.in_features());
     if (update.rank() != 0) detail::write_panels(update, W, W);
   } else {
@@ -145,12 +147,13 @@ void merge_checked(M&& W, const L&... l) {
     using view = std::remove_const_t<decltype(weight)>;
     using value = typename view::value_type;
     using acc = accumulator_t<value, L...>;
-    const detail::update_of<acc, value, view::order> update("merge_checked", each, weight.rows(), weight.cols(), 1.0);
+    const detail::update_of<acc, value, view::order> update("merge_checked", each, weight.rows(), weight.cols(),
+                                                            detail::merging);
     detail::refuse_factor_overlap("merge_checked", "W", weight, each);
     const matrix_view<const value, view::order> source(weight);
     using check = detail::rounding_sink<detail::bare<decltype(update)>, acc, value, view::order, false>;
     judge(update.run(check(source, weight)), weight.size());
-    if (update.rank() != 0) detail::write_sum(update, source, weight);
+    if (update.rank() != 0) detail::write_difference(update, source, weight);
   }
 }
 

@@ -181,7 +181,7 @@ inline constexpr bool holds_double<packed_weight<T>> = std::is_same_v<T, double>
 template <class Acc>
 using panel_update = rank_update<Acc, storage_order::col_major>;
 
-/// destination := round(source + the update), of one shape; possibly the same weight.
+/// destination := round(source - the update), of one shape; possibly the same weight.
 template <class Acc, class T>
 tally write_panels(const panel_update<Acc>& update, const packed_weight<T>& source, packed_weight<T>& destination) {
   return update.run(panel_sink<panel_update<Acc>, Acc, T>(source.panels(), destination.panels(), source.in_features()));

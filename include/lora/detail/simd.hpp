@@ -17,6 +17,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 #include <type_traits>
 #include <utility>
 
@@ -73,45 +74,36 @@ struct simd<float> {
   static vector broadcast(float v) { return _mm512_set1_ps(v); }
   static vector multiply_add(vector a, vector b, vector c) { return _mm512_fmadd_ps(a, b, c); }
   static vector add(vector a, vector b) { return _mm512_add_ps(a, b); }
-  /// delta == 0 ? kept : sum
-  static vector keep_where_zero(vector delta, vector kept, vector sum) {
-    return _mm512_mask_mov_ps(sum, _mm512_cmp_ps_mask(delta, _mm512_setzero_ps(), _CMP_EQ_OQ), kept);
+  static vector subtract(vector a, vector b) { return _mm512_sub_ps(a, b); }
+  static bool all_finite(vector v) {
+    const __m512i exponent = _mm512_set1_epi32(0x7f80'0000);
+    return _mm512_cmpeq_epi32_mask(_mm512_and_si512(_mm512_castps_si512(v), exponent), exponent) == 0;
   }
-  /// Whether the magnitude of any lane, read as bits, is above a limit.
-  static bool exceeds(vector a, vector b, std::uint32_t limit) {
-    const __m512i magnitude = _mm512_set1_epi32(0x7fff'ffff);
-    const __m512i most = _mm512_max_epi32(_mm512_and_si512(_mm512_castps_si512(a), magnitude),
-                                          _mm512_and_si512(_mm512_castps_si512(b), magnitude));
-    return _mm512_cmpgt_epi32_mask(most, _mm512_set1_epi32(static_cast<int>(limit))) != 0;
-  }
-  /// The largest and smallest magnitude, as bits, of the lanes seen.
-  struct range {
-    __m512i most = _mm512_setzero_si512(), least = _mm512_set1_epi32(0x7fff'ffff);
+  /// The largest magnitude, as bits, of the lanes seen.
+  struct magnitudes {
+    __m512i most = _mm512_setzero_si512();
     LORA_DETAIL_INLINE void see(vector v) {
-      const __m512i bits = _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fff'ffff));
-      most = _mm512_max_epi32(most, bits);
-      least = _mm512_min_epi32(least, bits);
+      most = _mm512_max_epi32(most, _mm512_and_si512(_mm512_castps_si512(v), _mm512_set1_epi32(0x7fff'ffff)));
     }
-    /// No lane was zero or above a limit.
-    bool is_inside(std::uint32_t limit) const {
-      return (_mm512_cmpgt_epi32_mask(most, _mm512_set1_epi32(static_cast<int>(limit))) |
-              _mm512_cmpeq_epi32_mask(least, _mm512_setzero_si512())) == 0;
+    bool exceed(std::uint32_t limit) const {
+      return _mm512_cmpgt_epi32_mask(most, _mm512_set1_epi32(static_cast<int>(limit))) != 0;
     }
   };
   static vector load_even(const bfloat16* p) { return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_loadu_si512(p), 16)); }
   static vector load_odd(const bfloat16* p) {
     return _mm512_castsi512_ps(_mm512_and_si512(_mm512_loadu_si512(p), _mm512_set1_epi32(static_cast<int>(0xffff'0000u))));
   }
-  static void join_pairs(bfloat16* p, vector even, vector odd) {
+  static vector join_pairs(vector even, vector odd) {
     const __m512i e = _mm512_srli_epi32(rounded_up(even), 16);
     const __m512i o = _mm512_and_si512(rounded_up(odd), _mm512_set1_epi32(static_cast<int>(0xffff'0000u)));
-    _mm512_storeu_si512(p, _mm512_or_si512(e, o));
+    return _mm512_castsi512_ps(_mm512_or_si512(e, o));
   }
   static vector load_half(const float16* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
-  static void store_half(float16* p, vector v) {
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  static vector join_halves(vector first, vector second) {
+    const __m512i low = _mm512_castsi256_si512(_mm512_cvtps_ph(first, _MM_FROUND_TO_NEAREST_INT));
+    return _mm512_castsi512_ps(_mm512_inserti64x4(low, _mm512_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT), 1));
   }
 #if defined(LORA_DETAIL_DOTS)
   /// c plus the two products of each 32-bit lane's pair of bfloat16, one addition after the other. Subnormal operands and
@@ -140,27 +132,11 @@ struct simd<double> {
   static vector broadcast(double v) { return _mm512_set1_pd(v); }
   static vector multiply_add(vector a, vector b, vector c) { return _mm512_fmadd_pd(a, b, c); }
   static vector add(vector a, vector b) { return _mm512_add_pd(a, b); }
-  static vector keep_where_zero(vector delta, vector kept, vector sum) {
-    return _mm512_mask_mov_pd(sum, _mm512_cmp_pd_mask(delta, _mm512_setzero_pd(), _CMP_EQ_OQ), kept);
+  static vector subtract(vector a, vector b) { return _mm512_sub_pd(a, b); }
+  static bool all_finite(vector v) {
+    const __m512i exponent = _mm512_set1_epi64(0x7ff0'0000'0000'0000);
+    return _mm512_cmpeq_epi64_mask(_mm512_and_si512(_mm512_castpd_si512(v), exponent), exponent) == 0;
   }
-  static bool exceeds(vector a, vector b, std::uint64_t limit) {
-    const __m512i magnitude = _mm512_set1_epi64(0x7fff'ffff'ffff'ffff);
-    const __m512i most = _mm512_max_epi64(_mm512_and_si512(_mm512_castpd_si512(a), magnitude),
-                                          _mm512_and_si512(_mm512_castpd_si512(b), magnitude));
-    return _mm512_cmpgt_epi64_mask(most, _mm512_set1_epi64(static_cast<long long>(limit))) != 0;
-  }
-  struct range {
-    __m512i most = _mm512_setzero_si512(), least = _mm512_set1_epi64(0x7fff'ffff'ffff'ffff);
-    LORA_DETAIL_INLINE void see(vector v) {
-      const __m512i bits = _mm512_and_si512(_mm512_castpd_si512(v), _mm512_set1_epi64(0x7fff'ffff'ffff'ffff));
-      most = _mm512_max_epi64(most, bits);
-      least = _mm512_min_epi64(least, bits);
-    }
-    bool is_inside(std::uint64_t limit) const {
-      return (_mm512_cmpgt_epi64_mask(most, _mm512_set1_epi64(static_cast<long long>(limit))) |
-              _mm512_cmpeq_epi64_mask(least, _mm512_setzero_si512())) == 0;
-    }
-  };
 };
 /// Of 32 registers: 8 x 2 accumulators, 2 of the right operand, 1 broadcast.
 inline constexpr int tile_rows = 8;
@@ -181,31 +157,11 @@ struct simd<float> {
   static vector broadcast(float v) { return _mm256_set1_ps(v); }
   static vector multiply_add(vector a, vector b, vector c) { return _mm256_fmadd_ps(a, b, c); }
   static vector add(vector a, vector b) { return _mm256_add_ps(a, b); }
-  /// delta == 0 ? kept : sum
-  static vector keep_where_zero(vector delta, vector kept, vector sum) {
-    return _mm256_blendv_ps(sum, kept, _mm256_cmp_ps(delta, _mm256_setzero_ps(), _CMP_EQ_OQ));
+  static vector subtract(vector a, vector b) { return _mm256_sub_ps(a, b); }
+  static bool all_finite(vector v) {
+    const __m256i exponent = _mm256_set1_epi32(0x7f80'0000);
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(v), exponent), exponent)) == 0;
   }
-  /// Whether the magnitude of any lane, read as bits, is above a limit.
-  static bool exceeds(vector a, vector b, std::uint32_t limit) {
-    const __m256i magnitude = _mm256_set1_epi32(0x7fff'ffff);
-    const __m256i most = _mm256_max_epi32(_mm256_and_si256(_mm256_castps_si256(a), magnitude),
-                                          _mm256_and_si256(_mm256_castps_si256(b), magnitude));
-    return _mm256_movemask_epi8(_mm256_cmpgt_epi32(most, _mm256_set1_epi32(static_cast<int>(limit)))) != 0;
-  }
-  /// The largest and smallest magnitude, as bits, of the lanes seen.
-  struct range {
-    __m256i most = _mm256_setzero_si256(), least = _mm256_set1_epi32(0x7fff'ffff);
-    LORA_DETAIL_INLINE void see(vector v) {
-      const __m256i bits = _mm256_and_si256(_mm256_castps_si256(v), _mm256_set1_epi32(0x7fff'ffff));
-      most = _mm256_max_epi32(most, bits);
-      least = _mm256_min_epi32(least, bits);
-    }
-    /// No lane was zero or above a limit.
-    bool is_inside(std::uint32_t limit) const {
-      const __m256i above = _mm256_cmpgt_epi32(most, _mm256_set1_epi32(static_cast<int>(limit)));
-      return _mm256_movemask_epi8(_mm256_or_si256(above, _mm256_cmpeq_epi32(least, _mm256_setzero_si256()))) == 0;
-    }
-  };
   static vector load_even(const bfloat16* p) {
     return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16));
   }
@@ -213,14 +169,15 @@ struct simd<float> {
     return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
                                                 _mm256_set1_epi32(static_cast<int>(0xffff'0000u))));
   }
-  static void join_pairs(bfloat16* p, vector even, vector odd) {
+  static vector join_pairs(vector even, vector odd) {
     const __m256i e = _mm256_srli_epi32(rounded_up(even), 16);
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm256_blend_epi16(e, rounded_up(odd), 0xaa));
+    return _mm256_castsi256_ps(_mm256_blend_epi16(e, rounded_up(odd), 0xaa));
   }
 #if defined(__F16C__)
   static vector load_half(const float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
-  static void store_half(float16* p, vector v) {
-    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT));
+  static vector join_halves(vector first, vector second) {
+    const __m256i low = _mm256_castsi128_si256(_mm256_cvtps_ph(first, _MM_FROUND_TO_NEAREST_INT));
+    return _mm256_castsi256_ps(_mm256_inserti128_si256(low, _mm256_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT), 1));
   }
 #else
   static vector load_half(const float16* p) {
@@ -228,10 +185,13 @@ struct simd<float> {
     for (int k = 0; k < width; ++k) values[k] = static_cast<float>(p[k]);
     return load(values);
   }
-  static void store_half(float16* p, vector v) {
-    float values[width];
-    store(values, v);
-    for (int k = 0; k < width; ++k) p[k] = float16(values[k]);
+  static vector join_halves(vector first, vector second) {
+    float values[2 * width];
+    store(values, first);
+    store(values + width, second);
+    float16 halves[2 * width];
+    for (int k = 0; k < 2 * width; ++k) halves[k] = float16(values[k]);
+    return load(reinterpret_cast<const float*>(halves));
   }
 #endif
 
@@ -255,29 +215,11 @@ struct simd<double> {
   static vector broadcast(double v) { return _mm256_set1_pd(v); }
   static vector multiply_add(vector a, vector b, vector c) { return _mm256_fmadd_pd(a, b, c); }
   static vector add(vector a, vector b) { return _mm256_add_pd(a, b); }
-  static vector keep_where_zero(vector delta, vector kept, vector sum) {
-    return _mm256_blendv_pd(sum, kept, _mm256_cmp_pd(delta, _mm256_setzero_pd(), _CMP_EQ_OQ));
+  static vector subtract(vector a, vector b) { return _mm256_sub_pd(a, b); }
+  static bool all_finite(vector v) {
+    const __m256i exponent = _mm256_set1_epi64x(0x7ff0'0000'0000'0000);
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi64(_mm256_and_si256(_mm256_castpd_si256(v), exponent), exponent)) == 0;
   }
-  static bool exceeds(vector a, vector b, std::uint64_t limit) {
-    const __m256i magnitude = _mm256_set1_epi64x(0x7fff'ffff'ffff'ffff);
-    const __m256i most = _mm256_set1_epi64x(static_cast<long long>(limit));
-    const __m256i over = _mm256_or_si256(_mm256_cmpgt_epi64(_mm256_and_si256(_mm256_castpd_si256(a), magnitude), most),
-                                         _mm256_cmpgt_epi64(_mm256_and_si256(_mm256_castpd_si256(b), magnitude), most));
-    return _mm256_movemask_epi8(over) != 0;
-  }
-  /// As that of floats; AVX2 compares 64-bit integers but has no maximum of them.
-  struct range {
-    __m256i most = _mm256_setzero_si256(), zeros = _mm256_setzero_si256();
-    LORA_DETAIL_INLINE void see(vector v) {
-      const __m256i bits = _mm256_and_si256(_mm256_castpd_si256(v), _mm256_set1_epi64x(0x7fff'ffff'ffff'ffff));
-      most = _mm256_blendv_epi8(most, bits, _mm256_cmpgt_epi64(bits, most));
-      zeros = _mm256_or_si256(zeros, _mm256_cmpeq_epi64(bits, _mm256_setzero_si256()));
-    }
-    bool is_inside(std::uint64_t limit) const {
-      const __m256i above = _mm256_cmpgt_epi64(most, _mm256_set1_epi64x(static_cast<long long>(limit)));
-      return _mm256_movemask_epi8(_mm256_or_si256(above, zeros)) == 0;
-    }
-  };
 };
 /// Of 16 registers: 6 x 2 accumulators, 2 of the right operand, 1 broadcast.
 inline constexpr int tile_rows = 6;
@@ -330,27 +272,21 @@ struct simd {
   static vector add(vector a, vector b) {
     return each([&](int k) { return a[k] + b[k]; });
   }
-  /// delta == 0 ? kept : sum
-  static vector keep_where_zero(vector delta, vector kept, vector sum) {
-    return each([&](int k) { return delta[k] == T(0) ? kept[k] : sum[k]; });
+  static vector subtract(vector a, vector b) {
+    return each([&](int k) { return a[k] - b[k]; });
   }
-  /// Whether the magnitude of any lane, read as bits, is above a limit.
-  static bool exceeds(vector a, vector b, bits limit) {
-    bool any = false;
-    for (int k = 0; k < width; ++k) any = any || magnitude(a[k]) > limit || magnitude(b[k]) > limit;
-    return any;
+  static bool all_finite(vector v) {
+    bool all = true;
+    for (int k = 0; k < width; ++k) all = all && magnitude(v[k]) < std::bit_cast<bits>(std::numeric_limits<T>::infinity());
+    return all;
   }
-  /// Whether a lane was zero, and the largest magnitude, as bits, of the lanes seen.
-  struct range {
+  /// The largest magnitude, as bits, of the lanes seen.
+  struct magnitudes {
     bits most = 0;
-    bool zero = false;
     void see(vector v) {
-      for (int k = 0; k < width; ++k) {
-        most = std::max(most, magnitude(v[k]));
-        zero = zero || magnitude(v[k]) == 0;
-      }
+      for (int k = 0; k < width; ++k) most = std::max(most, magnitude(v[k]));
     }
-    bool is_inside(bits limit) const { return !zero && most <= limit; }
+    bool exceed(bits limit) const { return most > limit; }
   };
   static vector load_even(const bfloat16* p) {
     return each([&](int k) { return static_cast<T>(p[2 * k]); });
@@ -358,17 +294,24 @@ struct simd {
   static vector load_odd(const bfloat16* p) {
     return each([&](int k) { return static_cast<T>(p[2 * k + 1]); });
   }
-  static void join_pairs(bfloat16* p, vector even, vector odd) {
+  static vector join_pairs(vector even, vector odd) {
+    bfloat16 pairs[2 * width];
     for (int k = 0; k < width; ++k) {
-      p[2 * k] = bfloat16(even[k]);
-      p[2 * k + 1] = bfloat16(odd[k]);
+      pairs[2 * k] = bfloat16(even[k]);
+      pairs[2 * k + 1] = bfloat16(odd[k]);
     }
+    return load(reinterpret_cast<const T*>(pairs));
   }
   static vector load_half(const float16* p) {
     return each([&](int k) { return static_cast<T>(p[k]); });
   }
-  static void store_half(float16* p, vector v) {
-    for (int k = 0; k < width; ++k) p[k] = float16(v[k]);
+  static vector join_halves(vector first, vector second) {
+    float16 halves[2 * width];
+    for (int k = 0; k < width; ++k) {
+      halves[k] = float16(first[k]);
+      halves[width + k] = float16(second[k]);
+    }
+    return load(reinterpret_cast<const T*>(halves));
   }
 
  private:
@@ -391,6 +334,51 @@ template <class Acc, class T>
 inline constexpr bool has_dots = std::is_same_v<Acc, float> && std::is_same_v<T, bfloat16>;
 #else
 inline constexpr bool has_dots = false;
+#endif
+
+/// Whether all of the sums seen are finite in T after rounding.
+template <class Acc, class T>
+struct watch {
+  using vectors = simd<Acc>;
+  typename vectors::vector sum = vectors::zero();
+
+  /// Infinities and NaN stay in a sum; one that overflows although its terms are finite gives a false alarm.
+  LORA_DETAIL_INLINE void see(typename vectors::vector v) { sum = vectors::add(sum, v); }
+  bool all_finite() const { return vectors::all_finite(sum); }
+};
+#if defined(LORA_DETAIL_AVX2) && !defined(LORA_DETAIL_AVX512)
+/// Of 16-bit elements, by what they were rounded to: the upper ends of the signed and of the unsigned order.
+template <class T>
+  requires(sizeof(T) == 2)
+struct watch<float, T> {
+  using vectors = simd<float>;
+  __m256i positive = _mm256_setzero_si256(), negative = _mm256_setzero_si256();
+
+  LORA_DETAIL_INLINE void see(__m256, __m256, __m256 rounded) {
+    positive = _mm256_max_epi16(positive, _mm256_castps_si256(rounded));
+    negative = _mm256_max_epu16(negative, _mm256_castps_si256(rounded));
+  }
+  bool all_finite() const {
+    constexpr short infinity = std::is_same_v<T, bfloat16> ? 0x7f80 : 0x7c00;
+    const __m256i most = _mm256_set1_epi16(infinity - 1), least = _mm256_set1_epi16(static_cast<short>(infinity | 0x8000));
+    const __m256i below = _mm256_cmpeq_epi16(_mm256_max_epu16(negative, least), negative);
+    return _mm256_movemask_epi8(_mm256_or_si256(_mm256_cmpgt_epi16(positive, most), below)) == 0;
+  }
+};
+#else
+/// Of 16-bit elements, by the magnitudes from which on they round to infinity: from halfway between it and the largest.
+template <class T>
+  requires(sizeof(T) == 2)
+struct watch<float, T> {
+  using vectors = simd<float>;
+  vectors::magnitudes seen{};
+
+  LORA_DETAIL_INLINE void see(vectors::vector first, vectors::vector second, vectors::vector) {
+    seen.see(first);
+    seen.see(second);
+  }
+  bool all_finite() const { return !seen.exceed(std::is_same_v<T, bfloat16> ? 0x7f7f'7fffu : 0x477f'efffu); }
+};
 #endif
 
 /// Columns of a register tile: two vectors.

@@ -10,6 +10,7 @@
 #include <atomic>
 #include <cstdint>
 #include <cstring>
+#include <limits>
 
 #include "lora/detail/memory.hpp"
 #include "lora/detail/operands.hpp"
@@ -23,6 +24,10 @@ struct tally {
   std::size_t became_nonfinite = 0;  ///< finite before, infinite or NaN after
   std::size_t nonfinite = 0;         ///< infinite or NaN after
 };
+
+/// The sign of an update by what it is for: sinks subtract it from the weight. A sum of products that begins at +0 is never -0
+/// (unless it underflows), and W - (+0) is W for every W, where W + (+0) would turn -0 into +0.
+inline constexpr double merging = -1.0, unmerging = 1.0;
 
 /// The order of a tile's columns in its two vectors: as they are, or the even ones and then the odd ones, which is how
 /// pairs of bfloat16 come apart.
@@ -66,24 +71,31 @@ class rank_update {
       }
       first += static_cast<index_t>(l.rank());
     });
+    unify_nans(left_);
+    unify_nans(right_);
   }
 
   index_t rank() const { return rank_; }
 
-  /// Gives every tile of the delta to the sink, on any thread: sink.plain(first row, first column, tile) where all of it
-  /// lies inside; if that says false, having written nothing, sink.full(tally, first row, first column, tile); at the edges
-  /// sink.part(tally, row, first column, columns, delta) for each row. Rows and columns are those of
-  /// the transpose if column-major. Neither throws nor allocates. Returns the sum of the tallies.
+  /// Gives every tile of the sums to the sink, on any thread. Tiles come in bands, along the rows or, where Sink::down,
+  /// along the columns: place = sink.at(first row, first column) is where a band begins and place.next() goes on by a tile;
+  /// place.plain(tile) is called where all of the tile lies inside, and if it says false, having written nothing, or at the
+  /// edges, sink.part(tally, row, first column, columns, sums) for each row. Rows and columns are those of the transpose if
+  /// column-major. Neither throws nor allocates. Returns the sum of the tallies.
   template <class Sink>
   tally run(const Sink& sink) const {
     const int threads = threads_for(static_cast<double>(rows_) * static_cast<double>(cols_) * static_cast<double>(rank_));
     std::atomic<std::size_t> became_nonfinite{0}, nonfinite{0};
-    const index_t strip = sink.by_columns ? 1 : panels_in_strip();
+    const index_t across = Sink::down ? col_panels() : row_panels(), along = Sink::down ? row_panels() : col_panels();
+    const index_t strip = panels_in_strip(Sink::down ? tile_rows : width);
     parallel(threads, [&](const team& team) {
       tally mine;
-      team.for_each(row_panels() * pieces(col_panels(), strip), [&](index_t task) {
-        const index_t first = task / row_panels() * strip;
-        for (index_t q = first; q < std::min(first + strip, col_panels()); ++q) one(task % row_panels(), q, mine, sink);
+      team.for_each(across * pieces(along, strip), [&](index_t task) {
+        const index_t fixed = task % across, first = task / across * strip, count = std::min(strip, along - first);
+        if constexpr (Sink::down)
+          band(sink, first, fixed, count, mine);
+        else
+          band(sink, fixed, first, count, mine);
       });
       sink.done();
       became_nonfinite += mine.became_nonfinite;
@@ -94,13 +106,14 @@ class rank_update {
 
  private:
   static constexpr bool is_row_major = Order == storage_order::row_major;
-  /// Column panels are handled in strips whose packed factor stays in the second-level cache while all rows pass.
+  /// A band is so long that the panels along it stay in the second-level cache while all bands beside it pass.
   static constexpr index_t strip_bytes = index_t{256} << 10;
 
   index_t row_panels() const { return pieces(rows_, tile_rows); }
   index_t col_panels() const { return pieces(cols_, width); }
-  index_t panels_in_strip() const {
-    return std::max<index_t>(8, strip_bytes / (std::max<index_t>(1, rank_) * width * static_cast<index_t>(sizeof(Acc))));
+  index_t panels_in_strip(index_t panel_width) const {
+    const index_t panel_bytes = std::max<index_t>(1, rank_) * panel_width * static_cast<index_t>(sizeof(Acc));
+    return std::max<index_t>(8, strip_bytes / panel_bytes);
   }
 
   /// Packs scale * source (outer x rank) from rank `first` on. The product is formed in double and rounded once.
@@ -124,6 +137,20 @@ class rank_update {
       }
     }
   }
+  /// One NaN for all, whose lower bits are zero: rounding to 16 bits in registers would carry others out of the exponent.
+  /// Accumulators of double are never rounded there.
+  static void unify_nans(array<Acc>& values) {
+    if constexpr (std::is_same_v<Acc, float>) {
+      float* const begin = values.data();
+      std::uint32_t most = 0;
+      for (index_t k = 0; k < values.size(); ++k)
+        most = std::max(most, std::bit_cast<std::uint32_t>(begin[k]) & 0x7fff'ffffu);
+      if (most <= 0x7f80'0000u) return;
+      for (index_t k = 0; k < values.size(); ++k)
+        if ((std::bit_cast<std::uint32_t>(begin[k]) & 0x7fff'ffffu) > 0x7f80'0000u)
+          begin[k] = std::numeric_limits<float>::quiet_NaN();
+    }
+  }
   template <int PanelWidth>
   static constexpr index_t place(index_t i) {
     if constexpr (Columns == columns::even_then_odd && PanelWidth == width)
@@ -132,47 +159,56 @@ class rank_update {
       return i;
   }
 
+  /// `count` tiles from row panel p and column panel q on. All that the loop needs is in locals: a store of a vector may
+  /// alias whatever lies in an object.
   template <class Sink>
-  void one(index_t p, index_t q, tally& mine, const Sink& sink) const {
-    sink.fetch(p * tile_rows, q * width);
-    const index_t rows = std::min<index_t>(tile_rows, rows_ - p * tile_rows);
-    const index_t columns = std::min(width, cols_ - q * width);
-    if (rows == tile_rows && columns == width) {
-      tile sum;
-      form(p, q, sum);
-      if (!sink.plain(p * tile_rows, q * width, sum)) careful(p, q, mine, sink, rows, columns);
-    } else {
-      careful(p, q, mine, sink, rows, columns);
+  void band(const Sink& sink, index_t p, index_t q, index_t count, tally& mine) const {
+    const index_t rank = rank_;
+    const Acc* left = left_.data() + p * rank * tile_rows;
+    const Acc* right = right_.data() + q * rank * width;
+    auto place = sink.at(p * tile_rows, q * width);
+    const index_t inside =
+        Sink::down ? (q < cols_ / width ? rows_ / tile_rows - p : 0) : (p < rows_ / tile_rows ? cols_ / width - q : 0);
+    for (index_t n = 0; n < count; ++n) {
+      bool written = false;
+      if (n < inside) {
+        place.fetch();
+        tile sum;
+        form(left, right, rank, sum);
+        written = place.plain(sum);
+        place.next();
+      }
+      if (!written) careful(sink, Sink::down ? p + n : p, Sink::down ? q : q + n, mine);
+      if constexpr (Sink::down)
+        left += rank * tile_rows;
+      else
+        right += rank * width;
     }
   }
 
-  /// The tile of the delta, from zero.
-  LORA_DETAIL_INLINE void form(index_t p, index_t q, tile& sum) const {
+  /// A tile of the sums, from zero.
+  LORA_DETAIL_INLINE static void form(const Acc* left, const Acc* right, index_t rank, tile& sum) {
     LORA_DETAIL_UNROLL
     for (int i = 0; i < tile_rows; ++i) sum[i][0] = sum[i][1] = simd<Acc>::zero();
-    advance<false, tile_rows, 2, Acc>(sum, left_.data() + p * rank_ * tile_rows, tile_rows,
-                                      right_.data() + q * rank_ * width, 0, rank_);
+    advance<false, tile_rows, 2, Acc>(sum, left, tile_rows, right, 0, rank);
   }
 
-  /// A tile at the edge, or one with a zero or a number that is not finite: formed again, and told row by row.
+  /// A tile at the edge, or one that the sink did not take: formed again, and told row by row.
   template <class Sink>
 #if defined(__GNUC__)
   __attribute__((noinline))
 #endif
   void
-  careful(index_t p, index_t q, tally& mine, const Sink& sink, index_t rows, index_t columns) const {
+  careful(const Sink& sink, index_t p, index_t q, tally& mine) const {
     tile sum;
-    form(p, q, sum);
-    if (rows == tile_rows && columns == width) {
-      sink.full(mine, p * tile_rows, q * width, sum);
-    } else {
-      LORA_DETAIL_UNROLL
-      for (int i = 0; i < tile_rows; ++i) {
-        if (i >= rows) break;
-        Acc delta[width];
-        spill(sum[i][0], sum[i][1], delta);
-        sink.part(mine, p * tile_rows + i, q * width, columns, delta);
-      }
+    form(left_.data() + p * rank_ * tile_rows, right_.data() + q * rank_ * width, rank_, sum);
+    const index_t rows = std::min<index_t>(tile_rows, rows_ - p * tile_rows);
+    LORA_DETAIL_UNROLL
+    for (int i = 0; i < tile_rows; ++i) {
+      if (i >= rows) break;
+      Acc values[width];
+      spill(sum[i][0], sum[i][1], values);
+      sink.part(mine, p * tile_rows + i, q * width, std::min(width, cols_ - q * width), values);
     }
   }
 
@@ -190,16 +226,15 @@ class rank_update {
   array<Acc> left_, right_;
 };
 
-/// destination = round(source + delta), element by element, once. An element whose delta is zero keeps its bits. `step` is
-/// the distance of the elements.
+/// destination = round(source - less), element by element, once; `step` is the distance of the elements. Where less is +0 the
+/// source keeps its bits: by the arithmetic, but for a signaling NaN, whose bits are kept by hand.
 template <class Acc, class T>
-void add_and_round(tally& seen, const T* source, T* destination, const Acc* delta, index_t count, index_t step = 1) {
+void subtract_and_round(tally& seen, const T* source, T* destination, const Acc* less, index_t count, index_t step = 1) {
   std::size_t became = 0, nonfinite = 0;
   for (index_t j = 0; j < count; ++j) {
     const T before = source[j * step];
-    T after = delta[j] == Acc(0) ? before : narrow<T>(widen<Acc>(before) + delta[j]);
-    // clang turns this choice into adding -0.0, which is the same but for a signaling NaN: its bits are kept by hand.
-    if (delta[j] == Acc(0) && !is_finite(before)) std::memcpy(&after, source + j * step, sizeof(T));
+    T after = narrow<T>(widen<Acc>(before) - less[j]);
+    if (less[j] == Acc(0) && !is_finite(before)) std::memcpy(&after, source + j * step, sizeof(T));
     destination[j * step] = after;
     const bool bad = !is_finite(after);
     nonfinite += bad;
@@ -209,20 +244,7 @@ void add_and_round(tally& seen, const T* source, T* destination, const Acc* delt
   seen.became_nonfinite += became;
 }
 
-/// The largest magnitude, as bits of the accumulator, that is finite in T after rounding.
-template <class T, class Acc>
-constexpr auto largest_finite() {
-  if constexpr (std::is_same_v<T, double>)
-    return std::uint64_t{0x7fef'ffff'ffff'ffff};
-  else if constexpr (std::is_same_v<T, float>)
-    return std::uint32_t{0x7f7f'ffff};
-  else if constexpr (std::is_same_v<T, bfloat16>)
-    return std::uint32_t{0x7f7f'7fff};  // from 0x7f7f'8000 on the tie goes up
-  else
-    return std::uint32_t{0x477f'efff};  // below 65520, the tie between 65504 and what would be 65536
-}
-
-/// Whether a row of a tile can be added and rounded in registers.
+/// Whether a tile's sums are taken from a weight of T and rounded in registers.
 template <class Acc, class T>
 inline constexpr bool rounds_in_registers = std::is_same_v<Acc, T> || (std::is_same_v<Acc, float> && sizeof(T) == 2);
 
@@ -241,16 +263,26 @@ LORA_DETAIL_INLINE void load_row(const T* source, typename simd<Acc>::vector& fi
     second = v::load(source + v::width);
   }
 }
-/// The reverse, rounding once; numbers that are not finite in T are not its business.
+/// The reverse: rounds them in place, once, and sees whether all stayed finite. Two vectors of 16-bit elements become one.
+template <class T, class Watch, class Vector>
+LORA_DETAIL_INLINE void round_row(Vector& first, Vector& second, Watch& watch) {
+  using v = typename Watch::vectors;
+  if constexpr (sizeof(T) == 2) {
+    const Vector rounded = std::is_same_v<T, bfloat16> ? v::join_pairs(first, second) : v::join_halves(first, second);
+    watch.see(first, second, rounded);
+    first = rounded;
+  } else {
+    watch.see(first);
+    watch.see(second);
+  }
+}
+/// What round_row made.
 template <class Acc, class T>
 LORA_DETAIL_INLINE void store_row(T* destination, typename simd<Acc>::vector first, typename simd<Acc>::vector second,
                                   bool past_caches) {
   using v = simd<Acc>;
-  if constexpr (std::is_same_v<T, bfloat16>) {
-    v::join_pairs(destination, first, second);
-  } else if constexpr (std::is_same_v<T, float16>) {
-    v::store_half(destination, first);
-    v::store_half(destination + v::width, second);
+  if constexpr (sizeof(T) == 2) {
+    v::store(reinterpret_cast<float*>(destination), first);
   } else if (past_caches) {
     v::stream(destination, first);
     v::stream(destination + v::width, second);
@@ -260,32 +292,17 @@ LORA_DETAIL_INLINE void store_row(T* destination, typename simd<Acc>::vector fir
   }
 }
 
-/// Two vectors of a weight plus their deltas, rounded and written; false, with nothing written, if any element of the
-/// result is not finite. bfloat16: the vectors are the even and the odd elements. `Store` false: only the answer.
-template <bool Store, class Acc, class T>
-LORA_DETAIL_INLINE bool add_and_round(const T* source, T* destination, typename simd<Acc>::vector first,
-                                      typename simd<Acc>::vector second, bool past_caches) {
-  using v = simd<Acc>;
-  typename v::vector w0, w1;
-  load_row<Acc>(source, w0, w1);
-  const auto s0 = v::keep_where_zero(first, w0, v::add(w0, first));
-  const auto s1 = v::keep_where_zero(second, w1, v::add(w1, second));
-  if (v::exceeds(s0, s1, largest_finite<T, Acc>())) return false;
-  if constexpr (Store) store_row<Acc>(destination, s0, s1, past_caches);
-  return true;
-}
-
 /// The order of columns in which a weight of T that is row by row in memory is rounded.
 template <class Acc, class T>
 inline constexpr columns columns_of =
     std::is_same_v<Acc, float> && std::is_same_v<T, bfloat16> ? columns::even_then_odd : columns::in_order;
 
-/// Sink: destination := round(source + delta), of one shape and possibly the same memory; Store false: only the tally.
+/// Sink: destination := round(source - sums), of one shape and possibly the same memory; Store false: only the tally.
 template <class Update, class Acc, class S, storage_order Order, bool Store = true>
 class rounding_sink {
  public:
   using T = storage_t<S>;
-  static constexpr bool by_columns = false;
+  static constexpr bool down = false;
 
   rounding_sink(const matrix_view<const S, Order>& source, const matrix_view<S, Order>& destination)
       : source_(reinterpret_cast<const T*>(source.data())),
@@ -295,50 +312,53 @@ class rounding_sink {
         past_caches_(Store && source_ != destination_ && std::is_same_v<T, Acc> && is_aligned(destination_) &&
                      stride_ * static_cast<index_t>(sizeof(T)) % static_cast<index_t>(memory_alignment) == 0) {}
 
-  void fetch(index_t row, index_t col) const {
-    constexpr index_t ahead = 4;
-    for (int i = 0; i < tile_rows; ++i)
-      prefetch_at(source_, ((row + i) * source_stride_ + col + ahead * tile_cols<Acc>)*static_cast<index_t>(sizeof(T)));
-  }
-  /// In registers until all of it is known to be finite and without a zero, whose sign would have to be looked at.
-  LORA_DETAIL_INLINE bool plain(index_t row, index_t col, typename Update::tile& sum) const {
-    if constexpr (!rounds_in_registers<Acc, T>) {
-      return false;
-    } else {
-      typename simd<Acc>::range range;
-      LORA_DETAIL_UNROLL
-      for (int i = 0; i < tile_rows; ++i) {
-        typename simd<Acc>::vector w0, w1;
-        load_row<Acc>(source_ + (row + i) * source_stride_ + col, w0, w1);
-        range.see(sum[i][0] = simd<Acc>::add(w0, sum[i][0]));
-        range.see(sum[i][1] = simd<Acc>::add(w1, sum[i][1]));
+  /// A tile of the two weights.
+  struct place {
+    const T* from;
+    T* to;
+    index_t from_stride, to_stride;
+    bool past_caches;
+
+    void next() {
+      from += Update::width;
+      to += Update::width;
+    }
+    void fetch() const {
+      constexpr index_t ahead = 4 * Update::width;
+      for (int i = 0; i < tile_rows; ++i) prefetch_at(from, (i * from_stride + ahead) * static_cast<index_t>(sizeof(T)));
+    }
+    /// In registers until all of it is known to be finite. All rows are read before the first is written: where rows lie a
+    /// multiple of 4 KiB apart a read would wait for the write.
+    LORA_DETAIL_INLINE bool plain(typename Update::tile& sum) const {
+      if constexpr (!rounds_in_registers<Acc, T>) {
+        return false;
+      } else {
+        watch<Acc, T> seen;
+        LORA_DETAIL_UNROLL
+        for (int i = 0; i < tile_rows; ++i) {
+          typename simd<Acc>::vector w0, w1;
+          load_row<Acc>(from + i * from_stride, w0, w1);
+          sum[i][0] = simd<Acc>::subtract(w0, sum[i][0]);
+          sum[i][1] = simd<Acc>::subtract(w1, sum[i][1]);
+          round_row<T>(sum[i][0], sum[i][1], seen);
+        }
+        if (!seen.all_finite()) return false;
+        LORA_DETAIL_UNROLL
+        for (int i = 0; Store && i < tile_rows; ++i) store_row<Acc>(to + i * to_stride, sum[i][0], sum[i][1], past_caches);
+        return true;
       }
-      if (!range.is_inside(largest_finite<T, Acc>())) return false;
-      LORA_DETAIL_UNROLL
-      for (int i = 0; Store && i < tile_rows; ++i)
-        store_row<Acc>(destination_ + (row + i) * stride_ + col, sum[i][0], sum[i][1], past_caches_);
-      return true;
     }
+  };
+  place at(index_t row, index_t col) const {
+    return {source_ + row * source_stride_ + col, destination_ + row * stride_ + col, source_stride_, stride_, past_caches_};
   }
-  LORA_DETAIL_INLINE void full(tally& seen, index_t row, index_t col, const typename Update::tile& delta) const {
-    LORA_DETAIL_UNROLL
-    for (int i = 0; i < tile_rows; ++i) {
-      if constexpr (rounds_in_registers<Acc, T>)
-        if (add_and_round<Store, Acc>(source_ + (row + i) * source_stride_ + col, destination_ + (row + i) * stride_ + col,
-                                      delta[i][0], delta[i][1], past_caches_))
-          continue;
-      Acc values[tile_cols<Acc>];
-      Update::spill(delta[i][0], delta[i][1], values);
-      part(seen, row + i, col, tile_cols<Acc>, values);
-    }
-  }
-  void part(tally& seen, index_t row, index_t col, index_t count, const Acc* delta) const {
+  void part(tally& seen, index_t row, index_t col, index_t count, const Acc* less) const {
     const T* const from = source_ + row * source_stride_ + col;
     if constexpr (Store) {
-      add_and_round(seen, from, destination_ + row * stride_ + col, delta, count);
+      subtract_and_round(seen, from, destination_ + row * stride_ + col, less, count);
     } else {
       T rounded[tile_cols<Acc>];
-      add_and_round(seen, from, rounded, delta, count);
+      subtract_and_round(seen, from, rounded, less, count);
     }
   }
   void done() const {
@@ -358,7 +378,7 @@ class rounding_sink {
 template <class Update, class Acc, class T, bool Store = true>
 class panel_sink {
  public:
-  static constexpr bool by_columns = true;
+  static constexpr bool down = true;
   static constexpr index_t width = tile_cols<accumulator_t<T>>;
 
   panel_sink(const T* source, T* destination, index_t in_features)
@@ -367,79 +387,65 @@ class panel_sink {
         panel_(panel_size<T>(in_features, width)),
         past_caches_(Store && source != destination && std::is_same_v<T, Acc>) {}
 
-  void fetch(index_t row, index_t col) const {
-    constexpr index_t ahead = 2048;
-    const index_t at = offset(row, col) * static_cast<index_t>(sizeof(T)) + ahead;
-    for (index_t b = 0; b < tile_rows * width * static_cast<index_t>(sizeof(T)); b += 64) prefetch_at(source_, at + b);
-  }
-  LORA_DETAIL_INLINE bool plain(index_t row, index_t col, typename Update::tile& sum) const {
-    if constexpr (!in_registers) {
-      return false;
-    } else {
-      typename simd<Acc>::range range;
-      LORA_DETAIL_UNROLL
-      for (int i = 0; i < tile_rows; ++i) {
-        LORA_DETAIL_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          const T* const p = source_ + group_offset(row, col, i, j);
-          typename simd<Acc>::vector w;
-          if constexpr (std::is_same_v<T, bfloat16>)
-            w = i % 2 == 0 ? simd<Acc>::load_even(p) : simd<Acc>::load_odd(p);
-          else if constexpr (std::is_same_v<T, float16>)
-            w = simd<Acc>::load_half(p);
-          else
-            w = simd<Acc>::load(p);
-          range.see(sum[i][j] = simd<Acc>::add(w, sum[i][j]));
-        }
-      }
-      if (!range.is_inside(largest_finite<T, Acc>())) return false;
-      LORA_DETAIL_UNROLL
-      for (int i = 0; Store && i < tile_rows; i += depth_group<T>) {
-        if constexpr (std::is_same_v<T, bfloat16>) {
-          store_row<Acc>(destination_ + group_offset(row, col, i, 0), sum[i][0], sum[i + 1][0], false);
-          store_row<Acc>(destination_ + group_offset(row, col, i, 1), sum[i][1], sum[i + 1][1], false);
-        } else {
-          store_row<Acc>(destination_ + group_offset(row, col, i, 0), sum[i][0], sum[i][1], past_caches_);
-        }
-      }
-      return true;
+  /// A tile of the two weights, one behind the other in memory.
+  struct place {
+    const T* from;
+    T* to;
+    bool past_caches;
+
+    static constexpr index_t size = tile_rows * width;
+    void next() {
+      from += size;
+      to += size;
     }
-  }
-  LORA_DETAIL_INLINE void full(tally& seen, index_t row, index_t col, const typename Update::tile& delta) const {
-    if constexpr (in_registers && std::is_same_v<T, bfloat16>) {
-      LORA_DETAIL_UNROLL
-      for (int i = 0; i < tile_rows; i += 2) {
+    void fetch() const {
+      constexpr index_t ahead = 2048;
+      for (index_t b = 0; b < size * static_cast<index_t>(sizeof(T)); b += 64) prefetch_at(from, ahead + b);
+    }
+    LORA_DETAIL_INLINE bool plain(typename Update::tile& sum) const {
+      if constexpr (!in_registers) {
+        return false;
+      } else {
+        constexpr int group = depth_group<T>;  // of bfloat16 two rows of the tile lie together, a pair in each lane
+        watch<Acc, T> seen;
         LORA_DETAIL_UNROLL
-        for (int j = 0; j < 2; ++j) {
-          const index_t first = col + j * simd<Acc>::width, at = offset(row + i, first);
-          if (add_and_round<Store, Acc>(source_ + at, destination_ + at, delta[i][j], delta[i + 1][j], false)) continue;
-          for (int n = 0; n < 2; ++n) {
-            Acc values[simd<Acc>::width];
-            simd<Acc>::store(values, delta[i + n][j]);
-            part(seen, row + i + n, first, simd<Acc>::width, values);
+        for (int i = 0; i < tile_rows; ++i) {
+          typename simd<Acc>::vector w[2];
+          if (i % group == 0)
+            read_panel<false, 2, Acc>(from + i * width, 0, w);
+          else
+            read_panel<true, 2, Acc>(from + (i - 1) * width, 0, w);
+          sum[i][0] = simd<Acc>::subtract(w[0], sum[i][0]);
+          sum[i][1] = simd<Acc>::subtract(w[1], sum[i][1]);
+          if (group == 1) {
+            round_row<T>(sum[i][0], sum[i][1], seen);
+          } else if (i % group != 0) {
+            round_row<T>(sum[i - 1][0], sum[i][0], seen);
+            round_row<T>(sum[i - 1][1], sum[i][1], seen);
           }
         }
-      }
-    } else {
-      LORA_DETAIL_UNROLL
-      for (int i = 0; i < tile_rows; ++i) {
-        const index_t at = offset(row + i, col);
-        if constexpr (in_registers)
-          if (add_and_round<Store, Acc>(source_ + at, destination_ + at, delta[i][0], delta[i][1], past_caches_)) continue;
-        Acc values[tile_cols<Acc>];
-        Update::spill(delta[i][0], delta[i][1], values);
-        part(seen, row + i, col, tile_cols<Acc>, values);
+        if (!seen.all_finite()) return false;
+        LORA_DETAIL_UNROLL
+        for (int i = 0; Store && i < tile_rows; i += group) {
+          store_row<Acc>(to + i * width, sum[i][0], sum[i][1], past_caches);
+          if constexpr (group == 2) store_row<Acc>(to + (i + 1) * width, sum[i][1], sum[i][1], past_caches);
+        }
+        return true;
       }
     }
+  };
+  place at(index_t row, index_t col) const {
+    const index_t first = offset(row, col);
+    return {source_ + first, destination_ + first, past_caches_};
   }
-  void part(tally& seen, index_t row, index_t col, index_t count, const Acc* delta) const {
+  void part(tally& seen, index_t row, index_t col, index_t count, const Acc* less) const {
     // The accumulator's tile may be narrower than a panel; it never straddles two.
-    const index_t at = offset(row, col);
+    const index_t first = offset(row, col);
     if constexpr (Store) {
-      add_and_round(seen, source_ + at, destination_ + at, delta, count, depth_group<T>);
+      subtract_and_round(seen, source_ + first, destination_ + first, less, count, depth_group<T>);
     } else {
       T rounded[depth_group<T> * tile_cols<Acc>];
-      add_and_round(seen, source_ + at, rounded, delta, count, depth_group<T>);
+      subtract_and_round(seen, source_ + first, rounded, less, count, depth_group<T>);
     }
   }
   void done() const {
@@ -449,11 +455,6 @@ class panel_sink {
  private:
   static constexpr bool in_registers = rounds_in_registers<Acc, T> && tile_cols<Acc> == width;
 
-  /// Where vector j of row i of a tile, or of the pair of rows that holds it, begins.
-  index_t group_offset(index_t row, index_t col, int i, int j) const {
-    constexpr int group = depth_group<T>;
-    return offset(row, col) + (i / group * group) * width + j * group * simd<Acc>::width;
-  }
   index_t offset(index_t row, index_t col) const { return col / width * panel_ + panel_offset<T>(col % width, row, width); }
 
   const T* source_;
