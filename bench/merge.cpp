@@ -119,8 +119,8 @@ void merge(benchmark::State& state, lora_bench::session& session, const shape& l
   for (const auto& rival : rivals) ways.push_back(in_turn(rows, rival.merge));
   const auto m = session.measure(state, ways, 0);
 
-  const auto limit = [&](const lora::limits& l) {
-    return l.updating(2 * static_cast<double>(rank) * layer.size(), 2 * layer.size() * sizeof(T));
+  const auto limit = [&](const lora::limits& machine) {
+    return machine.updating(2 * static_cast<double>(rank) * layer.size(), 2 * layer.size() * sizeof(T));
   };
   state.counters["share"] = m.share(0, limit);
   state.counters["share_panels"] = m.share(1, limit);

@@ -45,11 +45,10 @@ namespace detail {
 template <class Acc, class T, storage_order Order>
 using update_of = rank_update<Acc, Order, columns_of<Acc, storage_t<T>>>;
 
-/// destination := round(source - the update); both of one shape, possibly the same memory.
-template <class Acc, columns Columns, class T, storage_order Order>
-tally write_difference(const rank_update<Acc, Order, Columns>& update, const matrix_view<const T, Order>& source,
-                       const matrix_view<T, Order>& destination) {
-  return update.run(rounding_sink<rank_update<Acc, Order, Columns>, Acc, T, Order>(source, destination));
+/// weight := round(weight - the update), or nowhere: what that would make.
+template <writing Where, class Acc, columns Columns, class T, storage_order Order>
+tally subtract_update(const rank_update<Acc, Order, Columns>& update, const matrix_view<T, Order>& weight) {
+  return update.run(rounding_sink<rank_update<Acc, Order, Columns>, Acc, T, Order, Where>(weight));
 }
 
 template <class M, class... L>
@@ -68,7 +67,7 @@ merge_report merge_signed(const char* operation, double sign, M& W, const L&... 
                                                                            sign);
     refuse_factor_overlap(operation, "W", weight, each);
     if (update.rank() == 0) return {};
-    return {write_difference(update, matrix_view<const value, view::order>(weight), weight).became_nonfinite};
+    return {subtract_update<writing::in_place>(update, weight).became_nonfinite};
   }
 }
 
@@ -119,7 +118,9 @@ auto merged(const M& W, const L&... l) {
       for (index_t k = 0; k < weight.outer_size(); ++k)
         std::copy_n(weight.outer(k), weight.inner_size(), destination.outer(k));
     } else {
-      detail::write_difference(update, matrix_view<const value, view::order>(weight), destination);
+      using sink = detail::rounding_sink<detail::bare<decltype(update)>, accumulator_t<value, L...>, value, view::order,
+                                         detail::writing::elsewhere>;
+      update.run(sink(weight, destination));
     }
     return result;
   }
@@ -146,14 +147,11 @@ void merge_checked(M&& W, const L&... l) {
     const auto weight = detail::output_view(W);
     using view = std::remove_const_t<decltype(weight)>;
     using value = typename view::value_type;
-    using acc = accumulator_t<value, L...>;
-    const detail::update_of<acc, value, view::order> update("merge_checked", each, weight.rows(), weight.cols(),
-                                                            detail::merging);
+    const detail::update_of<accumulator_t<value, L...>, value, view::order> update("merge_checked", each, weight.rows(),
+                                                                                   weight.cols(), detail::merging);
     detail::refuse_factor_overlap("merge_checked", "W", weight, each);
-    const matrix_view<const value, view::order> source(weight);
-    using check = detail::rounding_sink<detail::bare<decltype(update)>, acc, value, view::order, false>;
-    judge(update.run(check(source, weight)), weight.size());
-    if (update.rank() != 0) detail::write_difference(update, source, weight);
+    judge(detail::subtract_update<detail::writing::nowhere>(update, weight), weight.size());
+    if (update.rank() != 0) detail::subtract_update<detail::writing::in_place>(update, weight);
   }
 }
 

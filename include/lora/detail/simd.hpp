@@ -41,8 +41,10 @@ namespace lora::inline LORA_DETAIL_ABI::detail {
 #endif
 #if defined(__GNUC__)
 #define LORA_DETAIL_INLINE __attribute__((always_inline)) inline
+#define LORA_DETAIL_APART __attribute__((noinline))
 #else
 #define LORA_DETAIL_INLINE inline
+#define LORA_DETAIL_APART
 #endif
 
 inline void prefetch(const void* p) {

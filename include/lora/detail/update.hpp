@@ -87,7 +87,7 @@ class rank_update {
     const int threads = threads_for(static_cast<double>(rows_) * static_cast<double>(cols_) * static_cast<double>(rank_));
     std::atomic<std::size_t> became_nonfinite{0}, nonfinite{0};
     const index_t across = Sink::down ? col_panels() : row_panels(), along = Sink::down ? row_panels() : col_panels();
-    const index_t strip = panels_in_strip(Sink::down ? tile_rows : width);
+    const index_t strip = panels_in_strip(along, Sink::down ? tile_rows : width);
     parallel(threads, [&](const team& team) {
       tally mine;
       team.for_each(across * pieces(along, strip), [&](index_t task) {
@@ -111,9 +111,10 @@ class rank_update {
 
   index_t row_panels() const { return pieces(rows_, tile_rows); }
   index_t col_panels() const { return pieces(cols_, width); }
-  index_t panels_in_strip(index_t panel_width) const {
+  index_t panels_in_strip(index_t panels, index_t panel_width) const {
     const index_t panel_bytes = std::max<index_t>(1, rank_) * panel_width * static_cast<index_t>(sizeof(Acc));
-    return std::max<index_t>(8, strip_bytes / panel_bytes);
+    // Strips of one length: threads share their number.
+    return pieces(panels, pieces(panels, std::max<index_t>(8, strip_bytes / panel_bytes)));
   }
 
   /// Packs scale * source (outer x rank) from rank `first` on. The product is formed in double and rounded once.
@@ -160,9 +161,9 @@ class rank_update {
   }
 
   /// `count` tiles from row panel p and column panel q on. All that the loop needs is in locals: a store of a vector may
-  /// alias whatever lies in an object.
+  /// alias whatever lies in an object. A function of its own, where nothing else wants the registers.
   template <class Sink>
-  void band(const Sink& sink, index_t p, index_t q, index_t count, tally& mine) const {
+  LORA_DETAIL_APART void band(const Sink& sink, index_t p, index_t q, index_t count, tally& mine) const {
     const index_t rank = rank_;
     const Acc* left = left_.data() + p * rank * tile_rows;
     const Acc* right = right_.data() + q * rank * width;
@@ -195,11 +196,7 @@ class rank_update {
 
   /// A tile at the edge, or one that the sink did not take: formed again, and told row by row.
   template <class Sink>
-#if defined(__GNUC__)
-  __attribute__((noinline))
-#endif
-  void
-  careful(const Sink& sink, index_t p, index_t q, tally& mine) const {
+  LORA_DETAIL_APART void careful(const Sink& sink, index_t p, index_t q, tally& mine) const {
     tile sum;
     form(left_.data() + p * rank_ * tile_rows, right_.data() + q * rank_ * width, rank_, sum);
     const index_t rows = std::min<index_t>(tile_rows, rows_ - p * tile_rows);
@@ -297,35 +294,44 @@ template <class Acc, class T>
 inline constexpr columns columns_of =
     std::is_same_v<Acc, float> && std::is_same_v<T, bfloat16> ? columns::even_then_odd : columns::in_order;
 
-/// Sink: destination := round(source - sums), of one shape and possibly the same memory; Store false: only the tally.
-template <class Update, class Acc, class S, storage_order Order, bool Store = true>
+/// Where the rounded weight goes: over its source, into another matrix, or nowhere, for the tally alone.
+enum class writing { in_place, elsewhere, nowhere };
+
+/// Sink: destination := round(source - sums), of one shape.
+template <class Update, class Acc, class S, storage_order Order, writing Where>
 class rounding_sink {
  public:
   using T = storage_t<S>;
   static constexpr bool down = false;
 
+  explicit rounding_sink(const matrix_view<S, Order>& weight)
+    requires(Where != writing::elsewhere)
+      : rounding_sink(weight, weight, false) {}
   rounding_sink(const matrix_view<const S, Order>& source, const matrix_view<S, Order>& destination)
-      : source_(reinterpret_cast<const T*>(source.data())),
-        destination_(reinterpret_cast<T*>(destination.data())),
-        source_stride_(source.outer_stride()),
-        stride_(destination.outer_stride()),
-        past_caches_(Store && source_ != destination_ && std::is_same_v<T, Acc> && is_aligned(destination_) &&
-                     stride_ * static_cast<index_t>(sizeof(T)) % static_cast<index_t>(memory_alignment) == 0) {}
+    requires(Where == writing::elsewhere)
+      : rounding_sink(
+            source, destination,
+            std::is_same_v<T, Acc> && is_aligned(destination.data()) &&
+                destination.outer_stride() * static_cast<index_t>(sizeof(T)) % static_cast<index_t>(memory_alignment) == 0) {
+  }
 
-  /// A tile of the two weights.
+  /// A tile of the two weights; in place there is one, which takes half of the addresses.
   struct place {
     const T* from;
     T* to;
     index_t from_stride, to_stride;
     bool past_caches;
 
+    const T* source(int i) const { return (Where == writing::in_place ? to : from) + i * from_stride; }
+    T* destination(int i) const { return to + i * (Where == writing::in_place ? from_stride : to_stride); }
     void next() {
       from += Update::width;
       to += Update::width;
     }
     void fetch() const {
       constexpr index_t ahead = 4 * Update::width;
-      for (int i = 0; i < tile_rows; ++i) prefetch_at(from, (i * from_stride + ahead) * static_cast<index_t>(sizeof(T)));
+      for (int i = 0; i < tile_rows; ++i)
+        prefetch_at(source(0), (i * from_stride + ahead) * static_cast<index_t>(sizeof(T)));
     }
     /// In registers until all of it is known to be finite. All rows are read before the first is written: where rows lie a
     /// multiple of 4 KiB apart a read would wait for the write.
@@ -337,14 +343,15 @@ class rounding_sink {
         LORA_DETAIL_UNROLL
         for (int i = 0; i < tile_rows; ++i) {
           typename simd<Acc>::vector w0, w1;
-          load_row<Acc>(from + i * from_stride, w0, w1);
+          load_row<Acc>(source(i), w0, w1);
           sum[i][0] = simd<Acc>::subtract(w0, sum[i][0]);
           sum[i][1] = simd<Acc>::subtract(w1, sum[i][1]);
           round_row<T>(sum[i][0], sum[i][1], seen);
         }
         if (!seen.all_finite()) return false;
         LORA_DETAIL_UNROLL
-        for (int i = 0; Store && i < tile_rows; ++i) store_row<Acc>(to + i * to_stride, sum[i][0], sum[i][1], past_caches);
+        for (int i = 0; Where != writing::nowhere && i < tile_rows; ++i)
+          store_row<Acc>(destination(i), sum[i][0], sum[i][1], Where == writing::elsewhere && past_caches);
         return true;
       }
     }
@@ -354,7 +361,7 @@ class rounding_sink {
   }
   void part(tally& seen, index_t row, index_t col, index_t count, const Acc* less) const {
     const T* const from = source_ + row * source_stride_ + col;
-    if constexpr (Store) {
+    if constexpr (Where != writing::nowhere) {
       subtract_and_round(seen, from, destination_ + row * stride_ + col, less, count);
     } else {
       T rounded[tile_cols<Acc>];
@@ -366,6 +373,12 @@ class rounding_sink {
   }
 
  private:
+  rounding_sink(const matrix_view<const S, Order>& source, const matrix_view<S, Order>& destination, bool past_caches)
+      : source_(reinterpret_cast<const T*>(source.data())),
+        destination_(reinterpret_cast<T*>(destination.data())),
+        source_stride_(source.outer_stride()),
+        stride_(destination.outer_stride()),
+        past_caches_(past_caches) {}
   static bool is_aligned(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % memory_alignment == 0; }
 
   const T* source_;
