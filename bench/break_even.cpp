@@ -9,7 +9,7 @@
 //
 // A row is one Google Benchmark iteration: a series of rounds (see paired.hpp). Its time is the median merge (manual timing).
 // Counters, in microseconds and tokens:
-//   merge_us, merged_us, mixed_us    measured; predicted_..._us: advise() with the limits around this row
+//   merge_us, merged_us, mixed_us    measured; predicted_..._us: advise() with the limits of this row
 //   tokens           measured break-even: merge / (mixed - merged) * N, each the median; infinity where mixed is not slower
 //   tokens_lo, _hi   the same at the ends of the 95 % interval of mixed - merged
 //   tokens_predicted advise().break_even_tokens

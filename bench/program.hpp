@@ -4,7 +4,8 @@
 // of the counters (Google Benchmark would print a share of 0.78 as 780m).
 //
 //   --rows=bars              the rows that docs/performance.md sets a bar for (the default); --rows=all: every combination
-//   --row_seconds=1          how long a row is measured (all its ways together), besides setting up; 6 rounds at least
+//   --row_seconds=1          how long a row is measured (all its ways together), besides setting up and half as much for
+//                            the probes between rounds; 6 rounds at least
 //   --benchmark_filter=...   which rows; --benchmark_list_tests lists them
 //   --benchmark_format=json, --benchmark_out=F.json    all figures, as fractions and seconds; bench/table.py reads them
 //
@@ -82,7 +83,8 @@ class session {
     measurement m;
     for (auto _ : state) {
       // Between rounds, for a third of the time at most: where rounds are short, one probe serves several.
-      double probing = 0, start = now();
+      const double start = now();
+      double probing = 0;
       m.series = time_in_turns(row_seconds, ways, [&] {
         if (m.of_round.empty() || 3 * probing <= now() - start) {
           probing += time_of([&] { m.of_round.push_back(probe.measure(0.001, 1)); });

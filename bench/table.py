@@ -64,7 +64,7 @@ def machine(records):
             ("rivals", "; ".join(f"{title} {first['rival_' + key]}".strip() for key, title in
                                  (("eigen", "Eigen"), ("openblas", "OpenBLAS:"), ("onednn", "oneDNN"))))]
     for threads in records.threads():
-        # The best of the probes around all rows: what the machine did at its quietest.
+        # The best of the rows' medians: what the machine did at its quietest.
         mine = [row for row in records.rows if row.threads == threads]
         best = [max(row[name] for row in mine) / 1e9 for name in ("limit_flops", "limit_read", "limit_read_write")]
         rows.append((f"limits, {threads} thread{'s' if threads > 1 else ''}",

@@ -424,7 +424,7 @@ TEMPLATE_TEST_CASE("weights next to the largest number stay finite", "[merge]", 
   lora::packed_weight<TestType> panels{W};
   CHECK(lora::merge(panels, l).became_nonfinite == 0);
   CHECK(test::bytes(test::matrix<TestType>(panels.matrix())) == before);
-  // A step more than half a unit of the largest: each overflows.
+  // Half a unit of the largest: the tie goes to infinity.
   using factor = lora::accumulator_t<TestType, float>;
   const double step = std::is_same_v<TestType, lora::float16>    ? 16
                       : std::is_same_v<TestType, lora::bfloat16> ? 0x1p119
@@ -474,6 +474,24 @@ TEST_CASE("weights without elements, and of one", "[merge]") {
   CHECK(lora::unmerge(no_cols, cols).became_nonfinite == 0);
   lora::merge_checked(no_rows, rows);
   CHECK((lora::merged(no_rows, rows).rows() == 0 && lora::merged(no_cols, cols).rows() == 4));
+  // In every layout, so that each side of a tile has been the empty one.
+  const auto all_verbs = [](auto W, const auto& l) {
+    CHECK(lora::merge(W, l).became_nonfinite == 0);
+    lora::merge_checked(W, l);
+    lora::merge_checked(W);
+    CHECK(lora::merged(W, l).size() == 0);
+  };
+  all_verbs(test::matrix<float>(no_rows), rows);
+  all_verbs(test::matrix<float>(no_cols), cols);
+  all_verbs(no_rows, rows);
+  all_verbs(no_cols, cols);
+  for (const MatrixXf& W : {no_rows, no_cols}) {
+    lora::packed_weight<float> panels{W};
+    const auto& l = W.rows() == 0 ? rows : cols;
+    CHECK(lora::merge(panels, l).became_nonfinite == 0);
+    lora::merge_checked(panels, l);
+    CHECK(lora::merged(panels, l).matrix().size() == 0);
+  }
   MatrixXf one = constant(1, 1, 2);
   lora::merge(one, lora::adapter<float>{constant(3, 1, 2), constant(1, 3, 5), {.alpha = 1.5}});
   CHECK(one(0, 0) == 2 + 0.5F * 30);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // packed_weight and packed_adapter hold every bit, and what is computed from panels has the bits of what is computed from
-// plain matrices: products, merges, and merges where zeros, infinities and NaN end the fast path.
+// plain matrices: products, merges, and merges where infinities and NaN end the fast path.
 #include <cstring>
 #include <limits>
 #include <utility>

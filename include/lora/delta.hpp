@@ -24,7 +24,7 @@ namespace detail {
 template <class Update, class Acc>
 class delta_sink {
  public:
-  static constexpr bool down = false;
+  static constexpr bool down = false, takes_tiles = true;
 
   delta_sink(Acc* destination, index_t stride) : destination_(destination), stride_(stride) {}
 

@@ -48,8 +48,8 @@ class limits_probe {
 
   int threads() const { return threads_; }
 
-  /// budget: seconds in all; each rate is the best of at_least so many passes. What was written last is read before the end,
-  /// so that no write is left for whoever is measured next.
+  /// budget: seconds in all; each rate is the best of the passes that fit, at_least so many. Reading comes after writing: it
+  /// drives the written lines out of the caches, so that none is left for whoever is measured next.
   limits measure(double budget = 0.05, int at_least = 3) {
     const auto threads = static_cast<double>(threads_);
     const double bytes = static_cast<double>(share_) * threads * sizeof(float);
@@ -70,7 +70,7 @@ class limits_probe {
   static constexpr int fma_chunk = 20'000;
   static constexpr double fma_flops = 2.0 * chains * v::width;
 
-  /// The shortest of the runs that fit into the time, of work(thread) on every thread at once.
+  /// The shortest of the runs that fit into the time, at_least so many, of work(thread) on every thread at once.
   template <class Work>
   double best(double budget, int at_least, const Work& work) {
     double shortest = 1e9, spent = 0;

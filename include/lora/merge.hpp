@@ -10,8 +10,7 @@
 //            W.transpose().
 //   rounding once, to W's scalar, nearest even: the adapters are accumulated apart from W in float (double if W or any
 //            factor is double), from zero, in the order given; then W is added. Merging two adapters in one call is not
-//            the same bits as in two calls, which round twice. An element for which all products
-//            are 0 keeps its bits.
+//            the same bits as in two calls, which round twice. An element for which all products are 0 keeps its bits.
 //   error    |result - exact| <= u_s |exact| + (1+u_s) (u |W| + gamma_{R+3} sum |s| |lora_B| |lora_A|) + eta/2, with u of
 //            the accumulator, u_s and eta (subnormal step) of W's scalar; u_s = eta = 0 where that is the accumulator; and
 //            what underflows in the accumulator (docs/numerics.md).

@@ -6,9 +6,9 @@
 // multiply_add is fused where the hardware has it and a product followed by a sum where it has not; within one build it is
 // always the same of the two, so that a result does not depend on which tile or edge computed it.
 //
-// 16-bit elements: load_even, load_odd and join_pairs see bfloat16 as pairs inside 32-bit lanes, where widening is a shift and a
-// mask and no lane is crossed; load_half and store_half convert float16. Both narrow to the bits of float16.hpp as long as
-// no lane is infinite or NaN, and the kernels ask exceeds() before they store.
+// 16-bit elements: load_even, load_odd and join_pairs see bfloat16 as pairs inside 32-bit lanes, where widening is a shift
+// and a mask and no lane is crossed; load_half and join_halves convert float16. Both narrow to the bits of float16.hpp as
+// long as no lane is infinite or NaN; kernels ask a watch before they store.
 #pragma once
 
 #include <algorithm>
@@ -302,7 +302,7 @@ struct simd {
       pairs[2 * k] = bfloat16(even[k]);
       pairs[2 * k + 1] = bfloat16(odd[k]);
     }
-    return load(reinterpret_cast<const T*>(pairs));
+    return from_bits(pairs);
   }
   static vector load_half(const float16* p) {
     return each([&](int k) { return static_cast<T>(p[k]); });
@@ -313,7 +313,7 @@ struct simd {
       halves[k] = float16(first[k]);
       halves[width + k] = float16(second[k]);
     }
-    return load(reinterpret_cast<const T*>(halves));
+    return from_bits(halves);
   }
 
  private:
@@ -321,6 +321,11 @@ struct simd {
   static vector each(const F& f) {
     vector v;
     for (int k = 0; k < width; ++k) v[k] = f(k);
+    return v;
+  }
+  static vector from_bits(const void* p) {
+    vector v;
+    std::memcpy(&v, p, sizeof v);
     return v;
   }
   static bits magnitude(T value) { return std::bit_cast<bits>(value) & (~bits(0) >> 1); }
@@ -338,6 +343,27 @@ inline constexpr bool has_dots = std::is_same_v<Acc, float> && std::is_same_v<T,
 inline constexpr bool has_dots = false;
 #endif
 
+/// Hides how a value came about. Under -ffast-math a compiler would otherwise sum the terms of results in another order, and
+/// never see that one of the results overflowed.
+template <class Vector>
+LORA_DETAIL_INLINE void as_it_came(Vector& v) {
+#if defined(LORA_DETAIL_AVX512)
+  asm("" : "+v"(v));
+#elif defined(__GNUC__) && defined(__SSE2__)
+  asm("" : "+x"(v));
+#elif defined(__GNUC__) && defined(__aarch64__)
+  asm("" : "+w"(v));
+#else
+  static_cast<void>(v);
+#endif
+}
+
+/// Writes the bits of a vector of 16-bit elements.
+template <class Vector>
+LORA_DETAIL_INLINE void store_bits(void* p, Vector v) {
+  std::memcpy(p, &v, sizeof v);
+}
+
 /// Whether all of the sums seen are finite in T after rounding.
 template <class Acc, class T>
 struct watch {
@@ -346,9 +372,13 @@ struct watch {
 
   /// Infinities and NaN stay in a sum; one that overflows although its terms are finite gives a false alarm.
   LORA_DETAIL_INLINE void see(typename vectors::vector v) { sum = vectors::add(sum, v); }
-  bool all_finite() const { return vectors::all_finite(sum); }
+  bool all_finite() const {
+    auto total = sum;
+    as_it_came(total);
+    return vectors::all_finite(total);
+  }
 };
-#if defined(LORA_DETAIL_AVX2) && !defined(LORA_DETAIL_AVX512)
+#if defined(LORA_DETAIL_AVX2)
 /// Of 16-bit elements, by what they were rounded to: the upper ends of the signed and of the unsigned order.
 template <class T>
   requires(sizeof(T) == 2)
@@ -368,7 +398,7 @@ struct watch<float, T> {
   }
 };
 #else
-/// Of 16-bit elements, by the magnitudes from which on they round to infinity: from halfway between it and the largest.
+/// Of 16-bit elements, by the largest magnitudes that do not round to infinity: below halfway from the largest number to it.
 template <class T>
   requires(sizeof(T) == 2)
 struct watch<float, T> {

@@ -2,15 +2,17 @@
 //
 // The tiled rank-R update: the one place where delta weights are formed. All adapters of a call are stacked to
 // R = sum of ranks; each element of the delta is one chain of R multiply-adds in float (double if any operand is double),
-// starting at zero, in registers. A sink then adds the weight and rounds once. Nothing of the size of W is allocated and W
-// is streamed once.
+// starting at zero, in registers. To merge, the update is packed negated; a sink subtracts it from the weight and rounds
+// once. Nothing of the size of W is allocated and W is streamed once.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <bit>
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 
 #include "lora/detail/memory.hpp"
 #include "lora/detail/operands.hpp"
@@ -25,8 +27,9 @@ struct tally {
   std::size_t nonfinite = 0;         ///< infinite or NaN after
 };
 
-/// The sign of an update by what it is for: sinks subtract it from the weight. A sum of products that begins at +0 is never -0
-/// (unless it underflows), and W - (+0) is W for every W, where W + (+0) would turn -0 into +0.
+/// The sign of an update by what it is for: the sinks that round subtract it from the weight (delta_weight packs +1 and
+/// keeps it). A sum of products that begins at +0 is never -0, unless a product underflows, and W - (+0) is W for every W,
+/// where W + (+0) would turn -0 into +0.
 inline constexpr double merging = -1.0, unmerging = 1.0;
 
 /// The order of a tile's columns in its two vectors: as they are, or the even ones and then the odd ones, which is how
@@ -78,12 +81,15 @@ class rank_update {
   index_t rank() const { return rank_; }
 
   /// Gives every tile of the sums to the sink, on any thread. Tiles come in bands, along the rows or, where Sink::down,
-  /// along the columns: place = sink.at(first row, first column) is where a band begins and place.next() goes on by a tile;
-  /// place.plain(tile) is called where all of the tile lies inside, and if it says false, having written nothing, or at the
-  /// edges, sink.part(tally, row, first column, columns, sums) for each row. Rows and columns are those of the transpose if
-  /// column-major. Neither throws nor allocates. Returns the sum of the tallies.
+  /// along the columns: place = sink.at(first row, first column) is where a band begins, and place.next() goes on by a
+  /// tile. Where all of the tile lies inside and Sink::takes_tiles, place.fetch() may fetch what comes later and
+  /// place.plain(tile), which may overwrite the sums, writes; if it says false, having written nothing, or at the edges,
+  /// the sums are formed again for sink.part(tally, row, first column, columns, sums) of each row. sink.done() ends it, on
+  /// every thread. None of these throws or allocates. Rows and columns are those of the transpose if column-major. Returns
+  /// the sum of the tallies.
   template <class Sink>
   tally run(const Sink& sink) const {
+    if (rows_ == 0 || cols_ == 0) return {};
     const int threads = threads_for(static_cast<double>(rows_) * static_cast<double>(cols_) * static_cast<double>(rank_));
     std::atomic<std::size_t> became_nonfinite{0}, nonfinite{0};
     const index_t across = Sink::down ? col_panels() : row_panels(), along = Sink::down ? row_panels() : col_panels();
@@ -129,11 +135,11 @@ class rank_update {
       if constexpr (V::is_row_major) {
         for (index_t i = 0; i < used; ++i)
           for (index_t k = 0; k < source.cols(); ++k)
-            panel[k * PanelWidth + place<PanelWidth>(i)] = value(source(p * PanelWidth + i, k));
+            panel[k * PanelWidth + lane_of<PanelWidth>(i)] = value(source(p * PanelWidth + i, k));
       } else {
         for (index_t k = 0; k < source.cols(); ++k) {
           const auto* const from = source.outer(k) + p * PanelWidth;
-          for (index_t i = 0; i < used; ++i) panel[k * PanelWidth + place<PanelWidth>(i)] = value(from[i]);
+          for (index_t i = 0; i < used; ++i) panel[k * PanelWidth + lane_of<PanelWidth>(i)] = value(from[i]);
         }
       }
     }
@@ -153,7 +159,7 @@ class rank_update {
     }
   }
   template <int PanelWidth>
-  static constexpr index_t place(index_t i) {
+  static constexpr index_t lane_of(index_t i) {
     if constexpr (Columns == columns::even_then_odd && PanelWidth == width)
       return i % 2 * (width / 2) + i / 2;
     else
@@ -172,12 +178,14 @@ class rank_update {
         Sink::down ? (q < cols_ / width ? rows_ / tile_rows - p : 0) : (p < rows_ / tile_rows ? cols_ / width - q : 0);
     for (index_t n = 0; n < count; ++n) {
       bool written = false;
-      if (n < inside) {
-        place.fetch();
-        tile sum;
-        form(left, right, rank, sum);
-        written = place.plain(sum);
-        place.next();
+      if constexpr (Sink::takes_tiles) {
+        if (n < inside) {
+          place.fetch();
+          tile sum;
+          form(left, right, rank, sum);
+          written = place.plain(sum);
+          place.next();
+        }
       }
       if (!written) careful(sink, Sink::down ? p + n : p, Sink::down ? q : q + n, mine);
       if constexpr (Sink::down)
@@ -215,7 +223,7 @@ class rank_update {
     Acc values[width];
     simd<Acc>::store(values, first);
     simd<Acc>::store(values + width / 2, second);
-    for (index_t j = 0; j < width; ++j) delta[j] = values[place<static_cast<int>(width)>(j)];
+    for (index_t j = 0; j < width; ++j) delta[j] = values[lane_of<static_cast<int>(width)>(j)];
   }
 
  private:
@@ -223,8 +231,9 @@ class rank_update {
   array<Acc> left_, right_;
 };
 
-/// destination = round(source - less), element by element, once; `step` is the distance of the elements. Where less is +0 the
-/// source keeps its bits: by the arithmetic, but for a signaling NaN, whose bits are kept by hand.
+/// destination = round(source - less), element by element, once; `step` is the distance of the elements. Where less is +0
+/// the source keeps its bits: by the arithmetic (unless the process flushes subnormals), but for a signaling NaN, whose
+/// bits are kept by hand.
 template <class Acc, class T>
 void subtract_and_round(tally& seen, const T* source, T* destination, const Acc* less, index_t count, index_t step = 1) {
   std::size_t became = 0, nonfinite = 0;
@@ -269,6 +278,8 @@ LORA_DETAIL_INLINE void round_row(Vector& first, Vector& second, Watch& watch) {
     watch.see(first, second, rounded);
     first = rounded;
   } else {
+    as_it_came(first);
+    as_it_came(second);
     watch.see(first);
     watch.see(second);
   }
@@ -279,7 +290,7 @@ LORA_DETAIL_INLINE void store_row(T* destination, typename simd<Acc>::vector fir
                                   bool past_caches) {
   using v = simd<Acc>;
   if constexpr (sizeof(T) == 2) {
-    v::store(reinterpret_cast<float*>(destination), first);
+    store_bits(destination, first);
   } else if (past_caches) {
     v::stream(destination, first);
     v::stream(destination + v::width, second);
@@ -302,7 +313,7 @@ template <class Update, class Acc, class S, storage_order Order, writing Where>
 class rounding_sink {
  public:
   using T = storage_t<S>;
-  static constexpr bool down = false;
+  static constexpr bool down = false, takes_tiles = rounds_in_registers<Acc, T>;
 
   explicit rounding_sink(const matrix_view<S, Order>& weight)
     requires(Where != writing::elsewhere)
@@ -336,24 +347,20 @@ class rounding_sink {
     /// In registers until all of it is known to be finite. All rows are read before the first is written: where rows lie a
     /// multiple of 4 KiB apart a read would wait for the write.
     LORA_DETAIL_INLINE bool plain(typename Update::tile& sum) const {
-      if constexpr (!rounds_in_registers<Acc, T>) {
-        return false;
-      } else {
-        watch<Acc, T> seen;
-        LORA_DETAIL_UNROLL
-        for (int i = 0; i < tile_rows; ++i) {
-          typename simd<Acc>::vector w0, w1;
-          load_row<Acc>(source(i), w0, w1);
-          sum[i][0] = simd<Acc>::subtract(w0, sum[i][0]);
-          sum[i][1] = simd<Acc>::subtract(w1, sum[i][1]);
-          round_row<T>(sum[i][0], sum[i][1], seen);
-        }
-        if (!seen.all_finite()) return false;
-        LORA_DETAIL_UNROLL
-        for (int i = 0; Where != writing::nowhere && i < tile_rows; ++i)
-          store_row<Acc>(destination(i), sum[i][0], sum[i][1], Where == writing::elsewhere && past_caches);
-        return true;
+      watch<Acc, T> seen;
+      LORA_DETAIL_UNROLL
+      for (int i = 0; i < tile_rows; ++i) {
+        typename simd<Acc>::vector w0, w1;
+        load_row<Acc>(source(i), w0, w1);
+        sum[i][0] = simd<Acc>::subtract(w0, sum[i][0]);
+        sum[i][1] = simd<Acc>::subtract(w1, sum[i][1]);
+        round_row<T>(sum[i][0], sum[i][1], seen);
       }
+      if (!seen.all_finite()) return false;
+      LORA_DETAIL_UNROLL
+      for (int i = 0; Where != writing::nowhere && i < tile_rows; ++i)
+        store_row<Acc>(destination(i), sum[i][0], sum[i][1], Where == writing::elsewhere && past_caches);
+      return true;
     }
   };
   place at(index_t row, index_t col) const {
@@ -391,8 +398,8 @@ class rounding_sink {
 template <class Update, class Acc, class T, bool Store = true>
 class panel_sink {
  public:
-  static constexpr bool down = true;
   static constexpr index_t width = tile_cols<accumulator_t<T>>;
+  static constexpr bool down = true, takes_tiles = rounds_in_registers<Acc, T> && tile_cols<Acc> == width;
 
   panel_sink(const T* source, T* destination, index_t in_features)
       : source_(source),
@@ -416,35 +423,31 @@ class panel_sink {
       for (index_t b = 0; b < size * static_cast<index_t>(sizeof(T)); b += 64) prefetch_at(from, ahead + b);
     }
     LORA_DETAIL_INLINE bool plain(typename Update::tile& sum) const {
-      if constexpr (!in_registers) {
-        return false;
-      } else {
-        constexpr int group = depth_group<T>;  // of bfloat16 two rows of the tile lie together, a pair in each lane
-        watch<Acc, T> seen;
-        LORA_DETAIL_UNROLL
-        for (int i = 0; i < tile_rows; ++i) {
-          typename simd<Acc>::vector w[2];
-          if (i % group == 0)
-            read_panel<false, 2, Acc>(from + i * width, 0, w);
-          else
-            read_panel<true, 2, Acc>(from + (i - 1) * width, 0, w);
-          sum[i][0] = simd<Acc>::subtract(w[0], sum[i][0]);
-          sum[i][1] = simd<Acc>::subtract(w[1], sum[i][1]);
-          if (group == 1) {
-            round_row<T>(sum[i][0], sum[i][1], seen);
-          } else if (i % group != 0) {
-            round_row<T>(sum[i - 1][0], sum[i][0], seen);
-            round_row<T>(sum[i - 1][1], sum[i][1], seen);
-          }
+      constexpr int group = depth_group<T>;  // of bfloat16 two rows of the tile lie together, a pair in each lane
+      watch<Acc, T> seen;
+      LORA_DETAIL_UNROLL
+      for (int i = 0; i < tile_rows; ++i) {
+        typename simd<Acc>::vector w[2];
+        if (i % group == 0)
+          read_panel<false, 2, Acc>(from + i * width, 0, w);
+        else
+          read_panel<true, 2, Acc>(from + (i - 1) * width, 0, w);
+        sum[i][0] = simd<Acc>::subtract(w[0], sum[i][0]);
+        sum[i][1] = simd<Acc>::subtract(w[1], sum[i][1]);
+        if constexpr (group == 1) {
+          round_row<T>(sum[i][0], sum[i][1], seen);
+        } else if (i % group != 0) {
+          round_row<T>(sum[i - 1][0], sum[i][0], seen);
+          round_row<T>(sum[i - 1][1], sum[i][1], seen);
         }
-        if (!seen.all_finite()) return false;
-        LORA_DETAIL_UNROLL
-        for (int i = 0; Store && i < tile_rows; i += group) {
-          store_row<Acc>(to + i * width, sum[i][0], sum[i][1], past_caches);
-          if constexpr (group == 2) store_row<Acc>(to + (i + 1) * width, sum[i][1], sum[i][1], past_caches);
-        }
-        return true;
       }
+      if (!seen.all_finite()) return false;
+      LORA_DETAIL_UNROLL
+      for (int i = 0; Store && i < tile_rows; i += group) {
+        store_row<Acc>(to + i * width, sum[i][0], sum[i][1], past_caches);
+        if constexpr (group == 2) store_bits(to + (i + 1) * width, sum[i][1]);
+      }
+      return true;
     }
   };
   place at(index_t row, index_t col) const {
@@ -466,8 +469,6 @@ class panel_sink {
   }
 
  private:
-  static constexpr bool in_registers = rounds_in_registers<Acc, T> && tile_cols<Acc> == width;
-
   index_t offset(index_t row, index_t col) const { return col / width * panel_ + panel_offset<T>(col % width, row, width); }
 
   const T* source_;

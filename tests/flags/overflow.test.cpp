@@ -1,0 +1,41 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// An element that overflows is seen under -ffast-math, too, where a compiler may sum terms in another order: here the largest
+// number plus itself, beside a delta that takes as much away.
+#include <limits>
+
+#include "lora/lora.hpp"
+#include "support/catch.hpp"
+#include "support/random.hpp"
+
+namespace {
+
+/// W is the largest number at (0, 0), where as much is added; the neighbour in `down` (the next output) or in the same row (the
+/// next input) loses as much.
+template <class T>
+void overflows_beside_its_opposite(bool down) {
+  constexpr T largest = std::numeric_limits<T>::max();
+  test::matrix<T> W = test::matrix<T>::Zero(32, 64), A = test::matrix<T>::Zero(1, 64), B = test::matrix<T>::Zero(32, 1);
+  W(0, 0) = largest;
+  A(0, 0) = 1;
+  B(0, 0) = largest;
+  if (down)
+    B(1, 0) = -largest;
+  else
+    A(0, 1) = -1;
+  const lora::adapter<T> l{A, B, {.alpha = 1}};
+  const test::matrix<T> before = W;
+  lora::packed_weight<T> panels{W};
+  CHECK_THROWS_AS(lora::merge_checked(W, l), lora::value_error);
+  CHECK_THROWS_AS(lora::merge_checked(panels, l), lora::value_error);
+  CHECK(W == before);
+  CHECK(lora::merge(W, l).became_nonfinite == 1);
+  CHECK(lora::merge(panels, l).became_nonfinite == 1);
+}
+
+}  // namespace
+
+TEMPLATE_TEST_CASE("an overflow is seen whatever lies beside it", "[merge][flags]", float, double) {
+  overflows_beside_its_opposite<TestType>(true);
+  overflows_beside_its_opposite<TestType>(false);
+}
