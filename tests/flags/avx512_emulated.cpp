@@ -53,6 +53,7 @@ static inline simde__m512 added_dots(simde__m512 sums, const Pairs& a, const Pai
 #undef _mm512_dpbf16_ps
 #define _mm512_dpbf16_ps(c, a, b) added_dots(c, a, b)
 #define __AVX512F__ 1
+#define LORA_DETAIL_EMULATED 1
 #define __AVX512BF16__ 1
 #include "agreement.hpp"
 #include "lora/lora.hpp"
