@@ -38,9 +38,12 @@ inline std::size_t last_level_cache() {
   return bytes;
 }
 
-/// The seconds that a way which reads `bytes` must take, as a function of the limits.
+/// The seconds that a way must take which reads `bytes`, or reads and writes them in place, as a function of the limits.
 inline auto reading(double work, double bytes) {
   return [=](const lora::limits& l) { return l.reading(work, bytes); };
+}
+inline auto updating(double work, double bytes) {
+  return [=](const lora::limits& l) { return l.updating(work, bytes); };
 }
 
 /// Four times the cache: what a pass leaves in it serves at most a quarter of the next.

@@ -119,9 +119,7 @@ void merge(benchmark::State& state, lora_bench::session& session, const shape& l
   for (const auto& rival : rivals) ways.push_back(in_turn(rows, rival.merge));
   const auto m = session.measure(state, ways, 0);
 
-  const auto limit = [&](const lora::limits& machine) {
-    return machine.updating(2 * static_cast<double>(rank) * layer.size(), 2 * layer.size() * sizeof(T));
-  };
+  const auto limit = lora_bench::updating(2 * static_cast<double>(rank) * layer.size(), 2 * layer.size() * sizeof(T));
   state.counters["share"] = m.share(0, limit);
   state.counters["share_panels"] = m.share(1, limit);
   state.counters["panels_us"] = m.series.time(1).median * 1e6;

@@ -26,7 +26,7 @@ class delta_sink {
  public:
   static constexpr bool down = false, takes_tiles = true;
 
-  delta_sink(Acc* destination, index_t stride) : destination_(destination), stride_(stride) {}
+  delta_sink(Acc* destination, index_t stride) : origin_{destination, stride} {}
 
   struct place {
     Acc* to;
@@ -40,15 +40,14 @@ class delta_sink {
       return true;
     }
   };
-  place at(index_t row, index_t col) const { return {destination_ + row * stride_ + col, stride_}; }
+  place at(index_t row, index_t col) const { return {origin_.to + row * origin_.stride + col, origin_.stride}; }
   void part(tally&, index_t row, index_t col, index_t count, const Acc* delta) const {
-    std::copy_n(delta, count, destination_ + row * stride_ + col);
+    std::copy_n(delta, count, at(row, col).to);
   }
   void done() const {}
 
  private:
-  Acc* destination_;
-  index_t stride_;
+  place origin_;
 };
 
 }  // namespace detail

@@ -252,11 +252,7 @@ struct simd {
   using bits = std::conditional_t<sizeof(T) == 4, std::uint32_t, std::uint64_t>;
   static constexpr int width = vector_of<T>::width;
   static vector zero() { return broadcast(T(0)); }
-  static vector load(const T* p) {
-    vector v;
-    std::memcpy(&v, p, sizeof v);
-    return v;
-  }
+  static vector load(const T* p) { return from_bits(p); }
   static void store(T* p, vector v) { std::memcpy(p, &v, sizeof v); }
   static void stream(T* p, vector v) { store(p, v); }
   static vector broadcast(T value) {

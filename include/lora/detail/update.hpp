@@ -43,7 +43,7 @@ class rank_update {
  public:
   using vector = typename simd<Acc>::vector;
   static constexpr index_t width = tile_cols<Acc>;
-  /// A tile of the delta in registers.
+  /// A tile of the sums in registers.
   using tile = vector[tile_rows][2];
 
   /// Checks and packs sign * (each adapter). Everything that can throw happens here.
@@ -97,11 +97,8 @@ class rank_update {
     parallel(threads, [&](const team& team) {
       tally mine;
       team.for_each(across * pieces(along, strip), [&](index_t task) {
-        const index_t fixed = task % across, first = task / across * strip, count = std::min(strip, along - first);
-        if constexpr (Sink::down)
-          band(sink, first, fixed, count, mine);
-        else
-          band(sink, fixed, first, count, mine);
+        const index_t fixed = task % across, first = task / across * strip;
+        band(sink, Sink::down ? first : fixed, Sink::down ? fixed : first, std::min(strip, along - first), mine);
       });
       sink.done();
       became_nonfinite += mine.became_nonfinite;
@@ -170,16 +167,14 @@ class rank_update {
   /// alias whatever lies in an object. A function of its own, where nothing else wants the registers.
   template <class Sink>
   LORA_DETAIL_APART void band(const Sink& sink, index_t p, index_t q, index_t count, tally& mine) const {
-    const index_t rank = rank_;
+    const index_t rank = rank_, whole_rows = rows_ / tile_rows, whole_cols = cols_ / width;
     const Acc* left = left_.data() + p * rank * tile_rows;
     const Acc* right = right_.data() + q * rank * width;
     auto place = sink.at(p * tile_rows, q * width);
-    const index_t inside =
-        Sink::down ? (q < cols_ / width ? rows_ / tile_rows - p : 0) : (p < rows_ / tile_rows ? cols_ / width - q : 0);
-    for (index_t n = 0; n < count; ++n) {
+    for (; count > 0; --count) {
       bool written = false;
       if constexpr (Sink::takes_tiles) {
-        if (n < inside) {
+        if (p < whole_rows && q < whole_cols) {
           place.fetch();
           tile sum;
           form(left, right, rank, sum);
@@ -187,11 +182,14 @@ class rank_update {
           place.next();
         }
       }
-      if (!written) careful(sink, Sink::down ? p + n : p, Sink::down ? q : q + n, mine);
-      if constexpr (Sink::down)
+      if (!written) careful(sink, p, q, mine);
+      if constexpr (Sink::down) {
+        ++p;
         left += rank * tile_rows;
-      else
+      } else {
+        ++q;
         right += rank * width;
+      }
     }
   }
 
@@ -231,17 +229,17 @@ class rank_update {
   array<Acc> left_, right_;
 };
 
-/// destination = round(source - less), element by element, once; `step` is the distance of the elements. Where less is +0
-/// the source keeps its bits: by the arithmetic (unless the process flushes subnormals), but for a signaling NaN, whose
-/// bits are kept by hand.
-template <class Acc, class T>
+/// destination = round(source - less), element by element, once, or nothing but the tally; `step` is the distance of the
+/// elements. Where less is +0 the source keeps its bits: by the arithmetic (unless the process flushes subnormals), but for
+/// a signaling NaN, whose bits are kept by hand.
+template <bool Store, class Acc, class T>
 void subtract_and_round(tally& seen, const T* source, T* destination, const Acc* less, index_t count, index_t step = 1) {
   std::size_t became = 0, nonfinite = 0;
   for (index_t j = 0; j < count; ++j) {
     const T before = source[j * step];
     T after = narrow<T>(widen<Acc>(before) - less[j]);
     if (less[j] == Acc(0) && !is_finite(before)) std::memcpy(&after, source + j * step, sizeof(T));
-    destination[j * step] = after;
+    if constexpr (Store) destination[j * step] = after;
     const bool bad = !is_finite(after);
     nonfinite += bad;
     became += bad && is_finite(before);
@@ -256,17 +254,12 @@ inline constexpr bool rounds_in_registers = std::is_same_v<Acc, T> || (std::is_s
 
 /// Two vectors of a row of a weight, widened; of bfloat16 the even and the odd elements.
 template <class Acc, class T>
-LORA_DETAIL_INLINE void load_row(const T* source, typename simd<Acc>::vector& first, typename simd<Acc>::vector& second) {
-  using v = simd<Acc>;
+LORA_DETAIL_INLINE void load_row(const T* source, typename simd<Acc>::vector (&row)[2]) {
   if constexpr (std::is_same_v<T, bfloat16>) {
-    first = v::load_even(source);
-    second = v::load_odd(source);
-  } else if constexpr (std::is_same_v<T, float16>) {
-    first = v::load_half(source);
-    second = v::load_half(source + v::width);
+    row[0] = simd<Acc>::load_even(source);
+    row[1] = simd<Acc>::load_odd(source);
   } else {
-    first = v::load(source);
-    second = v::load(source + v::width);
+    read_panel<false, 2, Acc>(source, 0, row);
   }
 }
 /// The reverse: rounds them in place, once, and sees whether all stayed finite. Two vectors of 16-bit elements become one.
@@ -350,10 +343,10 @@ class rounding_sink {
       watch<Acc, T> seen;
       LORA_DETAIL_UNROLL
       for (int i = 0; i < tile_rows; ++i) {
-        typename simd<Acc>::vector w0, w1;
-        load_row<Acc>(source(i), w0, w1);
-        sum[i][0] = simd<Acc>::subtract(w0, sum[i][0]);
-        sum[i][1] = simd<Acc>::subtract(w1, sum[i][1]);
+        typename simd<Acc>::vector w[2];
+        load_row<Acc>(source(i), w);
+        sum[i][0] = simd<Acc>::subtract(w[0], sum[i][0]);
+        sum[i][1] = simd<Acc>::subtract(w[1], sum[i][1]);
         round_row<T>(sum[i][0], sum[i][1], seen);
       }
       if (!seen.all_finite()) return false;
@@ -364,34 +357,26 @@ class rounding_sink {
     }
   };
   place at(index_t row, index_t col) const {
-    return {source_ + row * source_stride_ + col, destination_ + row * stride_ + col, source_stride_, stride_, past_caches_};
+    place there = origin_;
+    there.from += row * origin_.from_stride + col;
+    there.to += row * origin_.to_stride + col;
+    return there;
   }
   void part(tally& seen, index_t row, index_t col, index_t count, const Acc* less) const {
-    const T* const from = source_ + row * source_stride_ + col;
-    if constexpr (Where != writing::nowhere) {
-      subtract_and_round(seen, from, destination_ + row * stride_ + col, less, count);
-    } else {
-      T rounded[tile_cols<Acc>];
-      subtract_and_round(seen, from, rounded, less, count);
-    }
+    const place there = at(row, col);
+    subtract_and_round<Where != writing::nowhere>(seen, there.from, there.to, less, count);
   }
   void done() const {
-    if (past_caches_) finish_streaming();
+    if (origin_.past_caches) finish_streaming();
   }
 
  private:
   rounding_sink(const matrix_view<const S, Order>& source, const matrix_view<S, Order>& destination, bool past_caches)
-      : source_(reinterpret_cast<const T*>(source.data())),
-        destination_(reinterpret_cast<T*>(destination.data())),
-        source_stride_(source.outer_stride()),
-        stride_(destination.outer_stride()),
-        past_caches_(past_caches) {}
+      : origin_{reinterpret_cast<const T*>(source.data()), reinterpret_cast<T*>(destination.data()), source.outer_stride(),
+                destination.outer_stride(), past_caches} {}
   static bool is_aligned(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % memory_alignment == 0; }
 
-  const T* source_;
-  T* destination_;
-  index_t source_stride_, stride_;
-  bool past_caches_;
+  place origin_;
 };
 
 /// Sink: the same for a weight in panels (see packed_weight.hpp); rows are in_features, columns out_features.
@@ -402,10 +387,8 @@ class panel_sink {
   static constexpr bool down = true, takes_tiles = rounds_in_registers<Acc, T> && tile_cols<Acc> == width;
 
   panel_sink(const T* source, T* destination, index_t in_features)
-      : source_(source),
-        destination_(destination),
-        panel_(panel_size<T>(in_features, width)),
-        past_caches_(Store && source != destination && std::is_same_v<T, Acc>) {}
+      : origin_{source, destination, Store && source != destination && std::is_same_v<T, Acc>},
+        panel_(panel_size<T>(in_features, width)) {}
 
   /// A tile of the two weights, one behind the other in memory.
   struct place {
@@ -450,31 +433,22 @@ class panel_sink {
       return true;
     }
   };
+  /// The accumulator's tile may be narrower than a panel; it never straddles two.
   place at(index_t row, index_t col) const {
-    const index_t first = offset(row, col);
-    return {source_ + first, destination_ + first, past_caches_};
+    const index_t first = col / width * panel_ + panel_offset<T>(col % width, row, width);
+    return {origin_.from + first, origin_.to + first, origin_.past_caches};
   }
   void part(tally& seen, index_t row, index_t col, index_t count, const Acc* less) const {
-    // The accumulator's tile may be narrower than a panel; it never straddles two.
-    const index_t first = offset(row, col);
-    if constexpr (Store) {
-      subtract_and_round(seen, source_ + first, destination_ + first, less, count, depth_group<T>);
-    } else {
-      T rounded[depth_group<T> * tile_cols<Acc>];
-      subtract_and_round(seen, source_ + first, rounded, less, count, depth_group<T>);
-    }
+    const place there = at(row, col);
+    subtract_and_round<Store>(seen, there.from, there.to, less, count, depth_group<T>);
   }
   void done() const {
-    if (past_caches_) finish_streaming();
+    if (origin_.past_caches) finish_streaming();
   }
 
  private:
-  index_t offset(index_t row, index_t col) const { return col / width * panel_ + panel_offset<T>(col % width, row, width); }
-
-  const T* source_;
-  T* destination_;
+  place origin_;
   index_t panel_;
-  bool past_caches_;
 };
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail

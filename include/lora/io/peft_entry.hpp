@@ -40,6 +40,7 @@ inline const char* name_of(entry_kind kind) {
   return "";
 }
 
+/// One of the two projections of an attention that PEFT adapts inside torch's MultiheadAttention.
 inline bool is_attention(entry_kind kind) { return kind == entry_kind::attention_in || kind == entry_kind::attention_out; }
 
 /// Which factor of BD-LoRA is stored as its blocks.
