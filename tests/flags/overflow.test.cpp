@@ -10,20 +10,20 @@
 
 namespace {
 
-/// W is the largest number at (0, 0), where as much is added; the neighbour in `down` (the next output) or in the same row (the
+/// W is the largest number at (at, at), where as much is added; the neighbour in `down` (the next output) or in the same row (the
 /// next input) loses as much.
 template <class T>
-void overflows_beside_its_opposite(bool down) {
+void overflows_beside_its_opposite(lora::index_t at, bool down) {
   constexpr T largest = std::numeric_limits<T>::max();
   test::matrix<T> W = test::matrix<T>::Zero(32, 64), A = test::matrix<T>::Zero(1, 64), B = test::matrix<T>::Zero(32, 1);
-  W(0, 0) = largest;
-  A(0, 0) = 1;
-  B(0, 0) = largest;
+  W(at, at) = largest;
+  A(0, at) = 1;
+  B(at, 0) = largest / 4;
   if (down)
-    B(1, 0) = -largest;
+    B(at + 1, 0) = -largest / 4;
   else
-    A(0, 1) = -1;
-  const lora::adapter<T> l{A, B, {.alpha = 1}};
+    A(0, at + 1) = -1;
+  const lora::adapter<T> l{A, B, {.alpha = 4}};  // s = 4, exactly
   const test::matrix<T> before = W;
   lora::packed_weight<T> panels{W};
   CHECK_THROWS_AS(lora::merge_checked(W, l), lora::value_error);
@@ -36,6 +36,6 @@ void overflows_beside_its_opposite(bool down) {
 }  // namespace
 
 TEMPLATE_TEST_CASE("an overflow is seen whatever lies beside it", "[merge][flags]", float, double) {
-  overflows_beside_its_opposite<TestType>(true);
-  overflows_beside_its_opposite<TestType>(false);
+  for (const lora::index_t at : {0, 28})  // the first and the second vector of a tile
+    for (const bool down : {true, false}) overflows_beside_its_opposite<TestType>(at, down);
 }
