@@ -366,12 +366,16 @@ LORA_DETAIL_INLINE void store_bits(void* p, Vector v) {
 template <class Acc, class T>
 struct watch {
   using vectors = simd<Acc>;
-  typename vectors::vector sum = vectors::zero();
+  typename vectors::vector one = vectors::zero(), other = vectors::zero();
 
-  /// Infinities and NaN stay in a sum; one that overflows although its terms are finite gives a false alarm.
-  LORA_DETAIL_INLINE void see(typename vectors::vector v) { sum = vectors::add(sum, v); }
+  /// Infinities and NaN stay in a sum; one that overflows although its terms are finite gives a false alarm. Two sums, because
+  /// the additions of one wait for each other.
+  LORA_DETAIL_INLINE void see(typename vectors::vector first, typename vectors::vector second) {
+    one = vectors::add(one, first);
+    other = vectors::add(other, second);
+  }
   bool all_finite() const {
-    auto total = sum;
+    auto total = vectors::add(one, other);
     as_it_came(total);
     return vectors::all_finite(total);
   }

@@ -273,8 +273,7 @@ LORA_DETAIL_INLINE void round_row(Vector& first, Vector& second, Watch& watch) {
   } else {
     as_it_came(first);
     as_it_came(second);
-    watch.see(first);
-    watch.see(second);
+    watch.see(first, second);
   }
 }
 /// What round_row made.
