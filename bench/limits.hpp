@@ -10,7 +10,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstddef>
-#include <lora/limits.hpp>
+#include <lora/lora.hpp>
 
 namespace lora_bench {
 
@@ -38,9 +38,22 @@ inline std::size_t last_level_cache() {
   return bytes;
 }
 
+/// FLOPs of a product, by the unit that the library does them with.
+struct flops {
+  double multiply_adds = 0, dots = 0;
+
+  flops operator+(const flops& more) const { return {multiply_adds + more.multiply_adds, dots + more.dots}; }
+};
+/// Of elements T and X.
+template <class T, class X>
+flops flops_of(double work) {
+  if (lora::smallest_in_product<lora::accumulator_t<T, X>, T, X>() > 0) return {.dots = work};
+  return {.multiply_adds = work};
+}
+
 /// The seconds that a way must take which reads `bytes`, or reads and writes them in place, as a function of the limits.
-inline auto reading(double work, double bytes) {
-  return [=](const lora::limits& l) { return l.reading(work, bytes); };
+inline auto reading(const flops& work, double bytes) {
+  return [=](const lora::limits& l) { return l.reading(work.multiply_adds, work.dots, bytes); };
 }
 inline auto updating(double work, double bytes) {
   return [=](const lora::limits& l) { return l.updating(work, bytes); };

@@ -13,7 +13,7 @@
 // (manual timing). Counters:
 //   share, share_panels      of the machine's limit: max(FLOPs / FMA rate, 2 bytes of W / read-and-write rate) / time
 //   speedup_vs_R             R / lora (rows), the median of the rounds; _lo, _hi: its 95 % interval; R_us
-//   panels_us, rounds, limit_flops, limit_read, limit_read_write
+//   panels_us, rounds, limit_flops, limit_dot_flops, limit_read, limit_read_write
 //
 // A quick look: --row_seconds=0.3 --benchmark_filter='layer:4096x4096/rank:(8|64)/'
 #include <benchmark/benchmark.h>

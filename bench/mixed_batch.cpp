@@ -17,7 +17,7 @@
 //   inconclusive   1 when the interval is wider than +-0.5 point
 //   share          of the machine's limit, base: max(FLOPs / FMA rate, bytes of W / read rate) / time
 //   share_mixed    the same with the adapters' FLOPs and bytes, over the mixed time
-//   base_us, rounds, limit_flops, limit_read, limit_read_write
+//   base_us, rounds, limit_flops, limit_dot_flops, limit_read, limit_read_write
 #include <benchmark/benchmark.h>
 
 #include <algorithm>
@@ -118,8 +118,9 @@ void mixed_batch(benchmark::State& state, lora_bench::session& session, const ro
   const auto tokens = static_cast<double>(r.tokens), factors = r.layer.factors(static_cast<double>(r.rank));
   const double bytes = r.layer.size() * sizeof(T), more_bytes = static_cast<double>(r.adapters) * factors * sizeof(T);
   const double more_work = r.adapters == 0 ? 0 : 2 * factors * tokens;
-  const auto base_limit = lora_bench::reading(2 * r.layer.size() * tokens, bytes);
-  const auto mixed_limit = lora_bench::reading(2 * r.layer.size() * tokens + more_work, bytes + more_bytes);
+  const auto base = lora_bench::flops_of<T, X>(2 * r.layer.size() * tokens);
+  const auto base_limit = lora_bench::reading(base, bytes);
+  const auto mixed_limit = lora_bench::reading(base + lora_bench::flops_of<T, X>(more_work), bytes + more_bytes);
   const lora::limits limits = m.limits();
   lora_bench::count_overhead(state, m.series.ratio(1, 0), mixed_limit(limits) / base_limit(limits) - 1);
   state.counters["floor_bytes"] = more_bytes / bytes;

@@ -50,6 +50,7 @@ struct measurement {
       return estimate_median(std::move(rates)).median;
     };
     return {.flops = median(&lora::limits::flops),
+            .dot_flops = median(&lora::limits::dot_flops),
             .read = median(&lora::limits::read),
             .read_write = median(&lora::limits::read_write),
             .threads = of_round.front().threads};
@@ -97,6 +98,7 @@ class session {
     const lora::limits limits = m.limits();
     state.counters["rounds"] = static_cast<double>(m.series.rounds());
     state.counters["limit_flops"] = limits.flops;
+    state.counters["limit_dot_flops"] = limits.dot_flops;
     state.counters["limit_read"] = limits.read;
     state.counters["limit_read_write"] = limits.read_write;
     return m;
@@ -215,6 +217,7 @@ inline void add_context(const session& s, const lora::limits& limits) {
   benchmark::AddCustomContext("cpu", cpu_text());
   benchmark::AddCustomContext("threads", std::to_string(s.probe.threads()));
   benchmark::AddCustomContext("limit_flops", std::to_string(limits.flops));
+  benchmark::AddCustomContext("limit_dot_flops", std::to_string(limits.dot_flops));
   benchmark::AddCustomContext("limit_read", std::to_string(limits.read));
   benchmark::AddCustomContext("limit_read_write", std::to_string(limits.read_write));
   benchmark::AddCustomContext("last_level_cache_bytes", std::to_string(last_level_cache()));
@@ -260,9 +263,11 @@ int run_program(int argc, char** argv, const std::vector<column>& columns, const
   const lora::limits limits = s.probe.measure();
   add_context(s, limits);
   char heading[256];
-  std::snprintf(heading, sizeof heading,
-                "limits of %d thread(s): %.0f GFLOP/s float multiply-add, %.1f GB/s read, %.1f GB/s read + write in place",
-                s.probe.threads(), limits.flops / 1e9, limits.read / 1e9, limits.read_write / 1e9);
+  std::snprintf(
+      heading, sizeof heading,
+      "limits of %d thread(s): %.0f GFLOP/s float multiply-add, %.0f by dot products, %.1f GB/s read, %.1f GB/s read + "
+      "write in place",
+      s.probe.threads(), limits.flops / 1e9, limits.dot_flops / 1e9, limits.read / 1e9, limits.read_write / 1e9);
   register_rows(s);
   if (table) {
     table_reporter reporter(heading, columns);

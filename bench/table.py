@@ -66,9 +66,11 @@ def machine(records):
     for threads in records.threads():
         # The best of the rows' medians: what the machine did at its quietest.
         mine = [row for row in records.rows if row.threads == threads]
-        best = [max(row[name] for row in mine) / 1e9 for name in ("limit_flops", "limit_read", "limit_read_write")]
+        best = [max(row[name] for row in mine) / 1e9 for name in ("limit_flops", "limit_dot_flops", "limit_read", "limit_read_write")]
         rows.append((f"limits, {threads} thread{'s' if threads > 1 else ''}",
-                     f"{best[0]:.0f} GFLOP/s float multiply-add, {best[1]:.1f} GB/s read, {best[2]:.1f} GB/s read and "
+                     f"{best[0]:.0f} GFLOP/s float multiply-add, "
+                     + (f"{best[1]:.0f} GFLOP/s dot products of bfloat16, " if best[1] > best[0] else "")
+                     + f"{best[2]:.1f} GB/s read, {best[3]:.1f} GB/s read and "
                      "written in place"))
     return markdown(("", ""), rows)
 

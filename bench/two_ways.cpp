@@ -23,10 +23,11 @@
 //   points_above_floor  100 (overhead - floor)
 //   inconclusive    1 when the interval is wider than +-0.5 point
 //   over_stacked    unmerged with K adapters over one of rank K R, minus 1
-//   share           of the machine's limit, merged way: max(FLOPs / FMA rate, bytes of W / read rate) / time
+//   share           of the machine's limit, merged way: max(FLOPs / FMA rate, bytes of W / read rate) / time; where W and x
+//                   are bfloat16 and the build has dot products of it, their rate
 //   share_unmerged  the same with the factors' FLOPs and bytes, over the unmerged time
 //   speedup_vs_R    R / ours, with R_us
-//   merged_us, rounds, limit_flops, limit_read, limit_read_write
+//   merged_us, rounds, limit_flops, limit_dot_flops, limit_read, limit_read_write
 // An interval tells the noise of this series; repeat rows that matter (--benchmark_repetitions=5). A quick look:
 //   --row_seconds=0.3 --benchmark_filter='two_ways/.*layer:4096x4096/tokens:(1|64)/rank:16/adapters:1'
 #include <benchmark/benchmark.h>
@@ -151,9 +152,11 @@ void two_ways(benchmark::State& state, lora_bench::session& session, const row& 
 
   const auto m = session.measure(state, ways, 1);
   const auto tokens = static_cast<double>(r.tokens), factors = r.layer.factors(static_cast<double>(r.rank)) * r.adapters;
-  const auto merged_limit = lora_bench::reading(2 * r.layer.size() * tokens, r.layer.size() * sizeof(T));
-  const auto unmerged_limit =
-      lora_bench::reading(2 * (r.layer.size() + factors) * tokens, r.layer.size() * sizeof(T) + factors * sizeof(F));
+  const auto base = lora_bench::flops_of<T, X>(2 * r.layer.size() * tokens);
+  const auto more = std::is_same_v<F, T> ? lora_bench::flops_of<T, X>(2 * factors * tokens)
+                                         : lora_bench::flops{.multiply_adds = 2 * factors * tokens};
+  const auto merged_limit = lora_bench::reading(base, r.layer.size() * sizeof(T));
+  const auto unmerged_limit = lora_bench::reading(base + more, r.layer.size() * sizeof(T) + factors * sizeof(F));
   const lora::limits limits = m.limits();
   lora_bench::count_overhead(state, m.series.ratio(1, 0), unmerged_limit(limits) / merged_limit(limits) - 1);
   if (r.adapters > 1) lora_bench::count(state, "over_stacked", m.series.ratio(1, 2), -1);
@@ -191,7 +194,8 @@ void base_product(benchmark::State& state, lora_bench::session& session, const s
 
   const auto m = session.measure(state, ways, 0);
   state.counters["share"] =
-      m.share(0, lora_bench::reading(2 * layer.size() * static_cast<double>(tokens), layer.size() * sizeof(T)));
+      m.share(0, lora_bench::reading(lora_bench::flops_of<T, X>(2 * layer.size() * static_cast<double>(tokens)),
+                                     layer.size() * sizeof(T)));
   for (std::size_t k = 0; k < rivals.size(); ++k) {
     lora_bench::count(state, "speedup_vs_" + rivals[k].name, m.series.ratio(k + 1, 0));
     state.counters[rivals[k].name + "_us"] = m.series.time(k + 1).median * 1e6;

@@ -29,7 +29,7 @@ format format_of() {
 /// The formats of one evaluation. weight and output are zero where nothing is rounded to them.
 struct formats {
   format accumulator, weight, output;
-  double flushed = 0;  ///< numbers below this count as zero in W x: where that is computed by dot products of bfloat16
+  double flushed = 0;  ///< numbers below this count as zero in W x and A x: where dot products of bfloat16 compute them
 };
 /// A weight stored in T, results stored in Y, accumulated in Acc; activations stored in X, as far as that matters.
 template <class T, class Y, class Acc, class X = Acc>
@@ -122,10 +122,14 @@ inline Eigen::MatrixXd error_bound(const Eigen::MatrixXd& W, const Eigen::Vector
   // A x by B.
   e.colwise() += f.accumulator.eta * (static_cast<double>(n + R + 2) * (sum_sB.array() + 1).matrix() + sum_B);
   if (f.flushed != 0) {
-    // An operand, a product or a sum of each step.
+    // An operand, a product or a sum of each step: of W x, and of A x, which is multiplied by s B.
+    const Eigen::RowVectorXd sum_x = ax.colwise().sum();
     e.array() += f.flushed * 2 * static_cast<double>(n);
     e.colwise() += f.flushed * stored.rowwise().sum();
-    e.rowwise() += f.flushed * ax.colwise().sum();
+    e.rowwise() += f.flushed * sum_x;
+    e += f.flushed * sum_sB * (sum_x.array() + 2 * static_cast<double>(n)).matrix();
+    for (const part& p : where.mixed)
+      e.colwise() += f.flushed * std::abs(p.s) * p.B.cwiseAbs() * p.A.cwiseAbs().rowwise().sum();
   }
   e += f.output.u * (magnitude + e);
   e.array() += f.output.eta / 2;

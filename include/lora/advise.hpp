@@ -17,6 +17,7 @@
 #include <span>
 
 #include "lora/concepts.hpp"
+#include "lora/detail/tile.hpp"
 #include "lora/error.hpp"
 #include "lora/limits.hpp"
 
@@ -41,10 +42,11 @@ struct advice {
   double break_even_tokens;  ///< from this stay on merging pays; infinity where mixing costs nothing
 };
 
-/// T the weight's scalar, F the factors'. Float arithmetic (double: twice the time). Ranks: of the adapters that every token
+/// T the weight's scalar, F the factors', X the activations'. Float arithmetic (double: twice the time; where all three are
+/// bfloat16 and the build has dot products of it, W x and lora_A x by these). Ranks: of the adapters that every token
 /// has. Throws value_error when a size, a rank or a count is negative, tokens_per_call is 0, or the limits were not
 /// measured.
-template <scalar T, scalar F = T>
+template <scalar T, scalar F = T, scalar X = T>
 advice advise(const limits& machine, const layer_shape& layer, std::span<const index_t> ranks, const usage& use) {
   double rank = 0;
   bool negative = layer.out_features < 0 || layer.in_features < 0;
@@ -62,18 +64,23 @@ advice advise(const limits& machine, const layer_shape& layer, std::span<const i
   const double weight = static_cast<double>(layer.out_features) * static_cast<double>(layer.in_features);
   const double factors = rank * static_cast<double>(layer.out_features + layer.in_features);
   advice a{};
-  a.merged_call = machine.reading(slower * 2 * weight * use.tokens_per_call, weight * sizeof(T));
-  a.mixed_call =
-      machine.reading(slower * 2 * (weight + factors) * use.tokens_per_call, weight * sizeof(T) + factors * sizeof(F));
+  const double flops = slower * 2 * use.tokens_per_call;
+  const double factor_bytes = factors * sizeof(F);
+  constexpr bool dots = detail::by_dots<accumulator_t<T, F, X>, T, X>;
+  const double shrink = std::is_same_v<detail::storage_t<F>, bfloat16> ? rank * static_cast<double>(layer.in_features) : 0;
+  const double by_dots = dots ? 1 : 0;
+  a.merged_call = machine.reading((1 - by_dots) * flops * weight, by_dots * flops * weight, weight * sizeof(T));
+  a.mixed_call = machine.reading(flops * (weight + factors - by_dots * (weight + shrink)),
+                                 by_dots * flops * (weight + shrink), weight * sizeof(T) + factor_bytes);
   a.merge_once = machine.updating(slower * 2 * weight * rank, 2 * weight * sizeof(T));
   const double saved = (a.mixed_call - a.merged_call) / use.tokens_per_call;
   a.break_even_tokens = saved > 0 ? a.merge_once / saved : std::numeric_limits<double>::infinity();
   a.merge = use.tokens_per_switch > a.break_even_tokens;
   return a;
 }
-template <scalar T, scalar F = T>
+template <scalar T, scalar F = T, scalar X = T>
 advice advise(const limits& machine, const layer_shape& layer, std::initializer_list<index_t> ranks, const usage& use) {
-  return advise<T, F>(machine, layer, std::span(ranks.begin(), ranks.size()), use);
+  return advise<T, F, X>(machine, layer, std::span(ranks.begin(), ranks.size()), use);
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

@@ -53,7 +53,8 @@ void apply(workspace& space, const X& x, Y&& y, const L&... l) {
   const auto pack_X = detail::token_packer<acc>(from);
   const auto write = detail::token_writer<acc>(
       to, [](value& out, acc sum, index_t) { out = detail::narrow<value>(detail::widen<acc>(out) + sum); });
-  detail::mix<acc>(space, to.rows(), from.rows(), to.cols(), detail::weight_source<acc, acc>{}, each, pack_X, write);
+  detail::mix<acc>(space, to.rows(), from.rows(), to.cols(), detail::weight_source<acc, acc>{}, each, {.widened = pack_X},
+                   write);
 }
 template <class X, class Y, class... L>
   requires activations<X> && activations<Y> && (detail::mixables<L> && ...)

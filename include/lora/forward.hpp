@@ -13,10 +13,11 @@
 //   adapters low_rank types, packed_adapter, ranges of them.
 //   error    |result - exact| <= u_y |exact| + (1+u_y) (gamma_{in+R+1} |W| |x| + gamma_{in+R+3} sum |s| |lora_B| |lora_A| |x|
 //            + u |b|) + eta_y/2, and what underflows; the names are those of docs/numerics.md. A build for AVX512-BF16
-//            multiplies a bfloat16 W by a bfloat16 x with dot products: see smallest_in_product.
+//            multiplies a bfloat16 W, and lora_A where the factors are bfloat16, by a bfloat16 x with dot products: see
+//            smallest_in_product.
 //   bits     a token's result does not depend on the other tokens, on threads or on tiles.
 //   cost     2 (out * in + R (in + out)) FLOPs per token; W is read once per block of tokens: 16 tiles of 4, 6
-//            (AVX2) or 8 (AVX-512) tokens, fewer where their activations exceed 2.5 MiB, at least 4 tiles. A W that is not
+//            (AVX2) or 8 (AVX-512) tokens, fewer where their activations exceed 2.5 MiB (AVX-512: 8), at least 4 tiles. A W that is not
 //            packed is read, packed and read again in the first-level cache. Scratch as apply.
 //   aliasing y must not overlap W, x, b or a factor: shape_error (the panels of packed ones are nobody else's memory). An x
 //            that is an Eigen expression is evaluated first.
@@ -88,15 +89,10 @@ auto with_bias(const packed_weight<T>& W, const V& b) {
   return biased<const packed_weight<T>&, std::remove_const_t<decltype(bias)>>{W, bias};
 }
 
-namespace detail {
-/// Whether W * x of these elements is computed by dot products.
-template <class Acc, class T, class X>
-inline constexpr bool by_dots = has_dots<Acc, storage_t<T>> && std::is_same_v<storage_t<T>, storage_t<X>>;
-}  // namespace detail
-
 /// Magnitudes below this count as zero inside W * x, for elements T of W and X of x and an accumulator Acc: the smallest normal
 /// float where both are bfloat16, the accumulator is float and the build has the processor's dot products (AVX512-BF16), which
-/// multiply twice as much in the same time; 0 everywhere else. docs/numerics.md has the bound.
+/// multiply twice as much in the same time; 0 everywhere else. Where it is not 0 the same holds inside lora_A * x of adapters
+/// whose factors are bfloat16. docs/numerics.md has the bound.
 template <class Acc, class T, class X>
 constexpr double smallest_in_product() {
   return detail::by_dots<Acc, T, X> ? static_cast<double>(std::numeric_limits<float>::min()) : 0.0;
@@ -114,8 +110,8 @@ struct same_for_all {
   }
   template <class Acc, class T>
   void run(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<Acc, T>& W,
-           const pack_token_function<Acc>& pack_X, const finish_function<Acc>& finish) const {
-    mix<Acc>(space, out_features, in_features, tokens, W, each, pack_X, finish);
+           const activation_source<Acc>& X, const finish_function<Acc>& finish) const {
+    mix<Acc>(space, out_features, in_features, tokens, W, each, X, finish);
   }
 };
 /// The parts of a batch.
@@ -136,12 +132,12 @@ struct by_token {
   }
   template <class Acc, class T>
   void run(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<Acc, T>& W,
-           const pack_token_function<Acc>& pack_X, const finish_function<Acc>& finish) const {
+           const activation_source<Acc>& X, const finish_function<Acc>& finish) const {
     const auto each = [this](const auto& visit) {
       for (const auto& l : who.used()) visit(*l.adapter);
     };
     part_list<Acc, decltype(each)> list(each, out_features, in_features);
-    mix<Acc>(space, out_features, in_features, tokens, W, list, who.parts(), who.most_rank(), pack_X, finish);
+    mix<Acc>(space, out_features, in_features, tokens, W, list, who.parts(), who.most_rank(), X, finish);
   }
 };
 
@@ -157,9 +153,10 @@ void forward_views(const char* operation, workspace& space, index_t out_features
   check_activations(operation, x, y);
   if (bias != nullptr) refuse_overlap(operation, "y", y, "the bias", *bias);
   using value = typename Y::value_type;
-  const auto pack_X = token_packer<Acc>(x);
+  const auto widened = token_packer<Acc>(x);
+  const auto pairs = pair_packer<Acc>(x);
   const auto write = [&](const auto& store) {
-    parts.run(space, out_features, in_features, x.cols(), W, pack_token_function<Acc>(pack_X),
+    parts.run(space, out_features, in_features, x.cols(), W, activation_source<Acc>{widened, pairs},
               finish_function<Acc>(token_writer<Acc>(y, store)));
   };
   if (bias == nullptr)

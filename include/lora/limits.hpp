@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // machine_limits(): what this machine can do at best, measured in about 50 ms with the threads and the vectors that the
-// library uses: float multiply-adds, streaming reads, and reading and writing in place. Keep the result; a service that
+// library uses: float multiply-adds, dot products of bfloat16, streaming reads, and reading and writing in place. Keep the result; a service that
 // runs for days measures again, because on a shared host the memory bandwidth doubles and halves within minutes.
 #pragma once
 
@@ -17,13 +17,19 @@ namespace lora::inline LORA_DETAIL_ABI {
 
 /// Rates of this machine with `threads` threads.
 struct limits {
-  double flops = 0;       ///< float FLOP/s; a multiply-add is two
-  double read = 0;        ///< bytes/s read from memory
+  double flops = 0;  ///< float FLOP/s; a multiply-add is two
+  double dot_flops =
+      0;            ///< the same by dot products of bfloat16 (see smallest_in_product); flops, or 0, where there are none
+  double read = 0;  ///< bytes/s read from memory
   double read_write = 0;  ///< bytes/s read and written in place: both directions count
   int threads = 1;
 
   /// Seconds that these FLOPs and bytes must take when they overlap perfectly.
   double reading(double work, double bytes) const { return std::max(work / flops, bytes / read); }
+  /// The same with further FLOPs by dot products.
+  double reading(double work, double dots, double bytes) const {
+    return std::max(work / flops + dots / (dot_flops > 0 ? dot_flops : flops), bytes / read);
+  }
   double updating(double work, double bytes) const { return std::max(work / flops, bytes / read_write); }
 };
 
@@ -55,8 +61,12 @@ class limits_probe {
     const double bytes = static_cast<double>(share_) * threads * sizeof(float);
     const double update_time = best(0.4 * budget, at_least, [&](int thread) { return update(part(thread)); });
     const double read_time = best(0.3 * budget, at_least, [&](int thread) { return read(part(thread)); });
-    const double fma_time = best(0.3 * budget, at_least, [&](int) { return multiply_adds(); });
-    return {.flops = threads * fma_chunk * fma_flops / fma_time,
+    const auto rate = [&](double flops_of_step, const auto& work) {
+      return threads * chunk * flops_of_step / best((dots ? 0.15 : 0.3) * budget, at_least, work);
+    };
+    const double flops = rate(fma_flops, [](int) { return multiply_adds(); });
+    return {.flops = flops,
+            .dot_flops = dots ? rate(2 * fma_flops, [](int) { return add_dots(); }) : flops,
             .read = bytes / read_time,
             .read_write = 2 * bytes / update_time,
             .threads = threads_};
@@ -64,10 +74,11 @@ class limits_probe {
 
  private:
   using v = simd<float>;
-  /// Chains that run at the same time: two units with a latency of 4 or 5 need ten, and 12 leave room in 16 registers.
+  static constexpr bool dots = has_dots<float, bfloat16>;
+  /// Chains that run at the same time: two units with a latency of 4 to 6 need 12, which leave room in 16 registers.
   static constexpr int chains = 12;
   static constexpr index_t step = index_t{8} * v::width;
-  static constexpr int fma_chunk = 20'000;
+  static constexpr int chunk = 20'000;
   static constexpr double fma_flops = 2.0 * chains * v::width;
 
   /// The shortest of the runs that fit into the time, at_least so many, of work(thread) on every thread at once.
@@ -91,12 +102,24 @@ class limits_probe {
   }
   static float multiply_adds() {
     const auto factor = v::broadcast(opaque(0.999F)), addend = v::broadcast(opaque(1e-3F));
+    return in_chains([&](v::vector sum) { return v::multiply_add(sum, factor, addend); });
+  }
+  static float add_dots() {
+#if defined(LORA_DETAIL_DOTS)
+    const auto pair = v::broadcast(opaque(1e-3F));
+    return in_chains([&](v::vector sum) { return v::add_dots(pair, pair, sum); });
+#else
+    return 0;
+#endif
+  }
+  template <class Step>
+  static float in_chains(const Step& step_of) {
     v::vector sum[chains];
     LORA_DETAIL_UNROLL
     for (int i = 0; i < chains; ++i) sum[i] = v::broadcast(opaque(static_cast<float>(i)));
-    for (int k = 0; k < fma_chunk; ++k) {
+    for (int k = 0; k < chunk; ++k) {
       LORA_DETAIL_UNROLL
-      for (int i = 0; i < chains; ++i) sum[i] = v::multiply_add(sum[i], factor, addend);
+      for (int i = 0; i < chains; ++i) sum[i] = step_of(sum[i]);
     }
     LORA_DETAIL_UNROLL
     for (int i = 1; i < chains; ++i) sum[0] = v::add(sum[0], sum[i]);

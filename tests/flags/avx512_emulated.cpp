@@ -110,7 +110,9 @@ void check(std::uint64_t seed) {
   CHECK(worst <= 1);
 }
 
-/// W * x by dot products of bfloat16: within its bound, and the same bits from panels and rows, alone and in company.
+/// W * x by dot products of bfloat16, and A * x where the factors F are bfloat16, too: within its bound, and the same bits from
+/// panels and rows, alone and in company, whatever else is beside the layer.
+template <class F>
 void check_dots(std::uint64_t seed, double spread) {
   using lora::bfloat16;
   static_assert(lora::smallest_in_product<float, bfloat16, bfloat16>() > 0);
@@ -122,15 +124,19 @@ void check_dots(std::uint64_t seed, double spread) {
     for (const lora::index_t in : {1, 2, 31, 300, 513})
       for (const lora::index_t tokens : {1, 2, 3, 8, 9, 33, 140}) {
         const auto W = g.reals<bfloat16>(out, in, spread);
-        const lora::adapter<float> l{g.reals<float>(5, in, 1), g.reals<float>(out, 5, spread), {.alpha = 7}};
+        const lora::adapter<F> l{g.reals<F>(5, in, spread), g.reals<F>(out, 5, spread), {.alpha = 7}};
         const test::col_matrix<bfloat16> x = g.reals<bfloat16>(in, tokens, spread);
         const lora::packed_weight packed{W};
         test::col_matrix<float> y(out, tokens), plain(out, tokens), one(out, 1);
         lora::forward(packed, x, y, l);
         lora::forward(W, x, plain, l);
         REQUIRE(test::same_bits(y, plain));
-        lora::forward(packed, x.col(tokens - 1), one, lora::packed_adapter<float>{l});
+        lora::forward(packed, x.col(tokens - 1), one, lora::packed_adapter<F>{l});
         REQUIRE(test::same_bits(one, test::col_matrix<float>(y.col(tokens - 1))));
+        // An adapter of another format, which adds nothing, makes the activations be widened, too.
+        const lora::adapter<float> nothing{g.reals<float>(3, in, 1), test::matrix<float>::Zero(out, 3).eval(), {.alpha = 3}};
+        lora::forward(packed, x, plain, l, nothing);
+        REQUIRE(plain == y);
         lora::linear<bfloat16> layer{W};
         layer.attach("l", l);
         layer.forward(x, plain);
@@ -154,9 +160,12 @@ void check_dots(std::uint64_t seed, double spread) {
 }  // namespace
 
 TEST_CASE("products of bfloat16 by dot products", "[avx512][dots]") {
-  SECTION("numbers of a model") { check_dots(1206, 1); }
-  SECTION("subnormal products") { check_dots(1207, 1e-20); }
-  SECTION("subnormal operands") { check_dots(1208, 3e-39); }
+  SECTION("numbers of a model") { check_dots<float>(1206, 1); }
+  SECTION("subnormal products") { check_dots<float>(1207, 1e-20); }
+  SECTION("subnormal operands") { check_dots<float>(1208, 3e-39); }
+  SECTION("bfloat16 factors") { check_dots<lora::bfloat16>(1209, 1); }
+  SECTION("bfloat16 factors, subnormal products") { check_dots<lora::bfloat16>(1210, 1e-20); }
+  SECTION("bfloat16 factors, subnormal operands") { check_dots<lora::bfloat16>(1211, 3e-39); }
 }
 
 TEST_CASE("the AVX-512 kernels compute what the others do", "[avx512]") {

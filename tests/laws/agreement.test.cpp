@@ -103,6 +103,7 @@ TEST_CASE("all states of a layer agree within the bound", "[law]") {
   check<float, float, float, float>("float, float factors", 10000 / layers::thinning);
   check<double, double, double, double>("double, double factors", 10000 / layers::thinning);
   check<bfloat16, float, bfloat16, bfloat16>("bfloat16, float factors, all bfloat16", 10000 / layers::thinning);
+  check<bfloat16, bfloat16, bfloat16, bfloat16>("bfloat16, all bfloat16", 10000 / layers::thinning);
   check<float16, float, float16, float16>("float16, float factors, all float16", 10000 / layers::thinning);
 }
 

@@ -5,6 +5,9 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
+#include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 #include "lora/detail/product.hpp"
@@ -18,6 +21,23 @@ template <class Acc, class L>
 inline constexpr bool reads_panels_of = false;
 template <class Acc, packed_factors L>
 inline constexpr bool reads_panels_of<Acc, L> = std::is_same_v<accumulator_t<packed_scalar<L>>, Acc>;
+
+/// What the elements of an adapter's panels are when it is packed for a call. Of bfloat16 they stay so where A x may be
+/// computed by dot products, which are those of a packed adapter.
+template <class Acc, class L>
+struct panels_in_call {
+  using type = Acc;
+};
+template <class Acc, low_rank L>
+struct panels_in_call<Acc, L> {
+  static constexpr bool both =
+      std::is_same_v<storage_t<factor_scalar_A<L>>, bfloat16> && std::is_same_v<storage_t<factor_scalar_B<L>>, bfloat16>;
+  using type = std::conditional_t<both && has_dots<Acc, bfloat16>, bfloat16, Acc>;
+};
+template <class Acc, packed_factors L>
+struct panels_in_call<Acc, L> {
+  using type = std::conditional_t<reads_panels_of<Acc, L>, packed_scalar<L>, Acc>;
+};
 
 /// A packed adapter's factors in panels of a wider accumulator.
 template <class Acc, class F>
@@ -43,8 +63,9 @@ class part_list {
  public:
   part_list(const Each& each, index_t out_features, index_t in_features)
       : each_(each), out_(out_features), in_(in_features) {
-    each_([&](const auto& l) {
+    each_([&]<class L>(const L& l) {
       if (!is_read(l)) return;
+      all_pairs_ = all_pairs_ && std::is_same_v<typename panels_in_call<Acc, L>::type, bfloat16>;
       ++count_;
       rank_ += static_cast<index_t>(l.rank());
     });
@@ -52,6 +73,9 @@ class part_list {
 
   index_t count() const { return count_; }
   index_t rank() const { return rank_; }
+
+  /// Whether A x of all of them may be computed by dot products: their panels are bfloat16.
+  bool all_pairs() const { return all_pairs_; }
 
   void claim(layout& l) {
     place_ = l.take<part<Acc>>(count_);
@@ -69,14 +93,16 @@ class part_list {
     index_t n = 0;
     each_([&]<class L>(const L& l) {
       if (!is_read(l)) return;
-      part<Acc> made{.rank = static_cast<index_t>(l.rank()), .scale = static_cast<double>(l.scaling())};
+      using F = typename panels_in_call<Acc, L>::type;
+      part<Acc> made{.rank = static_cast<index_t>(l.rank()),
+                     .scale = static_cast<double>(l.scaling()),
+                     .format = format_of_panels<Acc, F>()};
       if constexpr (reads_panels_of<Acc, L>) {
         made.A = adapter_of(l).A_panels();
         made.B = adapter_of(l).B_panels();
-        made.format = format_of_panels<Acc, packed_scalar<L>>();
       } else {
-        Acc* const A = free;
-        Acc* const B = A + rounded(where(l).A_size());
+        F* const A = reinterpret_cast<F*>(free);
+        F* const B = reinterpret_cast<F*>(free + rounded<F>(where(l).A_size()));
         if constexpr (low_rank<L>)
           pack_factors<Acc>(where(l), l, A, B);
         else
@@ -92,28 +118,59 @@ class part_list {
 
  private:
   template <class L>
-  factor_layout<Acc, Acc> where(const L& l) const {
+  factor_layout<Acc, typename panels_in_call<Acc, L>::type> where(const L& l) const {
     return {out_, in_, static_cast<index_t>(l.rank())};
   }
-  static index_t rounded(index_t size) { return pieces(size, 16) * 16; }
-  static index_t sizes(const factor_layout<Acc, Acc>& where) { return rounded(where.A_size()) + rounded(where.B_size()); }
+  /// Elements of Acc that hold `size` of F, in whole lines.
+  template <class F>
+  static index_t rounded(index_t size) {
+    return pieces(size * static_cast<index_t>(sizeof(F)), 64) * (64 / static_cast<index_t>(sizeof(Acc)));
+  }
+  template <class F>
+  static index_t sizes(const factor_layout<Acc, F>& where) {
+    return rounded<F>(where.A_size()) + rounded<F>(where.B_size());
+  }
 
   const Each& each_;
   index_t out_, in_, count_ = 0, rank_ = 0;
+  bool all_pairs_ = true;
   layout::place<part<Acc>> place_;
   layout::place<Acc> panels_;
 };
 
-/// The activations of a view, token by token.
+/// The activations of a view, widened.
 template <class Acc, class X>
 auto token_packer(const X& x) {
-  return [x](index_t token, index_t step, Acc* destination) {
-    if constexpr (X::is_row_major) {
-      const auto* const first = x.data() + token;
-      for (index_t k = 0; k < x.rows(); ++k) destination[k * step] = widen<Acc>(first[k * x.outer_stride()]);
+  return [x](const activation_block& some, Acc* destination) {
+    using from = storage_t<typename X::value_type>;
+    index_t done = 0;
+    if constexpr (!X::is_row_major && std::is_same_v<Acc, float> && !std::is_same_v<from, double>)
+      done = transpose_rows([&](index_t i) { return reinterpret_cast<const from*>(x.outer(some.tokens[i])) + some.first; },
+                            some.rows, some.depth, destination);
+    for (index_t i = 0; i < some.rows; ++i)
+      for (index_t k = done; k < some.depth; ++k)
+        destination[k * some.rows + i] = widen<Acc>(x(some.first + k, some.tokens[i]));
+  };
+}
+
+/// Activations of bfloat16 as pairs, where dot products may read them; some.first is even.
+template <class Acc, class X>
+auto pair_packer(const X& x) {
+  return [x](const activation_block& some, Acc* destination) {
+    if constexpr (has_dots<Acc, storage_t<typename X::value_type>>) {
+      index_t done = 0;  // pairs
+      if constexpr (!X::is_row_major)
+        done =
+            transpose_rows([&](index_t i) { return reinterpret_cast<const float*>(x.outer(some.tokens[i]) + some.first); },
+                           some.rows, some.depth / 2, destination);
+      for (index_t i = 0; i < some.rows; ++i)
+        for (index_t k = 2 * done; k < some.depth; k += 2) {
+          std::uint16_t pair[2] = {std::bit_cast<std::uint16_t>(x(some.first + k, some.tokens[i])), 0};
+          if (k + 1 < some.depth) pair[1] = std::bit_cast<std::uint16_t>(x(some.first + k + 1, some.tokens[i]));
+          std::memcpy(destination + k / 2 * some.rows + i, pair, sizeof pair);
+        }
     } else {
-      const auto* const first = x.outer(token);
-      for (index_t k = 0; k < x.rows(); ++k) destination[k * step] = widen<Acc>(first[k]);
+      static_cast<void>(some), static_cast<void>(destination);
     }
   };
 }
@@ -157,26 +214,25 @@ auto panel_converter(const P& W) {
 /// has. Everything was checked. May throw std::bad_alloc, with nothing written.
 template <class Acc, class T, class Each>
 void mix(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<Acc, T>& W,
-         part_list<Acc, Each>& parts, const token_parts& who, index_t rank_of_token, const pack_token_function<Acc>& pack_X,
+         part_list<Acc, Each>& parts, const token_parts& who, index_t rank_of_token, const activation_source<Acc>& X,
          const finish_function<Acc>& finish) {
   if (tokens == 0 || out_features == 0) return;
   plan<Acc> plan_of_tokens(tokens, in_features, who, rank_of_token);
-  product<Acc, T> task(out_features, in_features, W, plan_of_tokens);
+  product<Acc, T> task(out_features, in_features, W, plan_of_tokens, parts.all_pairs());
   layout places;
   parts.claim(places);
   plan_of_tokens.claim(places);
   task.claim(places);
   std::byte* const memory = space.require(places.size());
   plan_of_tokens.make(memory, parts.make(memory));
-  task.run(memory, pack_X, finish);
+  task.run(memory, X, finish);
 }
 /// The same with every part for every token.
 template <class Acc, class T, class Each>
 void mix(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<Acc, T>& W,
-         const Each& each, const pack_token_function<Acc>& pack_X, const finish_function<Acc>& finish) {
+         const Each& each, const activation_source<Acc>& X, const finish_function<Acc>& finish) {
   part_list<Acc, Each> list(each, out_features, in_features);
-  mix<Acc>(space, out_features, in_features, tokens, W, list, token_parts{.parts = list.count()}, list.rank(), pack_X,
-           finish);
+  mix<Acc>(space, out_features, in_features, tokens, W, list, token_parts{.parts = list.count()}, list.rank(), X, finish);
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail

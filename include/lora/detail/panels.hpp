@@ -82,17 +82,32 @@ __m256 eight_from(const T* p) {
   }
 }
 
-/// destination[k * width + i] = source[i * stride + k] for i, k < 8.
-template <class T>
-void transpose_block(const T* source, index_t stride, float* destination, index_t width) {
+/// destination[k * width + i] = row(i)[k] for i, k < 8.
+template <class Row>
+void transpose_block(const Row& row, float* destination, index_t width) {
   __m256 r[8];
   LORA_DETAIL_UNROLL
-  for (int i = 0; i < 8; ++i) r[i] = eight_from(source + i * stride);
+  for (int i = 0; i < 8; ++i) r[i] = eight_from(row(i));
   transpose_8x8(r);
   LORA_DETAIL_UNROLL
   for (int k = 0; k < 8; ++k) _mm256_storeu_ps(destination + k * width, r[k]);
 }
 #endif
+
+/// destination[k * rows + i] = row(i)[k] for up to eight rows, as many depths from the first on as blocks of eight can write;
+/// returns how many: none where the rows are too few to pay. A block of fewer than eight writes past its end, which the next
+/// one overwrites; the last is left.
+template <class Row>
+index_t transpose_rows(const Row& row, index_t rows, index_t depth, float* destination) {
+  index_t k = 0;
+#if defined(LORA_DETAIL_AVX512) || defined(LORA_DETAIL_AVX2)
+  for (; rows > 2 && k + (rows < 8 ? 16 : 8) <= depth; k += 8)
+    transpose_block([&](int i) { return row(std::min<index_t>(i, rows - 1)) + k; }, destination + k * rows, rows);
+#else
+  static_cast<void>(row), static_cast<void>(rows), static_cast<void>(depth), static_cast<void>(destination);
+#endif
+  return k;
+}
 
 /// Packs what blocks of eight by eight can of a row-major source, and says how many rows and depths that was.
 template <class To, class From>
@@ -106,15 +121,15 @@ std::pair<index_t, index_t> pack_blocks(To* panel, index_t width, index_t first_
   if constexpr (pairs || to_float) {
     constexpr index_t step = pairs ? 16 : 8;
     const index_t whole_rows = rows / 8 * 8, whole_depth = depth / step * step;
-    if (pairs && stride % 2 != 0) return {0, 0};
     for (index_t i = 0; i < whole_rows; i += 8)
       for (index_t k = 0; k < whole_depth; k += step) {
         const From* const block = source + i * stride + k;
         To* const to = panel + panel_offset<To>(first_row + i, k, width);
         if constexpr (pairs)
-          transpose_block(reinterpret_cast<const float*>(block), stride / 2, reinterpret_cast<float*>(to), width);
+          transpose_block([&](int row) { return reinterpret_cast<const float*>(block + row * stride); },
+                          reinterpret_cast<float*>(to), width);
         else
-          transpose_block(reinterpret_cast<const from*>(block), stride, to, width);
+          transpose_block([&](int row) { return reinterpret_cast<const from*>(block + row * stride); }, to, width);
       }
     return {whole_rows, whole_depth};
   }

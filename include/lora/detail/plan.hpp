@@ -118,9 +118,9 @@ class plan {
   /// A block's activations pass once for every panel of W: they must stay in the caches, so that long tokens make short
   /// blocks.
   static index_t tiles_of(index_t in_features) {
-    constexpr index_t most = 16, bytes = index_t{5} << 19;
-    return std::clamp<index_t>(bytes / (tile_rows * std::max<index_t>(1, in_features) * static_cast<index_t>(sizeof(Acc))),
-                               4, most);
+    constexpr index_t most = 16;
+    return std::clamp<index_t>(
+        block_bytes / (tile_rows * std::max<index_t>(1, in_features) * static_cast<index_t>(sizeof(Acc))), 4, most);
   }
 
   /// The runs of the rows from `row` on that have the same parts.

@@ -45,9 +45,20 @@ class function_ref {
 /// pack(panel, first depth, depths, destination): a chunk of a panel of W.
 template <class T>
 using pack_weight_function = function_ref<index_t, index_t, index_t, T*>;
-/// pack(token, step, destination): destination[k * step] becomes element k of a token's activations.
+/// A tile's tokens and a range of in_features.
+struct activation_block {
+  const index_t* tokens;
+  index_t rows, first, depth;
+};
+/// pack(block, destination): destination[k * rows + i] becomes element first + k of token i; by dot products, element
+/// destination[k * rows + i] the bits of the pair of elements first + 2 k and first + 2 k + 1.
 template <class Acc>
-using pack_token_function = function_ref<index_t, index_t, Acc*>;
+using pack_tokens_function = function_ref<const activation_block&, Acc*>;
+/// What reads X: widened, and as pairs of bfloat16 where W * x is computed by dot products.
+template <class Acc>
+struct activation_source {
+  pack_tokens_function<Acc> widened, pairs = {};
+};
 /// finish(first output, outputs, token, sums): sums[j] is the result for output first + j.
 template <class Acc>
 using finish_function = function_ref<index_t, index_t, index_t, const Acc*>;
@@ -62,42 +73,43 @@ struct weight_source {
   bool present() const { return panels != nullptr || bool(pack); }
 };
 
-/// Depths of a panel that are handled at a time: with one tile, the steps between two fetches of the adapters' panels; with
-/// several, what stays in the first-level cache with a tile's activations (256 x 16 floats are 16 KiB).
+/// Depths of a panel that one tile passes between two fetches of the adapters' panels.
 inline constexpr index_t depth_of_one_tile = 512;
-inline constexpr index_t depth_chunk = 256;
 
 template <class Acc, class T>
 class product {
  public:
-  product(index_t out_features, index_t in_features, const weight_source<Acc, T>& W, const plan<Acc>& tokens)
+  /// all_pairs: the panels of all parts are bfloat16.
+  product(index_t out_features, index_t in_features, const weight_source<Acc, T>& W, const plan<Acc>& tokens, bool all_pairs)
       : out_(out_features),
         in_(in_features),
         W_(W),
         tokens_(tokens),
-        group_(tokens.tiles() == 1 && tokens.rows(0) <= 2 && W.panels != nullptr ? 2 : 1),
-        threads_(threads_for(work())) {}
+        widened_(!by_dots() || !all_pairs),
+        threads_(threads_for(work())),
+        group_(panels_together()) {}
 
   void claim(layout& l) {
     const index_t rows = tokens_.most_rows_in_block();
-    X_place_ = l.take<Acc>(rows * in_);
+    if (widened_) X_place_ = l.take<Acc>(rows * in_);
+    if (by_dots()) pairs_place_ = l.take<Acc>(rows * pieces(in_, 2));
     U_place_ = l.take<Acc>(tokens_.most_U_in_block());
     // A thread's sums and its chunk of W.
-    per_thread_ = std::max(rows * group_, runs_together * tile_rows) * width + depth_chunk * width;
+    per_thread_ = std::max(rows * group_, runs_together * tile_rows) * width + most_depth * width;
     thread_place_ = l.take<Acc>(threads_ * per_thread_);
   }
 
-  void run(std::byte* memory, const pack_token_function<Acc>& pack_X, const finish_function<Acc>& finish) {
-    X_ = X_place_.in(memory);
+  void run(std::byte* memory, const activation_source<Acc>& X, const finish_function<Acc>& finish) {
+    if (widened_) X_ = X_place_.in(memory);
+    if (by_dots()) pairs_ = pairs_place_.in(memory);
     U_ = U_place_.in(memory);
     Acc* const thread_memory = thread_place_.in(memory);
     parallel(threads_, [&](const team& team) {
       Acc* const sums = thread_memory + team.thread() * per_thread_;
       for (index_t first = 0; first < tokens_.tiles(); first += tokens_.tiles_in_block()) {
         const block tiles{first, std::min(first + tokens_.tiles_in_block(), tokens_.tiles())};
-        team.for_each(tiles.end - tiles.begin, [&](index_t t) { pack_tile(tiles, tiles.begin + t, pack_X); });
+        team.for_each(tiles.end - tiles.begin, [&](index_t t) { pack_tile(tiles, tiles.begin + t, X); });
         shrink_all(tiles, team, sums);
-        if (by_dots()) team.for_each(tiles.end - tiles.begin, [&](index_t t) { pair_tile(tiles, tiles.begin + t); });
         team.for_each(pieces(panels(), group_), [&](index_t g) { outputs(tiles, g * group_, sums, finish); });
       }
     });
@@ -107,6 +119,11 @@ class product {
   static constexpr index_t width = tile_cols<Acc>;
   /// Below so many tiles a panel of 16 bits is widened anew for each.
   static constexpr index_t few_tiles = 4;
+  /// Depths of a chunk of W: for many tiles 16 KiB, which stay in the first-level cache with a tile's activations and what is
+  /// fetched of the next chunk; for few ones more, where they pass by anyhow.
+  static constexpr index_t depth_of_many = (index_t{16} << 10) / (width * static_cast<index_t>(sizeof(Acc)));
+  static constexpr index_t depth_of_few = few_tiles_chunk / (width * static_cast<index_t>(sizeof(Acc)));
+  static constexpr index_t most_depth = std::max(2 * depth_of_many, depth_of_few);
   /// Runs that pass one chunk of lora_A together.
   static constexpr index_t runs_together = 4;
   struct block {
@@ -121,15 +138,48 @@ class product {
     return (base + static_cast<double>(out_ + in_) * ranks) * static_cast<double>(tokens_.tokens());
   }
 
+  /// Whether T must be widened before it is multiplied.
+  bool widens() const { return !std::is_same_v<T, Acc> && !by_dots(); }
+  /// Whether W goes from memory straight through so many tiles, each element once or twice.
+  bool passes(index_t tiles) const {
+    return W_.panels != nullptr && (tiles == 1 || (tiles == 2 && depth_between_panels != 0 && !widens()));
+  }
+  /// Where W passes, two panels of outputs together: few rows have too few chains in one, and memory reads two streams faster.
+  index_t panels_together() const {
+    const bool paired = tokens_.tiles() == 1 && tokens_.rows(0) <= paired_rows;
+    return passes(tokens_.tiles()) && (paired || depth_between_panels != 0) ? 2 : 1;
+  }
+
+  index_t chunk_of(const block& tiles) const {
+    if (tiles.end - tiles.begin < few_tiles) return depth_of_few;
+    return by_dots() ? 2 * depth_of_many : depth_of_many;
+  }
+
   index_t first_place(const block& tiles) const { return tokens_.first(tiles.begin); }
-  Acc* X_of(const block& tiles, index_t tile) const { return X_ + (tokens_.first(tile) - first_place(tiles)) * in_; }
+  index_t rows_of(const block& tiles) const {
+    return tokens_.first(tiles.end - 1) + tokens_.rows(tiles.end - 1) - first_place(tiles);
+  }
+  /// Where a tile's activations from depth k on begin, k a multiple of their chunk (with one tile: any, with pairs even).
+  /// Chunks of depth lie one behind the other, in each the tiles.
+  const Acc* left_at(const block& tiles, index_t tile, index_t k) const { return in_chunk(X_, tiles, tile, k, 1); }
+  const Acc* pairs_at(const block& tiles, index_t tile, index_t k) const { return in_chunk(pairs_, tiles, tile, k, 2); }
+  Acc* in_chunk(Acc* from, const block& tiles, index_t tile, index_t k, index_t group) const {
+    const index_t depth = std::min(chunk_of(tiles), in_ - k);
+    return from + k / group * rows_of(tiles) + (tokens_.first(tile) - first_place(tiles)) * pieces(depth, group);
+  }
   Acc* sums_of(const block& tiles, index_t tile, index_t panels, Acc* sums) const {
     return sums + (tokens_.first(tile) - first_place(tiles)) * width * panels;
   }
 
-  void pack_tile(const block& tiles, index_t tile, const pack_token_function<Acc>& pack_X) const {
-    const index_t rows = tokens_.rows(tile);
-    for (index_t i = 0; i < rows; ++i) pack_X(tokens_.token(tokens_.first(tile) + i), rows, X_of(tiles, tile) + i);
+  void pack_tile(const block& tiles, index_t tile, const activation_source<Acc>& X) const {
+    index_t tokens[tile_rows];
+    activation_block some{tokens, tokens_.rows(tile), 0, 0};
+    for (index_t i = 0; i < some.rows; ++i) tokens[i] = tokens_.token(tokens_.first(tile) + i);
+    for (; some.first < in_; some.first += some.depth) {
+      some.depth = std::min(chunk_of(tiles), in_ - some.first);
+      if (widened_) X.widened(some, in_chunk(X_, tiles, tile, some.first, 1));
+      if (by_dots()) X.pairs(some, in_chunk(pairs_, tiles, tile, some.first, 2));
+    }
   }
 
   bool by_dots() const {
@@ -137,25 +187,6 @@ class product {
       return W_.dots;
     else
       return false;
-  }
-  /// A tile's activations, which were widened, as pairs of depths in the bits of one accumulator each, in the same memory:
-  /// a pair is written where both of its elements, or earlier ones, were read.
-  void pair_tile(const block& tiles, index_t tile) const {
-    if constexpr (has_dots<Acc, T>) {
-      const index_t rows = tokens_.rows(tile);
-      Acc* const X = X_of(tiles, tile);
-      for (index_t k = 0; k < in_; k += 2)
-        for (index_t i = 0; i < rows; ++i) {
-          const std::uint32_t even = std::bit_cast<std::uint32_t>(X[k * rows + i]) >> 16;
-          const std::uint32_t odd = k + 1 < in_ ? std::bit_cast<std::uint32_t>(X[(k + 1) * rows + i]) >> 16 : 0;
-          const std::uint32_t pair = even | odd << 16;
-          std::memcpy(X + k / 2 * rows + i, &pair, sizeof pair);
-        }
-    }
-  }
-  /// Where a tile's activations at a depth begin; with dots a depth is even.
-  const Acc* left_at(const block& tiles, index_t tile, index_t k) const {
-    return X_of(tiles, tile) + (by_dots() ? k / 2 : k) * tokens_.rows(tile);
   }
 
   /// U = s * (A * X) of all runs of the block. A task is a panel of ranks for a few runs.
@@ -176,14 +207,14 @@ class product {
     });
   }
 
-  /// Runs begin ... end - 1 (by part) of one part, one panel of its ranks. A single run of one or two rows takes two panels
-  /// at once: one has too few chains to keep the multipliers busy.
+  /// Runs begin ... end - 1 (by part) of one part, one panel of its ranks. A single run of few rows takes two panels at once:
+  /// one has too few chains to keep the multipliers busy.
   void shrink(const block& tiles, index_t begin, index_t end, index_t panel, Acc* sums) const {
     const part<Acc>& l = tokens_.part_of(tokens_.run_by_part(begin));
     if (panel * width >= l.rank) return;
     with_elements<Acc>(l.A, l.format, [&]<class F>(const F* panels) {
       const factor_layout<Acc, F> where{out_, in_, l.rank};
-      const bool few = end - begin == 1 && tokens_.run_by_part(begin).rows <= 2;
+      const bool few = end - begin == 1 && tokens_.run_by_part(begin).rows <= paired_rows;
       const index_t first = few ? panel / 2 * 2 : panel;
       const bool paired = few && first * width + width < l.rank && where.A_width(first + 1) == width;
       if (paired && panel != first) return;
@@ -205,21 +236,20 @@ class product {
   template <int Vectors, class F>
   void multiply_runs(const block& tiles, index_t begin, index_t end, const F* A, index_t next_panel, Acc* sums) const {
     constexpr index_t panel_width = std::min(Vectors, 2) * simd<Acc>::width;
-    const index_t step = end - begin == 1 ? in_ : depth_chunk;
-    for (index_t k = 0; k < in_; k += step)
-      for (index_t r = begin; r < end; ++r) {
-        const detail::run& rows = tokens_.run_by_part(r);
-        const index_t stride = tokens_.rows(rows.tile);
-        const Acc* const left = X_of(tiles, rows.tile) + k * stride + rows.first_row;
-        const F* const right = A + panel_offset<F>(0, k, panel_width);
-        const index_t depth = std::min(step, in_ - k);
-        if constexpr (Vectors == 4)
-          multiply<true, 4, Acc, F, 2>(static_cast<int>(rows.rows), sums, 2 * width, left, stride, right, next_panel, depth,
-                                       ahead_of<4, Acc>(right));
-        else
-          multiply<true, Vectors>(static_cast<int>(rows.rows), sums + (r - begin) * tile_rows * width, panel_width, left,
-                                  stride, right, 0, depth, ahead_of<Vectors, Acc>(right));
-      }
+    constexpr int most_rows = Vectors == 4 ? paired_rows : tile_rows;
+    const index_t step = chunk_of(tiles);
+    with_dots<F>([&](auto dots) {
+      for (index_t k = 0; k < in_; k += step)
+        for (index_t r = begin; r < end; ++r) {
+          const detail::run& rows = tokens_.run_by_part(r);
+          const index_t stride = tokens_.rows(rows.tile);
+          const Acc* const left = (dots() ? pairs_at(tiles, rows.tile, k) : left_at(tiles, rows.tile, k)) + rows.first_row;
+          const F* const right = A + panel_offset<F>(0, k, panel_width);
+          multiply<true, Vectors, Acc, F, most_rows, dots()>(
+              static_cast<int>(rows.rows), sums + (r - begin) * tile_rows * width, std::max(Vectors / 2, 1) * panel_width,
+              left, stride, right, next_panel, std::min(step, in_ - k), ahead_of<Vectors, Acc>(right));
+        }
+    });
   }
 
   /// U as the left operand of the next product: U[rank * rows + row], times the row's factor, in double and rounded once: a
@@ -236,8 +266,7 @@ class product {
   void outputs(const block& tiles, index_t p, Acc* sums, const finish_function<Acc>& finish) const {
     const index_t count = std::min(group_, panels() - p);
     const index_t stride = count * width;
-    const index_t rows = tokens_.first(tiles.end - 1) + tokens_.rows(tiles.end - 1) - first_place(tiles);
-    std::fill_n(sums, rows * stride, Acc(0));
+    std::fill_n(sums, rows_of(tiles) * stride, Acc(0));
     if (W_.present()) multiply_weight(tiles, p, count, sums);
     multiply_parts(tiles, p, count, sums);
     for (index_t t = tiles.begin; t < tiles.end; ++t)
@@ -248,44 +277,64 @@ class product {
   }
 
   void multiply_weight(const block& tiles, index_t p, index_t count, Acc* sums) const {
-    const bool one = tiles.end - tiles.begin == 1 && W_.panels != nullptr;
-    Acc* const chunk = sums + per_thread_ - depth_chunk * width;
-    const index_t step = one ? depth_of_one_tile : depth_chunk;
+    const bool passing = passes(tiles.end - tiles.begin);
+    const index_t step = tiles.end - tiles.begin == 1 ? depth_of_one_tile : chunk_of(tiles);
     const index_t steps = pieces(in_, step);
     for (index_t n = 0; n < steps; ++n) {
       const index_t k = n * step, depth = std::min(step, in_ - k);
       fetch_parts(p, n, steps);
-      if (one) {
-        multiply_one_tile(tiles, p, count, k, depth, sums);
-      } else if (W_.panels == nullptr) {
-        T* const packed = reinterpret_cast<T*>(chunk);
-        W_.pack(p, k, depth, packed);
-        multiply_tiles(tiles, k, depth, packed, static_cast<const T*>(nullptr), sums);
-      } else if (std::is_same_v<T, Acc> || by_dots() || tiles.end - tiles.begin < few_tiles) {
-        multiply_tiles(tiles, k, depth, weight_at(p, k), weight_at(p, k) + panel_size<T>(depth, width), sums);
-      } else {
-        widen_chunk(weight_at(p, k), depth, chunk);
-        multiply_tiles(tiles, k, depth, chunk, weight_at(p, k) + panel_size<T>(depth, width), sums);
-      }
+      if (passing)
+        multiply_passing(tiles, p, count, k, depth, sums);
+      else
+        multiply_chunk(tiles, p, k, depth, sums);
     }
+  }
+
+  /// Depths k ... k + depth - 1 of a panel, for all tiles.
+  void multiply_chunk(const block& tiles, index_t p, index_t k, index_t depth, Acc* sums) const {
+    Acc* const chunk = sums + per_thread_ - most_depth * width;
+    if (W_.panels == nullptr) {
+      T* const packed = reinterpret_cast<T*>(chunk);
+      W_.pack(p, k, depth, packed);
+      return multiply_tiles(tiles, k, depth, packed, static_cast<const T*>(nullptr), sums);
+    }
+    const T* const W = weight_at(p, k);
+    const T* const next = W + panel_size<T>(depth, width);
+    if (!widens() || tiles.end - tiles.begin < few_tiles) return multiply_tiles(tiles, k, depth, W, next, sums);
+    widen_chunk(W, depth, chunk);
+    multiply_tiles(tiles, k, depth, chunk, next, sums);
   }
 
   const T* weight_at(index_t p, index_t k) const {
     return W_.panels + p * panel_size<T>(in_, width) + panel_offset<T>(0, k, width);
   }
 
-  /// The tile of a call that has one: W goes from memory straight through the tile.
-  void multiply_one_tile(const block& tiles, index_t p, index_t count, index_t k, index_t depth, Acc* sums) const {
-    const auto rows = static_cast<int>(tokens_.rows(tiles.begin));
+  /// Depths k ... k + depth - 1 of one or two panels, straight from memory through one or two tiles.
+  void multiply_passing(const block& tiles, index_t p, index_t count, index_t k, index_t depth, Acc* sums) const {
     const T* const right = weight_at(p, k);
+    const index_t next_panel = panel_size<T>(in_, width);
     with_dots<T>([&](auto dots) {
-      const Acc* const left = left_at(tiles, tiles.begin, k);
-      if (count == 1)
-        multiply<true, 2, Acc, T, tile_rows, dots()>(rows, sums, width, left, rows, right, 0, depth,
-                                                     ahead_of<2, Acc>(right));
-      else
-        multiply<true, 4, Acc, T, 2, dots()>(rows, sums, 2 * width, left, rows, right, panel_size<T>(in_, width), depth,
-                                             ahead_of<4, Acc>(right));
+      const auto left_of = [&](index_t t) { return dots() ? pairs_at(tiles, t, k) : left_at(tiles, t, k); };
+      if (count == 2 && tiles.end - tiles.begin == 1 && tokens_.rows(tiles.begin) <= paired_rows) {
+        const auto rows = static_cast<int>(tokens_.rows(tiles.begin));
+        const Acc* const left = left_of(tiles.begin);
+        if (rows <= 2)  // nothing but two streams, which the hardware fetches
+          multiply<false, 4, Acc, T, 2, dots()>(rows, sums, 2 * width, left, rows, right, next_panel, depth);
+        else
+          multiply<true, 4, Acc, T, paired_rows, dots()>(rows, sums, 2 * width, left, rows, right, next_panel, depth,
+                                                         ahead_of<4, Acc>(right));
+        return;
+      }
+      const index_t step = depth_between_panels != 0 ? depth_between_panels : depth;
+      for (index_t d = 0; d < depth; d += step)
+        for (index_t c = 0; c < count; ++c)
+          for (index_t t = tiles.begin; t < tiles.end; ++t) {
+            const index_t rows = tokens_.rows(t);
+            const T* const from = right + c * next_panel + d * width;
+            multiply<true, 2, Acc, T, tile_rows, dots()>(static_cast<int>(rows), sums_of(tiles, t, count, sums) + c * width,
+                                                         count * width, left_of(t) + (dots() ? d / 2 : d) * rows, rows, from,
+                                                         0, std::min(step, depth - d), ahead_of<2, Acc>(from));
+          }
     });
   }
 
@@ -298,27 +347,23 @@ class product {
   }
 
   /// All tiles by one chunk, a part of a panel or one that was widened. `next` is what the next chunk is made of, null where
-  /// that is not known; every tile fetches its share of it: while it multiplies, or before, where the shares are small.
+  /// that is not known; every tile fetches its share of it.
   template <class R, class N>
   void multiply_tiles(const block& tiles, index_t k, index_t depth, const R* right, const N* next, Acc* sums) const {
     const index_t count = tiles.end - tiles.begin, line = static_cast<index_t>(memory_alignment);
     const index_t bytes = next == nullptr ? 0 : depth * width * static_cast<index_t>(sizeof(N));
-    const bool few = count < few_tiles;
     with_dots<R>([&](auto dots) {
       for (index_t t = tiles.begin; t < tiles.end; ++t) {
         const index_t n = t - tiles.begin;
         const auto rows = static_cast<int>(tokens_.rows(t));
         Acc* const tile_sums = sums_of(tiles, t, 1, sums);
-        const Acc* const left = left_at(tiles, t, k);
+        const Acc* const left = dots() ? pairs_at(tiles, t, k) : left_at(tiles, t, k);
         const auto* const share = reinterpret_cast<const char*>(next) + bytes * n / count / line * line;
-        if (few && bytes != 0) {
-          multiply<true, 2, Acc, R, tile_rows, dots()>(
-              rows, tile_sums, width, left, rows, right, 0, depth,
-              fetching{reinterpret_cast<std::uintptr_t>(share), pieces(bytes, count * pieces(depth, depth_group<R>))});
-        } else {
-          for (index_t b = 0; b < bytes / count; b += line) prefetch(share + b);
+        const fetching fetch{reinterpret_cast<std::uintptr_t>(share), pieces(bytes, count * pieces(depth, depth_group<R>))};
+        if (bytes != 0)
+          multiply<true, 2, Acc, R, tile_rows, dots()>(rows, tile_sums, width, left, rows, right, 0, depth, fetch);
+        else
           multiply<false, 2, Acc, R, tile_rows, dots()>(rows, tile_sums, width, left, rows, right, 0, depth);
-        }
       }
     });
   }
@@ -375,11 +420,12 @@ class product {
   index_t out_, in_;
   weight_source<Acc, T> W_;
   const plan<Acc>& tokens_;
-  index_t group_;
+  bool widened_;  ///< whether the activations are needed widened
   int threads_;
+  index_t group_;  ///< panels of outputs that pass together: of few tokens two, whose chains are too few in one
   index_t per_thread_ = 0;
-  layout::place<Acc> X_place_, U_place_, thread_place_;
-  Acc *X_ = nullptr, *U_ = nullptr;
+  layout::place<Acc> X_place_, pairs_place_, U_place_, thread_place_;
+  Acc *X_ = nullptr, *pairs_ = nullptr, *U_ = nullptr;
 };
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail

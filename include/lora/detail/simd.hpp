@@ -47,17 +47,23 @@ namespace lora::inline LORA_DETAIL_ABI::detail {
 #define LORA_DETAIL_APART
 #endif
 
-inline void prefetch(const void* p) {
-#if defined(__GNUC__)
+/// As an instruction and no builtin: gcc 12 takes a function that does nothing but the builtin for one without effect, and
+/// drops calls of it that it has not inlined yet.
+LORA_DETAIL_INLINE void prefetch(const void* p) {
+#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+  asm volatile("prefetcht0 %a0" : : "p"(p));
+#elif defined(__GNUC__)
   __builtin_prefetch(p);
 #else
   static_cast<void>(p);
 #endif
 }
 
-/// The same some bytes from p, where there may be nothing: an address and no pointer.
-inline void prefetch_at(const void* p, std::ptrdiff_t bytes) {
-  prefetch(reinterpret_cast<const void*>(reinterpret_cast<std::uintptr_t>(p) + static_cast<std::uintptr_t>(bytes)));
+/// `bytes` from p, where there may be nothing: an address and no pointer. Fetches the lines of `Size` bytes.
+template <int Size>
+LORA_DETAIL_INLINE void prefetch_at(const void* p, std::ptrdiff_t bytes) {
+  const auto first = reinterpret_cast<std::uintptr_t>(p) + static_cast<std::uintptr_t>(bytes);
+  for (std::uintptr_t b = 0; b < Size; b += 64) prefetch(reinterpret_cast<const void*>(first + b));
 }
 
 #if defined(LORA_DETAIL_AVX512)
@@ -142,6 +148,13 @@ struct simd<double> {
 };
 /// Of 32 registers: 8 x 2 accumulators, 2 of the right operand, 1 broadcast.
 inline constexpr int tile_rows = 8;
+/// A tile of two panels has at most so many rows: 4 x 4 accumulators, 4 of the right operand, 1 broadcast.
+inline constexpr int paired_rows = 4;
+/// Where W passes from memory through taller tiles, they take turns after so many depths of two panels; 0: they take one.
+inline constexpr int depth_between_panels = 32;
+/// Bytes of a widened chunk of W that two or three tiles pass, and of the activations that may stay in the caches while all
+/// of W passes: what was best on a machine of 48 KiB, 1 MiB and 32 MiB.
+inline constexpr std::ptrdiff_t few_tiles_chunk = std::ptrdiff_t{64} << 10, block_bytes = std::ptrdiff_t{8} << 20;
 
 #elif defined(LORA_DETAIL_AVX2)
 
@@ -224,7 +237,8 @@ struct simd<double> {
   }
 };
 /// Of 16 registers: 6 x 2 accumulators, 2 of the right operand, 1 broadcast.
-inline constexpr int tile_rows = 6;
+inline constexpr int tile_rows = 6, paired_rows = 2, depth_between_panels = 0;
+inline constexpr std::ptrdiff_t few_tiles_chunk = std::ptrdiff_t{16} << 10, block_bytes = std::ptrdiff_t{5} << 19;
 
 #else
 
@@ -327,7 +341,8 @@ struct simd {
   static bits magnitude(T value) { return std::bit_cast<bits>(value) & (~bits(0) >> 1); }
 };
 /// Of 16 registers: 4 x 2 accumulators and room for the product that a machine without FMA needs.
-inline constexpr int tile_rows = 4;
+inline constexpr int tile_rows = 4, paired_rows = 2, depth_between_panels = 0;
+inline constexpr std::ptrdiff_t few_tiles_chunk = std::ptrdiff_t{16} << 10, block_bytes = std::ptrdiff_t{5} << 19;
 
 #endif
 

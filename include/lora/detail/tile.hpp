@@ -22,22 +22,36 @@ namespace lora::inline LORA_DETAIL_ABI::detail {
 template <class T>
 inline constexpr int depth_group = std::is_same_v<T, bfloat16> ? 2 : 1;
 
-/// What a tile fetches from memory while it multiplies: a line where `next` points at each step of the depth, which then
-/// moves on by `step` bytes. Spread like this, memory and multipliers work at the same time; in one burst they take turns.
+/// Whether W * x of these elements is computed by dot products.
+template <class Acc, class T, class X>
+inline constexpr bool by_dots = has_dots<Acc, storage_t<T>> && std::is_same_v<storage_t<T>, storage_t<X>>;
+
+/// What a tile fetches from memory while it multiplies: at each step of the depth a row's worth of lines where `next` points,
+/// which then moves on by `step` bytes. Spread like this, memory and multipliers work at the same time; in one burst they
+/// take turns.
 struct fetching {
   std::uintptr_t next = 0;  ///< an address and no pointer: it may lie outside, where nothing is read
   index_t step = 0;
 
-  /// Of two panels, `next_panel` bytes apart, one line each.
+  /// Of two panels, `next_panel` bytes apart, the same of each.
   template <int Vectors>
   LORA_DETAIL_INLINE void once(index_t next_panel) {
-    prefetch(reinterpret_cast<const void*>(next));
-    if constexpr (Vectors == 4) prefetch(reinterpret_cast<const void*>(next + static_cast<std::uintptr_t>(next_panel)));
+    constexpr int row = tile_cols<float> * static_cast<int>(sizeof(float));
+    prefetch_at<row>(reinterpret_cast<const void*>(next), 0);
+    if constexpr (Vectors == 4) prefetch_at<row>(reinterpret_cast<const void*>(next), next_panel);
     next += static_cast<std::uintptr_t>(step);
   }
 };
 /// How far ahead of the multiply-adds a panel that goes through one tile is fetched, in bytes.
-inline constexpr index_t fetch_ahead = 8192;
+inline constexpr index_t fetch_ahead = 4096;
+
+/// What several rows use, in a register: gcc otherwise makes it an operand in memory of each multiply-add, a load for every
+/// row, where a processor has two in a cycle as it has multiply-adds. The full tile it leaves alone.
+template <int Rows, class Vector>
+LORA_DETAIL_INLINE Vector loaded_once(Vector v) {
+  if constexpr (Rows > 1 && Rows < tile_rows) as_it_came(v);
+  return v;
+}
 
 /// One depth: sum[i][j] += left[i] * right[j].
 template <int Rows, int Vectors, class Acc>
@@ -51,8 +65,8 @@ LORA_DETAIL_INLINE void advance_once(typename simd<Acc>::vector (&sum)[Rows][Vec
   }
 }
 
-/// The vectors of one or two panels at one depth; of a pair of depths, the even or the odd one.
-template <bool Odd, int Vectors, class Acc, class T>
+/// The vectors of one or two panels at one depth, for so many rows; of a pair of depths, the even or the odd one.
+template <bool Odd, int Rows, int Vectors, class Acc, class T>
 LORA_DETAIL_INLINE void read_panel(const T* right, index_t next_panel, typename simd<Acc>::vector (&values)[Vectors]) {
   using v = simd<Acc>;
   constexpr int in_panel = Vectors < 2 ? 1 : 2;
@@ -60,11 +74,11 @@ LORA_DETAIL_INLINE void read_panel(const T* right, index_t next_panel, typename 
   for (int j = 0; j < Vectors; ++j) {
     const T* const p = right + (j / in_panel) * next_panel + depth_group<T> * (j % in_panel) * v::width;
     if constexpr (std::is_same_v<T, bfloat16>)
-      values[j] = Odd ? v::load_odd(p) : v::load_even(p);
+      values[j] = loaded_once<Rows>(Odd ? v::load_odd(p) : v::load_even(p));
     else if constexpr (std::is_same_v<T, float16>)
-      values[j] = v::load_half(p);
+      values[j] = loaded_once<Rows>(v::load_half(p));
     else
-      values[j] = v::load(p);
+      values[j] = loaded_once<Rows>(v::load(p));
   }
 }
 
@@ -78,11 +92,11 @@ LORA_DETAIL_INLINE void advance(typename simd<Acc>::vector (&sum)[Rows][Vectors]
   typename simd<Acc>::vector values[Vectors];
   for (; depth >= group; depth -= group) {
     if constexpr (Fetch) fetch.template once<Vectors>(next_panel * static_cast<index_t>(sizeof(T)));
-    read_panel<false, Vectors, Acc>(right, next_panel, values);
+    read_panel<false, Rows, Vectors, Acc>(right, next_panel, values);
     advance_once<Rows, Vectors, Acc>(sum, left, values);
     if constexpr (group == 2) {
       // Read again, not kept: with the accumulators the registers would not suffice.
-      read_panel<true, Vectors, Acc>(right, next_panel, values);
+      read_panel<true, Rows, Vectors, Acc>(right, next_panel, values);
       advance_once<Rows, Vectors, Acc>(sum, left + left_stride, values);
     }
     left += group * left_stride;
@@ -90,7 +104,7 @@ LORA_DETAIL_INLINE void advance(typename simd<Acc>::vector (&sum)[Rows][Vectors]
   }
   if constexpr (group == 2)
     if (depth != 0) {
-      read_panel<false, Vectors, Acc>(right, next_panel, values);
+      read_panel<false, Rows, Vectors, Acc>(right, next_panel, values);
       advance_once<Rows, Vectors, Acc>(sum, left, values);
     }
 }
@@ -101,12 +115,14 @@ template <bool Fetch, int Rows, int Vectors>
 LORA_DETAIL_INLINE void advance_by_dots(simd<float>::vector (&sum)[Rows][Vectors], const float* left, index_t left_stride,
                                         const bfloat16* right, index_t next_panel, index_t depth, fetching fetch) {
   using v = simd<float>;
+  constexpr int row = (Vectors < 2 ? 1 : 2) * 2 * v::width;  // elements of one panel at a pair of depths
   typename v::vector values[Vectors];
   for (; depth > 0; depth -= 2) {  // a panel holds whole pairs
     if constexpr (Fetch) fetch.once<Vectors>(next_panel * static_cast<index_t>(sizeof(bfloat16)));
     LORA_DETAIL_UNROLL
     for (int j = 0; j < Vectors; ++j)
-      values[j] = v::load(reinterpret_cast<const float*>(right + j / 2 * next_panel + 2 * (j % 2) * v::width));
+      values[j] =
+          loaded_once<Rows>(v::load(reinterpret_cast<const float*>(right + j / 2 * next_panel + 2 * (j % 2) * v::width)));
     LORA_DETAIL_UNROLL
     for (int i = 0; i < Rows; ++i) {
       const auto one = v::broadcast(left[i]);
@@ -114,7 +130,7 @@ LORA_DETAIL_INLINE void advance_by_dots(simd<float>::vector (&sum)[Rows][Vectors
       for (int j = 0; j < Vectors; ++j) sum[i][j] = v::add_dots(one, values[j], sum[i][j]);
     }
     left += left_stride;
-    right += 4 * v::width;
+    right += row;
   }
 }
 #endif

@@ -259,7 +259,7 @@ LORA_DETAIL_INLINE void load_row(const T* source, typename simd<Acc>::vector (&r
     row[0] = simd<Acc>::load_even(source);
     row[1] = simd<Acc>::load_odd(source);
   } else {
-    read_panel<false, 2, Acc>(source, 0, row);
+    read_panel<false, 1, 2, Acc>(source, 0, row);
   }
 }
 /// The reverse: rounds them in place, once, and sees whether all stayed finite. Two vectors of 16-bit elements become one.
@@ -334,7 +334,8 @@ class rounding_sink {
     void fetch() const {
       constexpr index_t ahead = 4 * Update::width;
       for (int i = 0; i < tile_rows; ++i)
-        prefetch_at(source(0), (i * from_stride + ahead) * static_cast<index_t>(sizeof(T)));
+        prefetch_at<Update::width* static_cast<int>(sizeof(T))>(source(0),
+                                                                (i * from_stride + ahead) * static_cast<index_t>(sizeof(T)));
     }
     /// In registers until all of it is known to be finite. All rows are read before the first is written: where rows lie a
     /// multiple of 4 KiB apart a read would wait for the write.
@@ -402,7 +403,7 @@ class panel_sink {
     }
     void fetch() const {
       constexpr index_t ahead = 2048;
-      for (index_t b = 0; b < size * static_cast<index_t>(sizeof(T)); b += 64) prefetch_at(from, ahead + b);
+      prefetch_at<size* static_cast<index_t>(sizeof(T))>(from, ahead);
     }
     LORA_DETAIL_INLINE bool plain(typename Update::tile& sum) const {
       constexpr int group = depth_group<T>;  // of bfloat16 two rows of the tile lie together, a pair in each lane
@@ -411,9 +412,9 @@ class panel_sink {
       for (int i = 0; i < tile_rows; ++i) {
         typename simd<Acc>::vector w[2];
         if (i % group == 0)
-          read_panel<false, 2, Acc>(from + i * width, 0, w);
+          read_panel<false, 1, 2, Acc>(from + i * width, 0, w);
         else
-          read_panel<true, 2, Acc>(from + (i - 1) * width, 0, w);
+          read_panel<true, 1, 2, Acc>(from + (i - 1) * width, 0, w);
         sum[i][0] = simd<Acc>::subtract(w[0], sum[i][0]);
         sum[i][1] = simd<Acc>::subtract(w[1], sum[i][1]);
         if constexpr (group == 1) {
