@@ -94,8 +94,8 @@ def overhead_text(row):
     return f"{100 * row['overhead']:.1f} ({row['points_above_floor']:+.1f}){'~' if row['inconclusive'] else ''}"
 
 
-def two_ways(records, threads):
-    selected = records.select("two_ways")
+def two_ways(records, threads, kind="two_ways"):
+    selected = records.select(kind)
     ranks = sorted({row["rank"] for row in selected})
     rows = []
     groups = grouped(selected, "stored", "base", "activations", "factors", "layer", "adapters", "tokens")
@@ -171,6 +171,7 @@ def bars(records):
     one = [row for row in ways if row["stored"] == "panels" and row["adapters"] == 1 and is_same_format(row)]
     mixed = [row for row in records.select("mixed_batch") if row["layer"] == "4096x4096" and row["rank"] == 16]
     large, small = ([row for row in one if row["layer"] in layers] for layers in (LARGE, SMALL))
+    rounded = [row for row in records.select("rounded_U") if row["layer"] in LARGE]
 
     def share(row):
         return 100 * row["share"]
@@ -204,6 +205,10 @@ def bars(records):
     yield ("unmerged, large layers, 1, 64, 512 tokens: points over 1.1 rho", of_tokens(large, 1, 64, 512),
            lambda row: over(row) - 110 * rho(row), 1, -1)
     yield ("unmerged, large layers, 2 to 16 tokens: points over 1.2 rho", of_tokens(large, 2, 4, 8, 16),
+           lambda row: over(row) - 120 * rho(row), 2, -1)
+    yield ("the same, U in bfloat16: 1, 64, 512 tokens", of_tokens(rounded, 1, 64, 512),
+           lambda row: over(row) - 110 * rho(row), 1, -1)
+    yield ("the same, U in bfloat16: 2 to 16 tokens", of_tokens(rounded, 2, 4, 8, 16),
            lambda row: over(row) - 120 * rho(row), 2, -1)
     yield "unmerged, 768 and 1024: points over rho", small, lambda row: over(row) - 100 * rho(row), 3, -1
     yield ("two and four adapters over one of all ranks, %", [row for row in ways if row["adapters"] > 1],
@@ -246,6 +251,8 @@ def page(records):
         "## The merged way: base products", base_products(records, threads),
         "## Unmerged over merged", "Overhead in %, in brackets the points above the floor; ~ where the 95 % interval is wider "
         "than one point.", two_ways(records, threads),
+        "The same with U = A x rounded to bfloat16 before B multiplies it (`lora::U_format::factors`).",
+        two_ways(records, threads, "rounded_U"),
         "## Several adapters against one", stacked(records, threads),
         "## Merging in place", merges(records, threads),
         "## Mixed batches", mixed_batches(records, threads),

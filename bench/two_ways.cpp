@@ -7,6 +7,7 @@
 //     merged    lora::forward(space, W', X, Y)                W' = W + sum of s B A, merged before
 //     unmerged  lora::forward(space, W, X, Y, adapters)       W untouched, K packed adapters of rank R on every token
 //     stacked   the same with one adapter of rank K R (K > 1)
+//   rounded_U/...   the same with U = A x rounded to the factors' format before B multiplies it (lora::U_format)
 //   base/stored:S/base:T/activations:X/layer:IxO/tokens:N
 //     lora::forward(space, W, X, Y) against each rival of rivals/product.hpp
 //
@@ -84,26 +85,33 @@ struct adapted_layers {
   std::vector<adapters> apart;    ///< for each layer: its adapters
   std::vector<adapters> stacked;  ///< for each layer: one of their ranks together
 
-  adapted_layers(const shape& layer, index_t rank, int count) : merged(make_weights<Weight, T>(layer)) {
+  adapted_layers(const shape& layer, index_t rank, int count, bool rounded) : merged(make_weights<Weight, T>(layer)) {
     std::uint32_t seed = 1000;
     for (auto& W : merged) {
       std::vector<lora::adapter<F>> some;
       for (int k = 0; k < count; ++k) some.push_back(lora_bench::random_adapter<F>(layer, rank, seed += 2));
       lora::merge(W.view(), some);
-      apart.emplace_back(some.begin(), some.end());
+      apart.emplace_back();
+      for (const auto& l : some) apart.back().push_back(pack(l, rounded));
       stacked.emplace_back();
-      if (count > 1) stacked.back().emplace_back(lora_bench::random_adapter<F>(layer, rank * count, seed += 2));
+      if (count > 1) stacked.back().push_back(pack(lora_bench::random_adapter<F>(layer, rank * count, seed += 2), rounded));
     }
+  }
+  static lora::packed_adapter<F> pack(const lora::adapter<F>& l, bool rounded) {
+    if constexpr (std::is_same_v<F, lora::bfloat16>)
+      if (rounded) return lora::packed_adapter<F>(l, lora::U_format::factors);
+    return lora::packed_adapter<F>(l);
   }
 
   /// The last one made: rows that differ in tokens only share it.
-  static adapted_layers& get(const shape& layer, index_t rank, int count) {
+  static adapted_layers& get(const shape& layer, index_t rank, int count, bool rounded) {
     static std::unique_ptr<adapted_layers> held;
     static std::string held_name;
-    const std::string name = layer.text() + "/" + std::to_string(rank) + "/" + std::to_string(count);
+    const std::string name =
+        layer.text() + "/" + std::to_string(rank) + "/" + std::to_string(count) + (rounded ? "/rounded" : "");
     if (held_name != name) {
       held.reset();
-      held = std::make_unique<adapted_layers>(layer, rank, count);
+      held = std::make_unique<adapted_layers>(layer, rank, count, rounded);
       held_name = name;
     }
     return *held;
@@ -120,12 +128,13 @@ struct row {
   shape layer;
   index_t tokens, rank;
   int adapters;
+  bool rounded = false;  ///< U in the factors' format
 };
 
 template <template <class> class Weight, class T, class X, class F>
 void two_ways(benchmark::State& state, lora_bench::session& session, const row& r) {
   auto& base = base_weights<Weight, T>(r.layer);
-  auto& layers = adapted_layers<Weight, T, F>::get(r.layer, r.rank, r.adapters);
+  auto& layers = adapted_layers<Weight, T, F>::get(r.layer, r.rank, r.adapters, r.rounded);
   const auto x = random_activations<X>(r.layer.in * r.tokens);
   std::vector<X> y(static_cast<std::size_t>(r.layer.out * r.tokens));
   const auto in = lora::col_major(x, r.layer.in, r.tokens);
@@ -152,11 +161,11 @@ void two_ways(benchmark::State& state, lora_bench::session& session, const row& 
 
   const auto m = session.measure(state, ways, 1);
   const auto tokens = static_cast<double>(r.tokens), factors = r.layer.factors(static_cast<double>(r.rank)) * r.adapters;
-  const auto base = lora_bench::flops_of<T, X>(2 * r.layer.size() * tokens);
+  const auto work = lora_bench::flops_of<T, X>(2 * r.layer.size() * tokens);
   const auto more = std::is_same_v<F, T> ? lora_bench::flops_of<T, X>(2 * factors * tokens)
                                          : lora_bench::flops{.multiply_adds = 2 * factors * tokens};
-  const auto merged_limit = lora_bench::reading(base, r.layer.size() * sizeof(T));
-  const auto unmerged_limit = lora_bench::reading(base + more, r.layer.size() * sizeof(T) + factors * sizeof(F));
+  const auto merged_limit = lora_bench::reading(work, r.layer.size() * sizeof(T));
+  const auto unmerged_limit = lora_bench::reading(work + more, r.layer.size() * sizeof(T) + factors * sizeof(F));
   const lora::limits limits = m.limits();
   lora_bench::count_overhead(state, m.series.ratio(1, 0), unmerged_limit(limits) / merged_limit(limits) - 1);
   if (r.adapters > 1) lora_bench::count(state, "over_stacked", m.series.ratio(1, 2), -1);
@@ -216,15 +225,17 @@ bool has_bar(const row& r) {
 }
 
 /// T, X, F: the base, the activations, the factors. `all_bars`: has_bar decides, or only 4096x4096 at rank 16.
+/// `rounded`: rows named rounded_U, whose adapters keep U in the factors' format.
 template <template <class> class Weight, class T, class X, class F>
-void add_two_ways(lora_bench::session& session, bool all_bars) {
+void add_two_ways(lora_bench::session& session, bool all_bars, bool rounded = false) {
   const auto add = [&](const row& r) {
-    const std::string name = std::string("two_ways/stored:") + Weight<T>::name + "/base:" + lora_bench::name_of<T>() +
-                             "/activations:" + lora_bench::name_of<X>() + "/factors:" + lora_bench::name_of<F>() +
-                             "/layer:" + r.layer.text() + "/tokens:" + std::to_string(r.tokens) +
-                             "/rank:" + std::to_string(r.rank) + "/adapters:" + std::to_string(r.adapters);
+    const std::string name = std::string(rounded ? "rounded_U" : "two_ways") + "/stored:" + Weight<T>::name +
+                             "/base:" + lora_bench::name_of<T>() + "/activations:" + lora_bench::name_of<X>() +
+                             "/factors:" + lora_bench::name_of<F>() + "/layer:" + r.layer.text() +
+                             "/tokens:" + std::to_string(r.tokens) + "/rank:" + std::to_string(r.rank) +
+                             "/adapters:" + std::to_string(r.adapters);
     const bool bar = all_bars ? has_bar(r) : r.layer == shape{4096, 4096} && one_of(r.tokens, {1, 64}) && r.rank == 16;
-    session.add(name, bar && (all_bars || r.adapters == 1),
+    session.add(name, bar && (r.adapters == 1 || (all_bars && !rounded)),
                 [=, &session](benchmark::State& state) { two_ways<Weight, T, X, F>(state, session, r); });
   };
   // Sorted so that neighbours share their weights.
@@ -232,7 +243,7 @@ void add_two_ways(lora_bench::session& session, bool all_bars) {
     for (const int adapters : {1, 2, 4})
       for (const index_t rank : {8, 16, 64, 256})
         for (const index_t tokens : {1, 2, 8, 16, 64, 512})
-          if (layer == shape{4096, 4096} || !one_of(tokens, {2, 16})) add({layer, tokens, rank, adapters});
+          if (layer == shape{4096, 4096} || !one_of(tokens, {2, 16})) add({layer, tokens, rank, adapters, rounded});
 }
 
 /// `wide`: the layer of most in_features has a bar, too.
@@ -280,6 +291,7 @@ int main(int argc, char** argv) {
 
     add_two_ways<weight_panels, float, float, float>(session, true);
     add_two_ways<weight_panels, bfloat16, bfloat16, bfloat16>(session, true);
+    add_two_ways<weight_panels, bfloat16, bfloat16, bfloat16>(session, true, true);
     add_two_ways<weight_panels, bfloat16, bfloat16, float>(session, false);
     add_two_ways<weight_panels, bfloat16, float, bfloat16>(session, false);
     add_two_ways<weight_panels, bfloat16, float, float>(session, false);

@@ -42,6 +42,7 @@ formats formats_of() {
 struct part {
   Eigen::MatrixXd A, B;  ///< rank x in_features, out_features x rank
   double s;
+  format U = {};  ///< to which s A x is rounded before B multiplies it (U_format::factors); zero where it is not
 };
 /// Where the adapters of a function are evaluated.
 struct state {
@@ -58,7 +59,7 @@ Eigen::MatrixXd in_double(const M& m) {
 }
 template <lora::low_rank L>
 part part_of(const L& l) {
-  return {in_double(l.lora_A()), in_double(l.lora_B()), static_cast<double>(l.scaling())};
+  return {in_double(l.lora_A()), in_double(l.lora_B()), static_cast<double>(l.scaling()), {}};
 }
 
 /// gamma_k = k u / (1 - k u).
@@ -114,6 +115,14 @@ inline Eigen::MatrixXd error_bound(const Eigen::MatrixXd& W, const Eigen::Vector
   const double u = f.accumulator.u;
   Eigen::MatrixXd magnitude = through_weight + through_factors;
   Eigen::MatrixXd e = weight_error * ax + gamma(n + R + 1, u) * through_weight + gamma(n + R + 3, u) * through_factors;
+  for (const part& p : where.mixed) {
+    if (p.U.u == 0) continue;
+    const Eigen::MatrixXd U = std::abs(p.s) * p.A.cwiseAbs() * ax;
+    const Eigen::VectorXd of_ranks = p.B.cwiseAbs().rowwise().sum();
+    e += p.U.u * (1 + gamma(n + R + 3, u)) * p.B.cwiseAbs() * U;
+    e.colwise() += (p.U.eta + f.flushed) * of_ranks;  // B U by dot products: its operands, products and sums
+    e.rowwise() += f.flushed * (U.array() + 2).matrix().colwise().sum();
+  }
   if (bias.size() != 0) {
     magnitude.colwise() += bias.cwiseAbs();
     e.colwise() += u * bias.cwiseAbs();

@@ -7,9 +7,11 @@
 #include <utility>
 #include <vector>
 
+#include "agreement.hpp"
 #include "lora/forward.hpp"
 #include "lora/merge.hpp"
 #include "support/allocations.hpp"
+#include "support/bits.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
 #include "support/refused.hpp"
@@ -201,6 +203,71 @@ TEST_CASE("packing to 16 bits rounds each factor once", "[packed]") {
   const test::exact_matrix limit = (2 * u + u * u) * std::abs(static_cast<long double>(l.scaling())) *
                                    test::times(test::exact(l.lora_B()).cwiseAbs(), test::exact(l.lora_A()).cwiseAbs());
   CHECK(((test::exact_delta(rounded) - test::exact_delta(l)).cwiseAbs().array() <= limit.array()).all());
+}
+
+TEST_CASE("U rounded to the format of the factors", "[packed]") {
+  using lora::bfloat16;
+  SECTION("to nearest, once, after the scaling") {
+    // s A x = 3 (1 + 2^-9) lies between 3 and 3 + 2^-6, nearer to 3.
+    const bfloat16 A(1), B(5);
+    const float x = 1 + 0x1p-9F, W = 0;
+    const lora::adapter<bfloat16> l{lora::row_major(&A, 1, 1), lora::row_major(&B, 1, 1), {.alpha = 3}};
+    float kept = 0, rounded = 0, strong = 0;
+    const auto forward = [&](float& y, const auto& one) {
+      lora::forward(lora::row_major(&W, 1, 1), lora::col_major(&x, 1, 1), lora::col_major(&y, 1, 1), one);
+    };
+    const lora::packed_adapter<bfloat16> exact{l}, coarse{l, lora::U_format::factors};
+    CHECK(exact.U_format() == lora::U_format::accumulator);
+    CHECK(coarse.U_format() == lora::U_format::factors);
+    forward(kept, exact);
+    forward(rounded, coarse);
+    forward(strong, lora::scaled(4.0 / 3, coarse));
+    CHECK(kept == 15 * x);
+    CHECK(rounded == 15);
+    CHECK(strong == 20);
+    auto moved = lora::packed_adapter<bfloat16>(coarse);
+    const auto other = std::move(moved);
+    forward(rounded, other);
+    CHECK(rounded == 15);
+  }
+  SECTION("within its bound, and the same bits in any company") {
+    const auto check = []<class T, class X>(std::uint64_t seed, T, X) {
+      test::random g(seed);
+      CAPTURE(g.seed());
+      double worst = 0;
+      for (const index_t rank : {1, 2, 5, 33, 70})
+        for (const index_t tokens : {1, 3, 9, 70}) {
+          const index_t out = 37, in = 301;
+          const auto W = g.reals<T>(out, in, 1);
+          const lora::adapter<bfloat16> l{g.reals<bfloat16>(rank, in, 1), g.reals<bfloat16>(out, rank, 1), {.alpha = 0.7}};
+          const lora::adapter<float> beside{g.reals<float>(3, in, 1), g.reals<float>(out, 3, 1), {.alpha = 5}};
+          const test::col_matrix<X> x = g.reals<X>(in, tokens, 1);
+          const lora::packed_weight packed{W};
+          const lora::packed_adapter<bfloat16> coarse{l, lora::U_format::factors};
+          test::col_matrix<float> y(out, tokens), kept(out, tokens), one(out, 1);
+          lora::forward(packed, x, y, coarse, beside);
+          lora::forward(packed, x, kept, l, beside);
+          CHECK(y != kept);
+          lora::forward(packed, x.col(tokens - 1), one, coarse, beside);
+          REQUIRE(same_bits(one, test::col_matrix<float>(y.col(tokens - 1))));
+          auto part = agreement::part_of(l);
+          part.U = agreement::format_of<bfloat16>();
+          const auto exact =
+              (test::times(test::exact(W) + test::exact_delta(l) + test::exact_delta(beside), test::exact(x)));
+          const Eigen::MatrixXd bound = agreement::error_bound(
+              agreement::in_double(W), {}, {.merged = {}, .mixed = {part, agreement::part_of(beside)}},
+              agreement::in_double(x), agreement::formats_of<T, float, float, X>());
+          worst = std::max(
+              worst,
+              ((agreement::in_double(y) - exact.template cast<double>()).cwiseAbs().array() / bound.array()).maxCoeff());
+        }
+      CHECK(worst <= 1);
+      CHECK(worst > 0.01);
+    };
+    check(1301, float{}, float{});
+    check(1302, bfloat16{}, bfloat16{});
+    check(1303, bfloat16{}, float{});
+  }
 }
 
 TEST_CASE("a factor that the panels' format does not hold is refused", "[packed]") {

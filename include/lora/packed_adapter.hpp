@@ -17,6 +17,10 @@
 
 namespace lora::inline LORA_DETAIL_ABI {
 
+/// In what U = s * lora_A * x is kept until lora_B multiplies it: in the accumulator, or rounded once more to the format of
+/// the packed factors, as a model in that format does.
+enum class U_format { accumulator, factors };
+
 /// Owns the panels of lora_A and lora_B as F: float, double, or a 16-bit format. Their bytes are what mixing reads:
 /// rank * (in_features + out_features) * sizeof(F), and padding. Immutable; the original factors cannot be read back from
 /// it, so it does not merge.
@@ -38,6 +42,7 @@ class packed_adapter {
     in_features_ = std::exchange(other.in_features_, 0);
     rank_ = std::exchange(other.rank_, 0);
     scaling_ = other.scaling_;
+    U_ = other.U_;
     panels_ = std::move(other.panels_);
     return *this;
   }
@@ -47,8 +52,37 @@ class packed_adapter {
   /// by at most (2 u_F + u_F^2) sum |s| |B| |A| (u_F = 2^-8 for bfloat16, 2^-11 for float16; values below the format's
   /// normal range lose more). Throws shape_error and value_error as the verbs, and value_error for a finite element that F
   /// does not hold.
+  ///
+  /// U_format::factors, for bfloat16: each output changes by at most u_F (1 + gamma) sum |s| |lora_B| |lora_A| |x| more, with
+  /// u_F = 2^-8, and what underflows in bfloat16. A build for AVX512-BF16 then multiplies lora_B * U by dot products, too, in
+  /// half of the time, where W * x is computed by them (their sums count as zero below the smallest normal float).
   template <low_rank L>
-  explicit packed_adapter(const L& l) {
+  explicit packed_adapter(const L& l, lora::U_format U = lora::U_format::accumulator)
+    requires(std::is_same_v<F, bfloat16>)
+      : packed_adapter(l, pack_tag{}) {
+    U_ = U;
+  }
+  template <low_rank L>
+  explicit packed_adapter(const L& l)
+    requires(!std::is_same_v<F, bfloat16>)
+      : packed_adapter(l, pack_tag{}) {}
+
+  index_t rank() const { return rank_; }
+  double scaling() const { return scaling_; }
+  index_t out_features() const { return out_features_; }
+  index_t in_features() const { return in_features_; }
+  lora::U_format U_format() const { return U_; }
+  std::size_t bytes() const { return static_cast<std::size_t>(panels_.size()) * sizeof(F); }
+
+  /// The panels, for the library's own verbs.
+  const F* A_panels() const { return panels_.data(); }
+  const F* B_panels() const { return panels_.data() + B_begin(); }
+  detail::factor_layout<acc, F> where() const { return {out_features_, in_features_, rank_}; }
+
+ private:
+  struct pack_tag {};
+  template <low_rank L>
+  packed_adapter(const L& l, pack_tag) {
     const auto& lora_A = l.lora_A();
     const auto& lora_B = l.lora_B();
     out_features_ = as_matrix(lora_B).rows();
@@ -63,18 +97,6 @@ class packed_adapter {
     detail::pack_factors<acc>(where(), l, panels_.data(), panels_.data() + B_begin());
   }
 
-  index_t rank() const { return rank_; }
-  double scaling() const { return scaling_; }
-  index_t out_features() const { return out_features_; }
-  index_t in_features() const { return in_features_; }
-  std::size_t bytes() const { return static_cast<std::size_t>(panels_.size()) * sizeof(F); }
-
-  /// The panels, for the library's own verbs.
-  const F* A_panels() const { return panels_.data(); }
-  const F* B_panels() const { return panels_.data() + B_begin(); }
-  detail::factor_layout<acc, F> where() const { return {out_features_, in_features_, rank_}; }
-
- private:
   template <class V>
   static void refuse_overflow(const char* factor, const V& view) {
     if constexpr (!detail::holds_exactly<F, typename V::value_type>)
@@ -94,6 +116,7 @@ class packed_adapter {
 
   index_t out_features_ = 0, in_features_ = 0, rank_ = 0;
   double scaling_ = 0;
+  lora::U_format U_ = lora::U_format::accumulator;
   detail::array<F> panels_;
 };
 

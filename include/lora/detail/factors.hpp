@@ -24,6 +24,7 @@ struct part {
   const void* A = nullptr;
   const void* B = nullptr;
   panel_format format = panel_format::accumulator;
+  bool rounded_U = false;  ///< U is rounded to bfloat16 before lora_B multiplies it
 };
 
 /// Ranks in the last, narrower panel of lora_A; 0 where all are whole.

@@ -97,6 +97,7 @@ class part_list {
       part<Acc> made{.rank = static_cast<index_t>(l.rank()),
                      .scale = static_cast<double>(l.scaling()),
                      .format = format_of_panels<Acc, F>()};
+      if constexpr (packed_factors<L>) made.rounded_U = adapter_of(l).U_format() == U_format::factors;
       if constexpr (reads_panels_of<Acc, L>) {
         made.A = adapter_of(l).A_panels();
         made.B = adapter_of(l).B_panels();

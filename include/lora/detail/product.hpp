@@ -95,7 +95,7 @@ class product {
     if (by_dots()) pairs_place_ = l.take<Acc>(rows * pieces(in_, 2));
     U_place_ = l.take<Acc>(tokens_.most_U_in_block());
     // A thread's sums and its chunk of W.
-    per_thread_ = std::max(rows * group_, runs_together * tile_rows) * width + most_depth * width;
+    per_thread_ = std::max(rows * group_, most_runs * tile_rows) * width + most_depth * width;
     thread_place_ = l.take<Acc>(threads_ * per_thread_);
   }
 
@@ -124,8 +124,8 @@ class product {
   static constexpr index_t depth_of_many = (index_t{16} << 10) / (width * static_cast<index_t>(sizeof(Acc)));
   static constexpr index_t depth_of_few = few_tiles_chunk / (width * static_cast<index_t>(sizeof(Acc)));
   static constexpr index_t most_depth = std::max(2 * depth_of_many, depth_of_few);
-  /// Runs that pass one chunk of lora_A together.
-  static constexpr index_t runs_together = 4;
+  /// Runs that pass one chunk of lora_A together, at most.
+  static constexpr index_t most_runs = 16;
   struct block {
     index_t begin, end;
   };
@@ -196,8 +196,10 @@ class product {
     index_t most_panels = 0;
     for (index_t p = 0; p < tokens_.parts_count(); ++p)
       most_panels = std::max(most_panels, pieces(tokens_.parts()[p].rank, width));
-    team.for_each(pieces(runs, runs_together) * most_panels, [&](index_t task) {
-      const index_t begin = first + task / most_panels * runs_together, end = std::min(begin + runs_together, first + runs);
+    // As many as leave two tasks for each thread.
+    const index_t together = std::clamp<index_t>(runs * most_panels / (2 * threads_), 1, most_runs);
+    team.for_each(pieces(runs, together) * most_panels, [&](index_t task) {
+      const index_t begin = first + task / most_panels * together, end = std::min(begin + together, first + runs);
       for (index_t r = begin; r < end;) {
         index_t next = r + 1;
         while (next < end && tokens_.run_by_part(next).part == tokens_.run_by_part(r).part) ++next;
@@ -255,11 +257,27 @@ class product {
   /// U as the left operand of the next product: U[rank * rows + row], times the row's factor, in double and rounded once: a
   /// factor need not fit the accumulator.
   void keep_U(const detail::run& rows, index_t first_rank, index_t ranks, index_t sums_stride, const Acc* sums) const {
-    Acc* const U = U_ + rows.U + first_rank * rows.rows;
     const double* const scales = tokens_.scales(rows);
+    const auto value = [&](index_t j, index_t i) { return scales[i] * static_cast<double>(sums[i * sums_stride + j]); };
+    if (tokens_.part_of(rows).rounded_U) return keep_rounded_U(rows, first_rank, ranks, value);
+    Acc* const U = U_ + rows.U + first_rank * rows.rows;
     for (index_t j = 0; j < ranks; ++j)
-      for (index_t i = 0; i < rows.rows; ++i)
-        U[j * rows.rows + i] = static_cast<Acc>(scales[i] * static_cast<double>(sums[i * sums_stride + j]));
+      for (index_t i = 0; i < rows.rows; ++i) U[j * rows.rows + i] = static_cast<Acc>(value(j, i));
+  }
+  /// The same in bfloat16; by dot products pairs of ranks, as activations lie.
+  template <class Value>
+  void keep_rounded_U(const detail::run& rows, index_t first_rank, index_t ranks, const Value& value) const {
+    for (index_t j = 0; j < ranks; ++j)
+      for (index_t i = 0; i < rows.rows; ++i) {
+        const bfloat16 rounded(value(j, i));
+        if (!by_dots()) {
+          U_[rows.U + (first_rank + j) * rows.rows + i] = static_cast<Acc>(rounded);
+          continue;
+        }
+        Acc* const pair = U_ + rows.U + (first_rank + j) / 2 * rows.rows + i;
+        if (j % 2 == 0) std::fill_n(pair, 1, Acc(0));
+        std::memcpy(reinterpret_cast<std::byte*>(pair) + j % 2 * sizeof rounded, &rounded, sizeof rounded);
+      }
   }
 
   /// One or two neighbouring panels of outputs, for all tiles of the block.
@@ -390,11 +408,17 @@ class product {
         const part<Acc>& l = tokens_.part_of(rows);
         with_elements<Acc>(l.B, l.format, [&]<class F>(const F* panels) {
           const factor_layout<Acc, F> where{out_, in_, l.rank};
-          for (index_t c = 0; c < count; ++c)
-            multiply<true, 2>(static_cast<int>(rows.rows),
-                              sums_of(tiles, t, count, sums) + rows.first_row * stride + c * width, stride, U_ + rows.U,
-                              rows.rows, panels + (p + c) * where.B_panel(), 0, l.rank,
-                              ahead_of<2, Acc>(panels + (p + c) * where.B_panel()));
+          const auto all = [&](auto dots) {
+            for (index_t c = 0; c < count; ++c)
+              multiply<true, 2, Acc, F, tile_rows, dots()>(
+                  static_cast<int>(rows.rows), sums_of(tiles, t, count, sums) + rows.first_row * stride + c * width, stride,
+                  U_ + rows.U, rows.rows, panels + (p + c) * where.B_panel(), 0, l.rank,
+                  ahead_of<2, Acc>(panels + (p + c) * where.B_panel()));
+          };
+          if (l.rounded_U)
+            with_dots<F>(all);
+          else
+            all(std::false_type());
         });
       }
   }
