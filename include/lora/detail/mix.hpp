@@ -171,7 +171,7 @@ auto pair_packer(const X& x) {
           std::memcpy(destination + k / 2 * some.rows + i, pair, sizeof pair);
         }
     } else {
-      static_cast<void>(some), static_cast<void>(destination);
+      static_cast<void>(x), static_cast<void>(some), static_cast<void>(destination);
     }
   };
 }

@@ -276,7 +276,7 @@ class product {
         }
         Acc* const pair = U_ + rows.U + (first_rank + j) / 2 * rows.rows + i;
         if (j % 2 == 0) std::fill_n(pair, 1, Acc(0));
-        std::memcpy(reinterpret_cast<std::byte*>(pair) + j % 2 * sizeof rounded, &rounded, sizeof rounded);
+        std::memcpy(reinterpret_cast<bfloat16*>(pair) + j % 2, &rounded, sizeof rounded);
       }
   }
 

@@ -50,7 +50,7 @@ namespace lora::inline LORA_DETAIL_ABI::detail {
 /// As an instruction and no builtin: gcc 12 takes a function that does nothing but the builtin for one without effect, and
 /// drops calls of it that it has not inlined yet.
 LORA_DETAIL_INLINE void prefetch(const void* p) {
-#if defined(__GNUC__) && (defined(__x86_64__) || defined(__i386__))
+#if defined(__GNUC__) && !defined(__clang__) && defined(__x86_64__)
   asm volatile("prefetcht0 %a0" : : "p"(p));
 #elif defined(__GNUC__)
   __builtin_prefetch(p);
