@@ -26,7 +26,7 @@ void check_batches(std::uint64_t seed, int trials) {
   CAPTURE(g.seed());
   lora::workspace space;
   for (int trial = 0; trial < trials; ++trial) {
-    const index_t out = g.integer(1, 60), in = g.integer(1, 90);
+    const index_t out = g.integer(1, 60), in = g.one_in(5) ? g.integer(91, 1300) : g.integer(1, 90);
     const index_t tokens = g.one_in(4) ? g.integer(90, 210) : g.integer(1, 30);
     CAPTURE(trial, out, in, tokens);
     const test::matrix<T> W = g.reals<T>(out, in, 1);

@@ -201,12 +201,58 @@ class product {
     team.for_each(pieces(runs, together) * most_panels, [&](index_t task) {
       const index_t begin = first + task / most_panels * together, end = std::min(begin + together, first + runs);
       for (index_t r = begin; r < end;) {
+        if (task % most_panels == 0 && are_singles(r, end)) {
+          shrink_singles(tiles, r, sums);
+          r += singles;
+          continue;
+        }
         index_t next = r + 1;
         while (next < end && tokens_.run_by_part(next).part == tokens_.run_by_part(r).part) ++next;
         shrink(tiles, r, next, task % most_panels, sums);
         r = next;
       }
     });
+  }
+
+  /// Whether the next runs (by part) have one row each and ranks of one panel, of one format and width, so that they may be
+  /// multiplied together. More ranks are left to pairs of panels.
+  bool are_singles(index_t r, index_t end) const {
+    if (r + singles > end) return false;
+    const part<Acc>& first = tokens_.part_of(tokens_.run_by_part(r));
+    for (index_t n = 0; n < singles; ++n) {
+      const detail::run& one = tokens_.run_by_part(r + n);
+      const part<Acc>& l = tokens_.part_of(one);
+      if (one.rows != 1 || l.rank > width || l.format != first.format || only_panel(l) != only_panel(first)) return false;
+    }
+    return true;
+  }
+  /// The width of the only panel of ranks.
+  index_t only_panel(const part<Acc>& l) const { return factor_layout<Acc, Acc>{out_, in_, l.rank}.A_width(0); }
+
+  void shrink_singles(const block& tiles, index_t begin, Acc* sums) const {
+    const part<Acc>& l = tokens_.part_of(tokens_.run_by_part(begin));
+    const index_t panel_width = only_panel(l), step = chunk_of(tiles);
+    std::fill_n(sums, singles * width, Acc(0));
+    with_elements<Acc>(l.A, l.format, [&]<class F>(const F*) {
+      with_dots<F>([&](auto dots) {
+        for (index_t k = 0; k < in_; k += step) {
+          single<Acc, F> rows[singles];
+          for (index_t n = 0; n < singles; ++n) {
+            const detail::run& r = tokens_.run_by_part(begin + n);
+            rows[n] = {(dots() ? pairs_at(tiles, r.tile, k) : left_at(tiles, r.tile, k)) + r.first_row, tokens_.rows(r.tile),
+                       static_cast<const F*>(tokens_.part_of(r).A) + panel_offset<F>(0, k, panel_width), sums + n * width};
+          }
+          if (panel_width == width)
+            multiply_singles<dots(), 2>(rows, std::min(step, in_ - k));
+          else
+            multiply_singles<dots(), 1>(rows, std::min(step, in_ - k));
+        }
+      });
+    });
+    for (index_t n = 0; n < singles; ++n) {
+      const detail::run& r = tokens_.run_by_part(begin + n);
+      keep_U(r, 0, tokens_.part_of(r).rank, panel_width, sums + n * width);
+    }
   }
 
   /// Runs begin ... end - 1 (by part) of one part, one panel of its ranks. A single run of few rows takes two panels at once:
@@ -401,26 +447,60 @@ class product {
 
   /// The ranks: the chains of the base go on.
   void multiply_parts(const block& tiles, index_t p, index_t count, Acc* sums) const {
-    const index_t stride = count * width;
     for (index_t t = tiles.begin; t < tiles.end; ++t)
-      for (index_t r = tokens_.first_run(t); r < tokens_.first_run(t + 1); ++r) {
-        const detail::run& rows = tokens_.run_at(r);
-        const part<Acc>& l = tokens_.part_of(rows);
-        with_elements<Acc>(l.B, l.format, [&]<class F>(const F* panels) {
-          const factor_layout<Acc, F> where{out_, in_, l.rank};
-          const auto all = [&](auto dots) {
-            for (index_t c = 0; c < count; ++c)
-              multiply<true, 2, Acc, F, tile_rows, dots()>(
-                  static_cast<int>(rows.rows), sums_of(tiles, t, count, sums) + rows.first_row * stride + c * width, stride,
-                  U_ + rows.U, rows.rows, panels + (p + c) * where.B_panel(), 0, l.rank,
-                  ahead_of<2, Acc>(panels + (p + c) * where.B_panel()));
-          };
-          if (l.rounded_U)
-            with_dots<F>(all);
+      for (index_t r = tokens_.first_run(t); r < tokens_.first_run(t + 1);) {
+        const bool together = are_apart(r, tokens_.first_run(t + 1));
+        for (index_t c = 0; c < count; ++c) {
+          Acc* const of_panel = sums_of(tiles, t, count, sums) + c * width;
+          if (together)
+            expand_singles(r, p + c, of_panel, count * width);
           else
-            all(std::false_type());
-        });
+            expand(tokens_.run_at(r), p + c, of_panel, count * width);
+        }
+        r += together ? singles : 1;
       }
+  }
+  void expand(const detail::run& rows, index_t p, Acc* sums, index_t stride) const {
+    const part<Acc>& l = tokens_.part_of(rows);
+    with_B(l, [&]<class F>(const F* panels, auto dots) {
+      const F* const right = panels + p * factor_layout<Acc, F>{out_, in_, l.rank}.B_panel();
+      multiply<true, 2, Acc, F, tile_rows, dots()>(static_cast<int>(rows.rows), sums + rows.first_row * stride, stride,
+                                                   U_ + rows.U, rows.rows, right, 0, l.rank, ahead_of<2, Acc>(right));
+    });
+  }
+  /// Whether the next runs of a tile are different rows, one each, of adapters of one rank and kind.
+  bool are_apart(index_t r, index_t end) const {
+    if (r + singles > end) return false;
+    const part<Acc>& first = tokens_.part_of(tokens_.run_at(r));
+    for (index_t n = 0; n < singles; ++n) {
+      const detail::run& one = tokens_.run_at(r + n);
+      const part<Acc>& l = tokens_.part_of(one);
+      if (one.rows != 1 || l.rank != first.rank || l.format != first.format || l.rounded_U != first.rounded_U) return false;
+      if (n > 0 && one.first_row == tokens_.run_at(r + n - 1).first_row) return false;
+    }
+    return true;
+  }
+  void expand_singles(index_t begin, index_t p, Acc* sums, index_t stride) const {
+    const part<Acc>& l = tokens_.part_of(tokens_.run_at(begin));
+    with_B(l, [&]<class F>(const F*, auto dots) {
+      const index_t panel = factor_layout<Acc, F>{out_, in_, l.rank}.B_panel();
+      single<Acc, F> rows[singles];
+      for (index_t n = 0; n < singles; ++n) {
+        const detail::run& r = tokens_.run_at(begin + n);
+        rows[n] = {U_ + r.U, 1, static_cast<const F*>(tokens_.part_of(r).B) + p * panel, sums + r.first_row * stride};
+      }
+      multiply_singles<dots(), 2>(rows, l.rank);
+    });
+  }
+  /// call(panels of lora_B, whether they are multiplied by dot products).
+  template <class Call>
+  void with_B(const part<Acc>& l, const Call& call) const {
+    with_elements<Acc>(l.B, l.format, [&]<class F>(const F* panels) {
+      if (l.rounded_U)
+        with_dots<F>([&](auto dots) { call(panels, dots); });
+      else
+        call(panels, std::false_type());
+    });
   }
 
   /// Step n of so many over a panel of W fetches its share of the adapters' panels: in one burst they would stall it.

@@ -170,6 +170,51 @@ void multiply(int rows, Acc* sums, index_t sums_stride, const Acc* left, index_t
                                                      fetch);
 }
 
+/// One row that meets a panel of its own.
+template <class Acc, class T>
+struct single {
+  const Acc* left;
+  index_t left_stride;
+  const T* right;
+  Acc* sums;
+};
+/// So many at once have chains enough to keep the multipliers busy, where one would wait for itself.
+inline constexpr int singles = 4;
+
+/// The chains of some rows, each by its own panel of Vectors, continued by `depth` steps.
+template <bool Dots, int Vectors, class Acc, class T>
+void multiply_singles(const single<Acc, T> (&rows)[singles], index_t depth) {
+  using v = simd<Acc>;
+  typename v::vector sum[singles][1][Vectors];
+  LORA_DETAIL_UNROLL
+  for (int n = 0; n < singles; ++n) {
+    LORA_DETAIL_UNROLL
+    for (int j = 0; j < Vectors; ++j) sum[n][0][j] = v::load(rows[n].sums + j * v::width);
+  }
+  constexpr int group = depth_group<T>, row = Vectors * v::width;
+  const auto step = [&](index_t k, index_t depths) {
+    LORA_DETAIL_UNROLL
+    for (int n = 0; n < singles; ++n) {
+      const Acc* const left = rows[n].left + (Dots ? k / 2 : k) * rows[n].left_stride;
+      const T* const right = rows[n].right + k * row;
+#if defined(LORA_DETAIL_DOTS)
+      if constexpr (Dots)
+        advance_by_dots<false, 1, Vectors>(sum[n], left, 0, right, 0, depths, {});
+      else
+#endif
+        advance<false, 1, Vectors, Acc>(sum[n], left, rows[n].left_stride, right, 0, depths);
+    }
+  };
+  index_t k = 0;
+  for (; k + group <= depth; k += group) step(k, group);
+  if (k < depth) step(k, depth - k);
+  LORA_DETAIL_UNROLL
+  for (int n = 0; n < singles; ++n) {
+    LORA_DETAIL_UNROLL
+    for (int j = 0; j < Vectors; ++j) v::store(rows[n].sums + j * v::width, sum[n][0][j]);
+  }
+}
+
 /// The panel itself, some way ahead.
 template <int Vectors, class Acc, class T>
 fetching ahead_of(const T* right) {
