@@ -50,10 +50,10 @@ struct measurement {
       return estimate_median(std::move(rates)).median;
     };
     return {.flops = median(&lora::limits::flops),
-            .dot_flops = median(&lora::limits::dot_flops),
             .read = median(&lora::limits::read),
             .read_write = median(&lora::limits::read_write),
-            .threads = of_round.front().threads};
+            .threads = of_round.front().threads,
+            .dot_flops = median(&lora::limits::dot_flops)};
   }
   /// The time that the limits allow, limit(lora::limits), over the time that a way took: the median of the rounds.
   template <class Limit>

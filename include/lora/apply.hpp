@@ -9,7 +9,8 @@
 //            [tokens, features] is col_major(data, features, tokens)); a vector, std::vector or std::span is one token.
 //   adapters any number of low_rank types, packed_adapter (nothing is packed in the call), and ranges of them.
 //   rounding once, to y's scalar: U = lora_A * x and the sum over the stacked ranks are chains of multiply-adds from zero
-//            in float (double if x, y or any factor is double), U times s in between; then y is added.
+//            in float (double if x, y or any factor is double), U times s in between; then y is added. U_format::factors
+//            (packed_adapter.hpp) rounds once more, and adds its term to the error.
 //   error    |result - exact| <= u_y |exact| + (1+u_y) (u |y| + gamma_{in+R+3} sum |s| |lora_B| |lora_A| |x|) + eta_y/2, and
 //            what underflows; the names are those of docs/numerics.md.
 //   cost     2 R (in + out) FLOPs per token; y is read and written once, tile by tile; scratch: the activations and A x

@@ -13,12 +13,13 @@
 //   adapters low_rank types, packed_adapter, ranges of them.
 //   error    |result - exact| <= u_y |exact| + (1+u_y) (gamma_{in+R+1} |W| |x| + gamma_{in+R+3} sum |s| |lora_B| |lora_A| |x|
 //            + u |b|) + eta_y/2, and what underflows; the names are those of docs/numerics.md. A build for AVX512-BF16
-//            multiplies a bfloat16 W, and lora_A where the factors are bfloat16, by a bfloat16 x with dot products: see
-//            smallest_in_product.
+//            multiplies a bfloat16 W, and lora_A of adapters held in bfloat16, by a bfloat16 x with dot products: see
+//            smallest_in_product. U_format::factors (packed_adapter.hpp) rounds once more, and adds its term.
 //   bits     a token's result does not depend on the other tokens, on threads or on tiles.
 //   cost     2 (out * in + R (in + out)) FLOPs per token; W is read once per block of tokens: 16 tiles of 4, 6
-//            (AVX2) or 8 (AVX-512) tokens, fewer where their activations exceed 2.5 MiB (AVX-512: 8), at least 4 tiles. A W that is not
-//            packed is read, packed and read again in the first-level cache. Scratch as apply.
+//            (AVX2) or 8 (AVX-512) tokens, fewer where their activations, counted in accumulators, exceed 2.5 MiB (AVX-512:
+//            8 MiB), at least 4 tiles. A W that is not packed is read, packed and read again in the first-level cache. Scratch
+//            as apply.
 //   aliasing y must not overlap W, x, b or a factor: shape_error (the panels of packed ones are nobody else's memory). An x
 //            that is an Eigen expression is evaluated first.
 //   throws   shape_error, value_error (scaling not finite), std::bad_alloc, before anything is written.
@@ -92,7 +93,7 @@ auto with_bias(const packed_weight<T>& W, const V& b) {
 /// Magnitudes below this count as zero inside W * x, for elements T of W and X of x and an accumulator Acc: the smallest normal
 /// float where both are bfloat16, the accumulator is float and the build has the processor's dot products (AVX512-BF16), which
 /// multiply twice as much in the same time; 0 everywhere else. Where it is not 0 the same holds inside lora_A * x of adapters
-/// whose factors are bfloat16. docs/numerics.md has the bound.
+/// that are held in bfloat16, and inside lora_B * U of those with U_format::factors. docs/numerics.md has the bound.
 template <class Acc, class T, class X>
 constexpr double smallest_in_product() {
   return detail::by_dots<Acc, T, X> ? static_cast<double>(std::numeric_limits<float>::min()) : 0.0;

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // machine_limits(): what this machine can do at best, measured in about 50 ms with the threads and the vectors that the
-// library uses: float multiply-adds, dot products of bfloat16, streaming reads, and reading and writing in place. Keep the result; a service that
-// runs for days measures again, because on a shared host the memory bandwidth doubles and halves within minutes.
+// library uses: float multiply-adds, dot products of bfloat16, streaming reads, and reading and writing in place. Keep the
+// result; a service that runs for days measures again, because on a shared host the memory bandwidth doubles and halves
+// within minutes.
 #pragma once
 
 #include <algorithm>
@@ -17,12 +18,12 @@ namespace lora::inline LORA_DETAIL_ABI {
 
 /// Rates of this machine with `threads` threads.
 struct limits {
-  double flops = 0;  ///< float FLOP/s; a multiply-add is two
-  double dot_flops =
-      0;            ///< the same by dot products of bfloat16 (see smallest_in_product); flops, or 0, where there are none
-  double read = 0;  ///< bytes/s read from memory
+  double flops = 0;       ///< float FLOP/s; a multiply-add is two
+  double read = 0;        ///< bytes/s read from memory
   double read_write = 0;  ///< bytes/s read and written in place: both directions count
   int threads = 1;
+  /// FLOP/s by dot products of bfloat16 (see smallest_in_product); flops, or 0, where there are none.
+  double dot_flops = 0;
 
   /// Seconds that these FLOPs and bytes must take when they overlap perfectly.
   double reading(double work, double bytes) const { return std::max(work / flops, bytes / read); }
@@ -66,10 +67,10 @@ class limits_probe {
     };
     const double flops = rate(fma_flops, [](int) { return multiply_adds(); });
     return {.flops = flops,
-            .dot_flops = dots ? rate(2 * fma_flops, [](int) { return add_dots(); }) : flops,
             .read = bytes / read_time,
             .read_write = 2 * bytes / update_time,
-            .threads = threads_};
+            .threads = threads_,
+            .dot_flops = dots ? rate(2 * fma_flops, [](int) { return add_dots(); }) : flops};
   }
 
  private:

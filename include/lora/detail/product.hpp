@@ -346,7 +346,7 @@ class product {
     const index_t steps = pieces(in_, step);
     for (index_t n = 0; n < steps; ++n) {
       const index_t k = n * step, depth = std::min(step, in_ - k);
-      fetch_parts(p, n, steps);
+      fetch_parts(p, count, n, steps);
       if (passing)
         multiply_passing(tiles, p, count, k, depth, sums);
       else
@@ -422,8 +422,9 @@ class product {
         const auto rows = static_cast<int>(tokens_.rows(t));
         Acc* const tile_sums = sums_of(tiles, t, 1, sums);
         const Acc* const left = dots() ? pairs_at(tiles, t, k) : left_at(tiles, t, k);
-        const auto* const share = reinterpret_cast<const char*>(next) + bytes * n / count / line * line;
-        const fetching fetch{reinterpret_cast<std::uintptr_t>(share), pieces(bytes, count * pieces(depth, depth_group<R>))};
+        const index_t share = bytes * n / count / line * line;
+        const fetching fetch{reinterpret_cast<std::uintptr_t>(next) + static_cast<std::uintptr_t>(share),
+                             pieces(bytes, count * pieces(depth, depth_group<R>))};
         if (bytes != 0)
           multiply<true, 2, Acc, R, tile_rows, dots()>(rows, tile_sums, width, left, rows, right, 0, depth, fetch);
         else
@@ -503,15 +504,15 @@ class product {
     });
   }
 
-  /// Step n of so many over a panel of W fetches its share of the adapters' panels: in one burst they would stall it.
-  void fetch_parts(index_t p, index_t n, index_t steps) const {
+  /// Step n of so many over the panels of W fetches its share of the adapters' panels: in one burst they would stall it.
+  void fetch_parts(index_t p, index_t count, index_t n, index_t steps) const {
     constexpr index_t most = 4096;  // what follows is a stream, which the hardware fetches
     const index_t parts = tokens_.parts_count(), line = static_cast<index_t>(memory_alignment);
     for (index_t q = parts * n / steps; q < pieces(parts * (n + 1), steps); ++q) {
       const part<Acc>& l = tokens_.parts()[q];
       with_elements<Acc>(l.B, l.format, [&]<class F>(const F* panels) {
         const factor_layout<Acc, F> where{out_, in_, l.rank};
-        const index_t bytes = where.B_panel() * static_cast<index_t>(sizeof(F));
+        const index_t bytes = count * where.B_panel() * static_cast<index_t>(sizeof(F));
         // A part that several steps share is cut among them.
         const index_t shares = std::max<index_t>(1, steps / std::max<index_t>(1, parts));
         const index_t share = n % shares, limit = std::min(bytes, most);
@@ -526,7 +527,7 @@ class product {
   const plan<Acc>& tokens_;
   bool widened_;  ///< whether the activations are needed widened
   int threads_;
-  index_t group_;  ///< panels of outputs that pass together: of few tokens two, whose chains are too few in one
+  index_t group_;  ///< panels of outputs that pass together (see panels_together)
   index_t per_thread_ = 0;
   layout::place<Acc> X_place_, pairs_place_, U_place_, thread_place_;
   Acc *X_ = nullptr, *pairs_ = nullptr, *U_ = nullptr;
