@@ -201,7 +201,7 @@ class product {
     team.for_each(pieces(runs, together) * most_panels, [&](index_t task) {
       const index_t begin = first + task / most_panels * together, end = std::min(begin + together, first + runs);
       for (index_t r = begin; r < end;) {
-        if (task % most_panels == 0 && are_singles(r, end)) {
+        if (task % most_panels == 0 && shrink_together(r, end)) {
           shrink_singles(tiles, r, sums);
           r += singles;
           continue;
@@ -214,17 +214,22 @@ class product {
     });
   }
 
-  /// Whether the next runs (by part) have one row each and ranks of one panel, of one format and width, so that they may be
-  /// multiplied together. More ranks are left to pairs of panels.
-  bool are_singles(index_t r, index_t end) const {
+  /// Whether runs r ... of run_at(r) may be multiplied together: there are enough before `end`, of one row each, and
+  /// alike(n) holds for each n of them.
+  template <class RunAt, class Alike>
+  static bool are_singles(const RunAt& run_at, index_t r, index_t end, const Alike& alike) {
     if (r + singles > end) return false;
-    const part<Acc>& first = tokens_.part_of(tokens_.run_by_part(r));
-    for (index_t n = 0; n < singles; ++n) {
-      const detail::run& one = tokens_.run_by_part(r + n);
-      const part<Acc>& l = tokens_.part_of(one);
-      if (one.rows != 1 || l.rank > width || l.format != first.format || only_panel(l) != only_panel(first)) return false;
-    }
+    for (index_t n = 0; n < singles; ++n)
+      if (run_at(r + n).rows != 1 || !alike(n)) return false;
     return true;
+  }
+  /// The next runs by part: ranks of one panel, of one format and width. More ranks are left to pairs of panels.
+  bool shrink_together(index_t r, index_t end) const {
+    const auto run_at = [&](index_t k) -> const detail::run& { return tokens_.run_by_part(k); };
+    return are_singles(run_at, r, end, [&](index_t n) {
+      const part<Acc>&l = tokens_.part_of(run_at(r + n)), &first = tokens_.part_of(run_at(r));
+      return l.rank <= width && l.format == first.format && only_panel(l) == only_panel(first);
+    });
   }
   /// The width of the only panel of ranks.
   index_t only_panel(const part<Acc>& l) const { return factor_layout<Acc, Acc>{out_, in_, l.rank}.A_width(0); }
@@ -450,7 +455,7 @@ class product {
   void multiply_parts(const block& tiles, index_t p, index_t count, Acc* sums) const {
     for (index_t t = tiles.begin; t < tiles.end; ++t)
       for (index_t r = tokens_.first_run(t); r < tokens_.first_run(t + 1);) {
-        const bool together = are_apart(r, tokens_.first_run(t + 1));
+        const bool together = expand_together(r, tokens_.first_run(t + 1));
         for (index_t c = 0; c < count; ++c) {
           Acc* const of_panel = sums_of(tiles, t, count, sums) + c * width;
           if (together)
@@ -469,17 +474,14 @@ class product {
                                                    U_ + rows.U, rows.rows, right, 0, l.rank, ahead_of<2, Acc>(right));
     });
   }
-  /// Whether the next runs of a tile are different rows, one each, of adapters of one rank and kind.
-  bool are_apart(index_t r, index_t end) const {
-    if (r + singles > end) return false;
-    const part<Acc>& first = tokens_.part_of(tokens_.run_at(r));
-    for (index_t n = 0; n < singles; ++n) {
-      const detail::run& one = tokens_.run_at(r + n);
-      const part<Acc>& l = tokens_.part_of(one);
-      if (one.rows != 1 || l.rank != first.rank || l.format != first.format || l.rounded_U != first.rounded_U) return false;
-      if (n > 0 && one.first_row == tokens_.run_at(r + n - 1).first_row) return false;
-    }
-    return true;
+  /// The next runs of a tile: different rows, adapters of one rank and kind.
+  bool expand_together(index_t r, index_t end) const {
+    const auto run_at = [&](index_t k) -> const detail::run& { return tokens_.run_at(k); };
+    return are_singles(run_at, r, end, [&](index_t n) {
+      const part<Acc>&l = tokens_.part_of(run_at(r + n)), &first = tokens_.part_of(run_at(r));
+      const bool apart = n == 0 || run_at(r + n).first_row != run_at(r + n - 1).first_row;
+      return apart && l.rank == first.rank && l.format == first.format && l.rounded_U == first.rounded_U;
+    });
   }
   void expand_singles(index_t begin, index_t p, Acc* sums, index_t stride) const {
     const part<Acc>& l = tokens_.part_of(tokens_.run_at(begin));
