@@ -87,6 +87,12 @@ lora::adapter<F> random_adapter(const shape& layer, index_t rank, std::uint32_t 
           {.alpha = 2 * static_cast<double>(rank)}};
 }
 
+/// A matrix of any scalar in double.
+template <class M>
+Eigen::MatrixXd widened(const M& m) {
+  return m.unaryExpr([](const auto& v) { return static_cast<double>(v); });
+}
+
 /// How many layers of this many bytes are more than twice the cache; at least two, so that each call gets another one.
 inline std::size_t pool_size(double bytes_of_layer) {
   return std::max<std::size_t>(2,

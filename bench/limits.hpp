@@ -50,13 +50,19 @@ flops flops_of(double work) {
   if (lora::smallest_in_product<lora::accumulator_t<T, X>, T, X>() > 0) return {.dots = work};
   return {.multiply_adds = work};
 }
+/// Of a delta weight of factors F, accumulated in float.
+template <class F>
+flops flops_of_delta(double work) {
+  if (lora::smallest_in_delta<float, lora::adapter<F>>() > 0) return {.dots = work};
+  return {.multiply_adds = work};
+}
 
 /// The seconds that a way must take which reads `bytes`, or reads and writes them in place, as a function of the limits.
 inline auto reading(const flops& work, double bytes) {
   return [=](const lora::limits& l) { return l.reading(work.multiply_adds, work.dots, bytes); };
 }
-inline auto updating(double work, double bytes) {
-  return [=](const lora::limits& l) { return l.updating(work, bytes); };
+inline auto updating(const flops& work, double bytes) {
+  return [=](const lora::limits& l) { return l.updating(work.multiply_adds, work.dots, bytes); };
 }
 
 /// Four times the cache: what a pass leaves in it serves at most a quarter of the next.

@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Merging one adapter into a weight in place, lora::merge(W, l), against other libraries:
+// Merging one adapter into a weight in place, lora::merge(space, W, l), against other libraries:
 //   rows, panels   a weight that the caller keeps row-major, and a lora::packed_weight
 //   eigen          float: W.noalias() += s * B * A. 16 bits: the same on a float temporary, as one would write it:
 //                  T = W.cast<float>(); T.noalias() += s * B * A; W = T.cast<...>()
 //   openblas       float: cblas_sgemm(alpha = s, beta = 1); no 16-bit products in Debian's build
-// over ranks, formats and layer sizes (4096x11008: 4096 in_features, 11008 out_features). Factors are float. Weights rotate
-// over more than twice the last-level cache and every round over them changes the adapter's sign, so that they stay of one
-// size. Before a row is timed, all results are compared with dot products in double.
+// over ranks, formats and layer sizes (4096x11008: 4096 in_features, 11008 out_features). Factors are float, or, without
+// rivals, bfloat16, which dot products multiply where the build has them. Weights rotate over more than twice the last-level
+// cache and every round over them changes the adapter's sign, so that they stay of one size. Before a row is timed, all
+// results are compared with dot products in double.
 //
 // A row is one Google Benchmark iteration: a series of rounds (see paired.hpp). Its time is the median lora::merge of rows
 // (manual timing). Counters:
-//   share, share_panels      of the machine's limit: max(FLOPs / FMA rate, 2 bytes of W / read-and-write rate) / time
+//   share, share_panels      of the machine's limit: max(FLOPs / their rate, 2 bytes of W / read-and-write rate) / time
 //   speedup_vs_R             R / lora (rows), the median of the rounds; _lo, _hi: its 95 % interval; R_us
 //   panels_us, rounds, limit_flops, limit_dot_flops, limit_read, limit_read_write
 //
@@ -70,12 +71,12 @@ struct pool {
 template <class T, class Adapter, class After>
 bool is_merged(const lora_bench::weight_rows<T>& before, const Adapter& l, const After& after) {
   const auto W = before.view();
-  const auto &A = l.lora_A(), &B = l.lora_B();
+  const auto A = lora_bench::widened(l.lora_A()), B = lora_bench::widened(l.lora_B());
   const double unit = std::is_same_v<T, float> ? 1e-5 : 1.0 / 256;
   for (index_t k = 0; k < 1000; ++k) {
     const index_t i = k * 7919 % W.rows(), j = k * 104729 % W.cols();
     const double old = static_cast<double>(static_cast<float>(W(i, j)));
-    const double delta = l.scaling() * B.row(i).template cast<double>().dot(A.col(j).template cast<double>());
+    const double delta = l.scaling() * B.row(i).dot(A.col(j));
     if (!(std::abs(static_cast<double>(static_cast<float>(after(i, j))) - old - delta) <=
           unit * (std::abs(old) + std::abs(delta)) + 1e-6))
       return false;
@@ -92,12 +93,14 @@ lora_bench::way in_turn(Pool& weights, const Merge& merge) {
   };
 }
 
-template <class T>
+template <class T, class F>
 void merge(benchmark::State& state, lora_bench::session& session, const shape& layer, index_t rank) {
   auto& [rows, panels] = pool<T>::get(layer);
-  const auto l = lora_bench::random_adapter<float>(layer, rank, 1000);
-  const auto merge_ours = [&](auto& W, double sign) { lora::merge(W.view(), lora::scaled(sign, l)); };
-  auto rivals = lora_bench::merge_rivals<T>(layer, l);
+  const auto l = lora_bench::random_adapter<F>(layer, rank, 1000);
+  lora::workspace space;
+  const auto merge_ours = [&](auto& W, double sign) { lora::merge(space, W.view(), lora::scaled(sign, l)); };
+  std::vector<lora_bench::merge_rival<T>> rivals;
+  if constexpr (std::is_same_v<F, float>) rivals = lora_bench::merge_rivals<T>(layer, l);
 
   {
     const lora_bench::weight_rows<T> before(rows[0].values, layer);
@@ -119,7 +122,8 @@ void merge(benchmark::State& state, lora_bench::session& session, const shape& l
   for (const auto& rival : rivals) ways.push_back(in_turn(rows, rival.merge));
   const auto m = session.measure(state, ways, 0);
 
-  const auto limit = lora_bench::updating(2 * static_cast<double>(rank) * layer.size(), 2 * layer.size() * sizeof(T));
+  const double flops = 2 * static_cast<double>(rank) * layer.size();
+  const auto limit = lora_bench::updating(lora_bench::flops_of_delta<F>(flops), 2 * layer.size() * sizeof(T));
   state.counters["share"] = m.share(0, limit);
   state.counters["share_panels"] = m.share(1, limit);
   state.counters["panels_us"] = m.series.time(1).median * 1e6;
@@ -129,17 +133,18 @@ void merge(benchmark::State& state, lora_bench::session& session, const shape& l
   }
 }
 
-template <class T>
+template <class T, class F>
 void add_rows(lora_bench::session& session) {
   for (const shape& layer : {shape{768, 768}, {1024, 1024}, {4096, 4096}, {4096, 11008}, {11008, 4096}, {8192, 28672}})
     for (const index_t rank : {8, 16, 64, 256}) {
-      const std::string name =
-          std::string("merge/base:") + lora_bench::name_of<T>() + "/layer:" + layer.text() + "/rank:" + std::to_string(rank);
+      const std::string name = std::string("merge/base:") + lora_bench::name_of<T>() +
+                               "/factors:" + lora_bench::name_of<F>() + "/layer:" + layer.text() +
+                               "/rank:" + std::to_string(rank);
       const bool small = layer == shape{768, 768} || layer == shape{4096, 4096};
       const bool large = layer == shape{4096, 11008} && rank <= 16;
       const bool largest = layer.in == 8192 && rank == 16 && !std::is_same_v<T, lora::float16>;  // half a minute to set up
       session.add(name, small || large || largest,
-                  [=, &session](benchmark::State& state) { merge<T>(state, session, layer, rank); });
+                  [=, &session](benchmark::State& state) { merge<T, F>(state, session, layer, rank); });
     }
 }
 
@@ -153,8 +158,9 @@ int main(int argc, char** argv) {
       {"speedup_vs_openblas", "OpenBL x", 1, 2}, {"speedup_vs_openblas_lo", "from", 1, 2},
       {"speedup_vs_openblas_hi", "to", 1, 2},    {"rounds", "rounds", 1, 0}};
   return lora_bench::run_program(argc, argv, columns, [](lora_bench::session& session) {
-    add_rows<float>(session);
-    add_rows<lora::bfloat16>(session);
-    add_rows<lora::float16>(session);
+    add_rows<float, float>(session);
+    add_rows<lora::bfloat16, float>(session);
+    add_rows<lora::bfloat16, lora::bfloat16>(session);
+    add_rows<lora::float16, float>(session);
   });
 }

@@ -117,13 +117,14 @@ def stacked(records, threads):
 
 
 def merges(records, threads):
-    rows = [[SHORT[base], layer, str(rank),
+    rows = [[SHORT[base], SHORT[factors], layer, str(rank),
              at_each(threads, same, lambda row: number(row.us / 1e3, 2)),
              at_each(threads, same, counter("share", 100, 0)), at_each(threads, same, counter("share_panels", 100, 0)),
              at_each(threads, same, counter("speedup_vs_eigen", 1, 2)),
              at_each(threads, same, counter("speedup_vs_openblas", 1, 2))]
-            for (base, layer, rank), same in grouped(records.select("merge"), "base", "layer", "rank").items()]
-    return markdown(("base", "layer", "rank", "time ms", "% of limit", "panels, %", "x Eigen", "x OpenBLAS"), rows)
+            for (base, factors, layer, rank), same in
+            grouped(records.select("merge"), "base", "factors", "layer", "rank").items()]
+    return markdown(("base", "factors", "layer", "rank", "time ms", "% of limit", "panels, %", "x Eigen", "x OpenBLAS"), rows)
 
 
 def mixed_batches(records, threads):
@@ -182,8 +183,8 @@ def bars(records):
     def speedup(name, rows):
         return [row for row in rows if row.get(name) is not None], lambda row: row[name]
 
-    def merged(bases, ranks):
-        return [row for row in merge if row["base"] in bases and row["rank"] in ranks]
+    def merged(bases, ranks, factors="float"):
+        return [row for row in merge if row["base"] in bases and row["rank"] in ranks and row["factors"] == factors]
 
     def of_tokens(rows, *tokens):
         return [row for row in rows if row["tokens"] in tokens]
@@ -193,6 +194,9 @@ def bars(records):
     yield "merge: % of limit, 16 bits, r = 8", merged(("bfloat16", "float16"), (8,)), share, 70, 1
     yield "merge: % of limit, 16 bits, r = 16", merged(("bfloat16", "float16"), (16,)), share, 80, 1
     yield "merge: % of limit, r >= 64", merged(SHORT, (64, 256)), share, 90, 1
+    for ranks, bar in (((8,), 70), ((16,), 80), ((64, 256), 90)):
+        yield (f"merge, bfloat16 factors: % of limit, r = {' and '.join(map(str, ranks))}",
+               merged(("bfloat16",), ranks, "bfloat16"), share, bar, 1)
     for rival in ("eigen", "openblas"):
         yield f"merge: x {rival}", *speedup(f"speedup_vs_{rival}", merge), 1, 1
     yield "merged way, 512 tokens: x oneDNN", *speedup("speedup_vs_onednn", of_tokens(panels, 512)), 0.98, 1

@@ -31,6 +31,8 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/detail/plan.hpp
   include/lora/detail/product.hpp
   include/lora/detail/simd.hpp
+  include/lora/detail/sinks.hpp
+  include/lora/detail/stack.hpp
   include/lora/detail/tile.hpp
   include/lora/detail/update.hpp
   include/lora/error.hpp

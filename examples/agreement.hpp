@@ -43,6 +43,8 @@ struct part {
   Eigen::MatrixXd A, B;  ///< rank x in_features, out_features x rank
   double s;
   format U = {};  ///< to which s A x is rounded before B multiplies it (U_format::factors); zero where it is not
+  double flushed =
+      0;  ///< numbers below this count as zero in B A where it is accumulated in float: by dot products of bfloat16
 };
 /// Where the adapters of a function are evaluated.
 struct state {
@@ -59,7 +61,11 @@ Eigen::MatrixXd in_double(const M& m) {
 }
 template <lora::low_rank L>
 part part_of(const L& l) {
-  return {in_double(l.lora_A()), in_double(l.lora_B()), static_cast<double>(l.scaling()), {}};
+  return {in_double(l.lora_A()),
+          in_double(l.lora_B()),
+          static_cast<double>(l.scaling()),
+          {},
+          lora::smallest_in_delta<float, L>()};
 }
 
 /// gamma_k = k u / (1 - k u).
@@ -87,6 +93,14 @@ inline Eigen::MatrixXd merge_bound(const Eigen::MatrixXd& W, const std::vector<p
   Eigen::MatrixXd e = u * W.cwiseAbs() + gamma(R + 3, u) * d;
   e.array() += f.accumulator.eta * static_cast<double>(R + 1);
   e.rowwise() += f.accumulator.eta * sum_A;
+  for (const part& p : merged) {
+    if (p.flushed == 0 || u != format_of<float>().u) continue;
+    // An operand, a product or a sum of each step, times s.
+    const double each = p.flushed * std::abs(p.s);
+    e.array() += each * 2 * static_cast<double>(p.A.rows());
+    e.rowwise() += each * p.A.cwiseAbs().colwise().sum();
+    e.colwise() += each * p.B.cwiseAbs().rowwise().sum();
+  }
   e += f.weight.u * (W.cwiseAbs() + d + e);
   e.array() += f.weight.eta / 2;
   return e;

@@ -91,10 +91,11 @@ TEST_CASE("scalars mix: double anywhere makes the delta double", "[delta]") {
 }
 
 TEST_CASE("s is folded in double: a scaling that no float holds rounds once", "[delta]") {
-  // 0.1 * 3 in double, to float: not 0.1F * 3.
-  const Eigen::MatrixXf A = Eigen::MatrixXf::Ones(1, 1), B = Eigen::MatrixXf::Constant(1, 1, 3);
+  // 0.1 * b in double, to float: not 0.1F * b.
+  const Eigen::MatrixXf A = Eigen::MatrixXf::Ones(1, 1), B = Eigen::VectorXf::LinSpaced(200, 1, 200);
   const lora::adapter<float> l{A, B, {.alpha = 0.1, .rule = scaling_rule::fixed}};
-  CHECK(lora::delta_weight(l)(0, 0) == static_cast<float>(0.1 * 3.0));
+  CHECK(lora::delta_weight(l) == (0.1 * B.cast<double>()).cast<float>());
+  REQUIRE(0.1F * B != (0.1 * B.cast<double>()).cast<float>());
   const Eigen::MatrixXf large = Eigen::MatrixXf::Constant(1, 1, 0x1p100F),
                         small = Eigen::MatrixXf::Constant(1, 1, 0x1p-100F);
   const lora::adapter<float> huge{small, large, {.alpha = 0x1p50, .rule = scaling_rule::fixed}};

@@ -411,6 +411,14 @@ TEMPLATE_TEST_CASE("-0 stays -0 in whole tiles where no adapter contributes", "[
   lora::unmerge(W, zero);
   CHECK(test::bytes(lora::merged(W, zero)) == before);
   CHECK(test::bytes(W) == before);
+  // Factors of bfloat16, which may have another way; beside others, too.
+  const lora::adapter<lora::bfloat16> short_zero{in_format<lora::bfloat16>(A), in_format<lora::bfloat16>(B), {.alpha = 5}};
+  lora::merge(W, short_zero);
+  lora::unmerge(W, short_zero);
+  lora::merge(W, short_zero, zero, short_zero);
+  lora::merge(panels, short_zero);
+  CHECK(test::bytes(W) == before);
+  CHECK(test::bytes(test::matrix<TestType>(panels.matrix())) == before);
   // What adapters cancel is zero as well.
   const lora::adapter<float> l{constant(3, 83, 2), constant(37, 3, 5), {.alpha = 9}};
   lora::merge(W, l, lora::scaled(-1, l));
@@ -436,6 +444,60 @@ TEMPLATE_TEST_CASE("a NaN of any bits in a factor becomes a NaN in the weight, a
       for (const double value : {test::value(W(i, j)), test::value(by_cols(i, j)), test::value(in_panels(i, j))})
         wrong += j % 19 == 3 ? !std::isnan(value) : value != 4;
   CHECK(wrong == 0);
+}
+
+TEMPLATE_TEST_CASE("factors of bfloat16: what one of a pair of ranks does to a tile of common weights", "[merge]", float,
+                   lora::float16, lora::bfloat16) {
+  using lora::bfloat16;
+  for (const index_t odd : {0, 1})
+    for (const double value : {static_cast<double>(nan_float), 0x1p120}) {
+      test::matrix<TestType> W = test::matrix<TestType>::Constant(37, 83, test::stored<TestType>(1));
+      test::matrix<bfloat16> A = test::matrix<bfloat16>::Constant(2, 83, bfloat16(0.5F));
+      A(odd, 9) = bfloat16(static_cast<float>(value));
+      const lora::adapter<bfloat16> l{A, test::matrix<bfloat16>::Constant(37, 2, bfloat16(256.0F)), {.alpha = 3}};
+      lora::packed_weight<TestType> panels{W};
+      CAPTURE(odd, value);
+      CHECK(lora::merge(panels, l).became_nonfinite == 37);
+      CHECK(lora::merge(W, l).became_nonfinite == 37);
+      W.col(9).setConstant(test::stored<TestType>(385));
+      CHECK((W.array() == test::stored<TestType>(385)).all());
+    }
+}
+
+TEST_CASE("factors of bfloat16 at a scaling far from 1", "[merge]") {
+  using lora::bfloat16;
+  const auto constant_16 = [](index_t rows, index_t cols, double v) {
+    return test::matrix<bfloat16>::Constant(rows, cols, bfloat16(static_cast<float>(v))).eval();
+  };
+  // Without s the sum of the products is beyond float, or below its normal numbers.
+  for (const double factor : {0x1p65, 0x1p-70}) {
+    const double s = factor > 1 ? 0x1p-40 : 0x1p40;
+    const lora::adapter<bfloat16> l{
+        constant_16(2, 83, factor), constant_16(37, 2, factor), {.alpha = s, .rule = scaling_rule::fixed}};
+    test::matrix<bfloat16> W = constant_16(37, 83, 0);
+    CHECK(lora::merge(W, l).became_nonfinite == 0);
+    CHECK(test::same_bits(W, constant_16(37, 83, 2 * factor * factor * s)));
+  }
+}
+
+TEMPLATE_TEST_CASE("subnormal weights and results keep their bits among common ones", "[merge]", float, lora::float16,
+                   lora::bfloat16) {
+  const double least = static_cast<double>(std::numeric_limits<TestType>::denorm_min());
+  test::matrix<TestType> W = test::matrix<TestType>::Constant(37, 83, test::stored<TestType>(0.5));
+  for (index_t i = 0; i < 37; ++i) W(i, 5 * i % 83) = test::stored<TestType>(least * static_cast<double>(i - 18));
+  for (index_t i = 0; i < 37; ++i) W(i, (5 * i + 1) % 83) = test::stored<TestType>(least * 1024 * static_cast<double>(i));
+  // The delta of an even row is one unit of the smallest, in columns beside which 0.5 does not see it; of an odd one zero.
+  MatrixXf B = constant(37, 1, 0);
+  for (index_t i = 0; i < 37; i += 2) B(i, 0) = std::is_same_v<TestType, lora::float16> ? 0x1p-20F : 0x1p-80F;
+  const lora::adapter<float> l{constant(1, 83, static_cast<float>(least / static_cast<double>(B(0, 0)))), B, {.alpha = 1}};
+  test::matrix<TestType> expected = W;
+  for (index_t i = 0; i < 37; i += 2)
+    for (index_t j = 0; j < 83; ++j) expected(i, j) = test::stored<TestType>(test::value(W(i, j)) + least);
+  lora::packed_weight<TestType> panels{W};
+  lora::merge(panels, l);
+  lora::merge(W, l);
+  CHECK(test::same_bits(W, expected));
+  CHECK(test::same_bits(test::matrix<TestType>(panels.matrix()), expected));
 }
 
 TEMPLATE_TEST_CASE("weights next to the largest number stay finite", "[merge]", float, double, lora::float16,

@@ -2,13 +2,17 @@
 //
 // packed_weight and packed_adapter hold every bit, and what is computed from panels has the bits of what is computed from
 // plain matrices: products, merges, and merges where infinities and NaN end the fast path.
+#include <omp.h>
+
 #include <cstring>
 #include <limits>
+#include <string>
 #include <utility>
 #include <vector>
 
 #include "agreement.hpp"
 #include "lora/forward.hpp"
+#include "lora/linear.hpp"
 #include "lora/merge.hpp"
 #include "support/allocations.hpp"
 #include "support/bits.hpp"
@@ -29,6 +33,12 @@ lora::adapter<F> random_adapter(test::random& g, index_t out, index_t in) {
   const index_t rank = g.one_in(3) ? g.integer(1, 3 * std::min(out, in)) : g.integer(1, 40);
   return {g.reals<F>(rank, in, 0.4), g.reals<F>(out, rank, 0.4), {.alpha = g.uniform(0.2, 3) * static_cast<double>(rank)}};
 }
+
+template <class T, class F>
+struct formats {
+  using weight = T;
+  using factor = F;
+};
 
 template <class T, class F, class X>
 void check_products(std::uint64_t seed) {
@@ -118,59 +128,119 @@ TEST_CASE("products from panels have the bits of products from matrices", "[pack
   SECTION("bfloat16 panels in a sum of doubles") { check_products<lora::bfloat16, lora::float16, double>(1008); }
 }
 
-TEMPLATE_TEST_CASE("merging panels has the bits of merging the matrix, and of its definition", "[packed]", float, double,
-                   lora::float16, lora::bfloat16) {
+TEMPLATE_TEST_CASE("merging panels has the bits of merging the matrix, and of its definition", "[packed]",
+                   (formats<float, float>), (formats<double, float>), (formats<lora::float16, float>),
+                   (formats<lora::bfloat16, float>), (formats<lora::bfloat16, lora::bfloat16>),
+                   (formats<float, lora::bfloat16>)) {
   test::random g(1010);
   CAPTURE(g.seed());
-  using acc = lora::accumulator_t<TestType, float>;
+  using T = typename TestType::weight;
+  using F = typename TestType::factor;
+  using acc = lora::accumulator_t<T, F>;
   for (int trial = 0; trial < 80; ++trial) {
     const index_t out = g.integer(1, 70), in = g.integer(1, 70);
     CAPTURE(trial, out, in);
-    test::matrix<TestType> W = g.reals<TestType>(out, in, 2);
-    auto l = random_adapter<float>(g, out, in);
-    // Numbers that end the fast path, at random places of a few trials.
+    test::matrix<T> W = g.reals<T>(out, in, 2);
+    auto l = random_adapter<F>(g, out, in);
+    // Numbers at the ends of the fast paths, at random places of a few trials.
     const double special[] = {0.0,
                               -0.0,
+                              2.0,
+                              -0x1p-63,
+                              0x1p-64,
+                              0x1p-120,
                               std::numeric_limits<double>::infinity(),
                               std::numeric_limits<double>::quiet_NaN(),
-                              static_cast<double>(std::numeric_limits<TestType>::max()),
-                              static_cast<double>(std::numeric_limits<TestType>::denorm_min())};
+                              static_cast<double>(std::numeric_limits<T>::max()),
+                              static_cast<double>(std::numeric_limits<T>::denorm_min())};
     if (trial % 2 == 1)
-      for (int n = 0; n < 6; ++n)
-        W(g.integer(0, out - 1), g.integer(0, in - 1)) = test::stored<TestType>(special[g.integer(0, 5)]);
+      for (int n = 0; n < 6; ++n) W(g.integer(0, out - 1), g.integer(0, in - 1)) = test::stored<T>(special[g.integer(0, 9)]);
     if (trial % 4 == 3) {  // rows of the delta that are zero
-      auto B = test::matrix<float>(l.lora_B());
-      B.row(g.integer(0, out - 1)).setZero();
-      l = lora::adapter<float>{l.lora_A(), B, {.alpha = l.scaling(), .rule = lora::scaling_rule::fixed}};
+      auto B = test::matrix<F>(l.lora_B());
+      B.row(g.integer(0, out - 1)).setConstant(F(0));
+      l = lora::adapter<F>{l.lora_A(), B, {.alpha = l.scaling(), .rule = lora::scaling_rule::fixed}};
     }
     const auto delta = lora::delta_weight(l).template cast<acc>().eval();
-    test::matrix<TestType> expected = W;
+    test::matrix<T> expected = W;
     std::size_t became_nonfinite = 0;
     for (index_t i = 0; i < out; ++i)
       for (index_t j = 0; j < in; ++j) {
         // delta_weight in float is the chain that a merge into float or 16 bits adds.
-        if (delta(i, j) != acc(0))
-          expected(i, j) = lora::detail::narrow<TestType>(lora::detail::widen<acc>(W(i, j)) + delta(i, j));
+        if (delta(i, j) != acc(0)) expected(i, j) = lora::detail::narrow<T>(lora::detail::widen<acc>(W(i, j)) + delta(i, j));
         became_nonfinite += std::isfinite(test::value(W(i, j))) && !std::isfinite(test::value(expected(i, j)));
       }
-    test::matrix<TestType> in_rows = W;
-    test::col_matrix<TestType> in_cols = W;
-    lora::packed_weight<TestType> in_panels{W};
+    test::matrix<T> in_rows = W;
+    test::col_matrix<T> in_cols = W;
+    lora::packed_weight<T> in_panels{W};
     const auto report = lora::merge(in_rows, l);
     CHECK(lora::merge(in_panels, l).became_nonfinite == report.became_nonfinite);
     lora::merge(in_cols, l);
-    if constexpr (!std::is_same_v<TestType, double>) {
+    if constexpr (!std::is_same_v<T, double>) {
       CHECK(same_bits(in_rows, expected));
       CHECK(report.became_nonfinite == became_nonfinite);
     }
-    CHECK(same_bits(in_cols, test::col_matrix<TestType>(in_rows)));
+    CHECK(same_bits(in_cols, test::col_matrix<T>(in_rows)));
     CHECK(same_bits(in_panels.matrix(), in_rows));
-    CHECK(same_bits(lora::merged(lora::packed_weight<TestType>{W}, l).matrix(), in_rows));
+    CHECK(same_bits(lora::merged(lora::packed_weight<T>{W}, l).matrix(), in_rows));
     CHECK(same_bits(lora::merged(W, l), in_rows));
     lora::unmerge(in_panels, l);
     lora::unmerge(in_rows, l);
     CHECK(same_bits(in_panels.matrix(), in_rows));
   }
+}
+
+TEST_CASE("adapters of several formats merge to the same bits in every layout, with any number of threads", "[packed]") {
+  using lora::bfloat16;
+  test::random g(1016);
+  CAPTURE(g.seed());
+  // Large enough that the factors are packed on several threads; ranks odd and even, one format after the other, and a
+  // scaling beyond those that dot products take.
+  const index_t out = 331, in = 517;
+  const auto W = g.reals<bfloat16>(out, in, 1);
+  const auto of_rank = [&]<class F>(F, index_t rank, double s) {
+    return lora::adapter<F>{
+        g.reals<F>(rank, in, 0.3), g.reals<F>(out, rank, 0.3), {.alpha = s, .rule = lora::scaling_rule::fixed}};
+  };
+  const auto a = of_rank(bfloat16(), 7, 0.3), b = of_rank(bfloat16(), 64, -1.7);
+  const auto c = of_rank(0.0F, 33, 0.7), d = of_rank(0.0F, 1, 2.5);
+  const auto tiny = of_rank(bfloat16(), 3, 0x1p-40);
+  const auto parts = [](const auto&... l) { return std::vector{agreement::part_of(l)...}; };
+  const auto check = [&](const auto&... l) {
+    const auto all = parts(l...);
+    Eigen::MatrixXd exact = agreement::in_double(W);
+    for (const auto& p : all) exact += p.s * p.B * p.A;
+    const int before = omp_get_max_threads();
+    test::matrix<bfloat16> first;
+    for (const int threads : {1, 2, 3, 8}) {
+      omp_set_num_threads(threads);
+      test::matrix<bfloat16> rows = W;
+      test::col_matrix<bfloat16> cols = W;
+      lora::packed_weight panels{W};
+      lora::linear<bfloat16> layer(W);
+      index_t n = 0;
+      (layer.attach(std::string(1, static_cast<char>('a' + n++)), l), ...);
+      lora::merge(rows, l...);
+      lora::merge(cols, l...);
+      lora::merge(panels, l...);
+      layer.merge();
+      omp_set_num_threads(before);
+      if (threads == 1) first = rows;
+      CHECK(same_bits(rows, first));
+      CHECK(same_bits(test::matrix<bfloat16>(cols), first));
+      CHECK(same_bits(panels.matrix(), first));
+      CHECK(same_bits(layer.weight(), first));
+    }
+    const auto f = agreement::formats_of<bfloat16, float, float>();
+    const Eigen::MatrixXd bound = agreement::merge_bound(agreement::in_double(W), all, f);
+    CHECK(((agreement::in_double(first) - exact).array().abs() <= bound.array()).all());
+  };
+  check(a);
+  check(a, b);
+  check(a, c);
+  check(c, a);
+  check(c, d, b, a, d);
+  check(b, tiny);
+  check(tiny, a, b);
 }
 
 TEST_CASE("merge_checked leaves panels as they are when a result is not finite", "[packed]") {
@@ -314,11 +384,17 @@ TEST_CASE("a workspace makes steady calls allocate nothing", "[packed]") {
   // Small enough for one thread: what OpenMP's own runtime allocates is not ours.
   const test::col_matrix<float> x = g.reals<float>(130, 7, 1);
   test::col_matrix<float> y(61, 7);
+  test::matrix<float> rows = W;
+  lora::packed_weight merged{W};
   lora::workspace space;
   const auto calls = [&] {
     lora::forward(space, packed, x, y, l, lora::scaled(0.5, plain));
     lora::forward(space, W, x.leftCols(3), y.leftCols(3), l);
     lora::apply(space, x, y, l, plain);
+    lora::merge(space, merged, plain);
+    lora::merge(space, rows, plain);
+    lora::unmerge(space, merged, plain, lora::scaled(0.5, plain));
+    lora::merge_checked(space, rows, lora::scaled(-1, plain));
   };
   calls();
   CHECK(space.size() > 0);

@@ -10,7 +10,7 @@ Needs torch and peft, which nothing else here does:
     build/python/bin/python bench/rivals/torch_peft.py build/bench
 
 It is another process than ours, so unlike the other rivals it is not measured in turns with us: run both on an idle machine.
-PEFT's factors have the base's format; our merges are those of bench/merge, with float factors. Takes about ten minutes.
+PEFT's factors have the base's format, as have ours. Takes about ten minutes.
 """
 
 import pathlib
@@ -71,7 +71,7 @@ def ours_of(records, threads, dtype, layer, rank, tokens):
     """Our merge, merged and unmerged calls in seconds, where they were measured."""
     ways = [row for row in records.select("two_ways", stored="panels", base=dtype, activations=dtype, factors=dtype, layer=layer,
                                           rank=rank, tokens=tokens, adapters=1) if row.threads == threads]
-    merges = [row for row in records.select("merge", base=dtype, layer=layer, rank=rank) if row.threads == threads]
+    merges = [row for row in records.select("merge", base=dtype, factors=dtype, layer=layer, rank=rank) if row.threads == threads]
     found = {"merge": merges[0].us * 1e-6} if merges else {}
     if ways:
         found |= {"merged": ways[0]["merged_us"] * 1e-6, "unmerged": ways[0].us * 1e-6}

@@ -42,8 +42,18 @@ struct advice {
   double break_even_tokens;  ///< from this stay on merging pays; infinity where mixing costs nothing
 };
 
-/// T the weight's scalar, F the factors', X the activations'. Float arithmetic (double: twice the time; where all three are
-/// bfloat16 and the build has dot products of it, W x and lora_A x by these). Ranks: of the adapters that every token
+namespace detail {
+
+/// FLOPs by multiply-adds and by dot products.
+struct work_of_call {
+  double multiply_adds = 0, dots = 0;
+  void add(double flops, bool by_dots) { (by_dots ? dots : multiply_adds) += flops; }
+};
+
+}  // namespace detail
+
+/// T the weight's scalar, F the factors', X the activations'. Float arithmetic (double: twice the time; in a build with dot
+/// products of bfloat16 W x, lora_A x and the delta weight by these where all that they multiply is bfloat16). Ranks: of the adapters that every token
 /// has. Throws value_error when a size, a rank or a count is negative, tokens_per_call is 0, or the limits were not
 /// measured.
 template <scalar T, scalar F = T, scalar X = T>
@@ -61,18 +71,21 @@ advice advise(const limits& machine, const layer_shape& layer, std::span<const i
   if (!(machine.flops > 0 && machine.read > 0 && machine.read_write > 0))
     detail::raise_value("advise", "the limits are not those of a machine: use machine_limits()");
   const double slower = std::is_same_v<accumulator_t<T, F>, double> ? 2 : 1;
-  const double weight = static_cast<double>(layer.out_features) * static_cast<double>(layer.in_features);
-  const double factors = rank * static_cast<double>(layer.out_features + layer.in_features);
-  advice a{};
+  const auto out = static_cast<double>(layer.out_features), in = static_cast<double>(layer.in_features);
   const double flops = slower * 2 * use.tokens_per_call;
-  const double factor_bytes = factors * sizeof(F);
   constexpr bool dots = detail::by_dots<accumulator_t<T, F, X>, T, X>;
-  const double shrink = std::is_same_v<detail::storage_t<F>, bfloat16> ? rank * static_cast<double>(layer.in_features) : 0;
-  const double by_dots = dots ? 1 : 0;
-  a.merged_call = machine.reading((1 - by_dots) * flops * weight, by_dots * flops * weight, weight * sizeof(T));
-  a.mixed_call = machine.reading(flops * (weight + factors - by_dots * (weight + shrink)),
-                                 by_dots * flops * (weight + shrink), weight * sizeof(T) + factor_bytes);
-  a.merge_once = machine.updating(slower * 2 * weight * rank, 2 * weight * sizeof(T));
+  constexpr bool bfloat16_factors = std::is_same_v<detail::storage_t<F>, bfloat16>;
+  detail::work_of_call merged, mixed, merging;
+  merged.add(flops * out * in, dots);
+  mixed = merged;
+  mixed.add(flops * rank * in, dots && bfloat16_factors);
+  mixed.add(flops * rank * out, false);
+  merging.add(slower * 2 * rank * out * in, detail::has_dots<accumulator_t<T, F>, detail::storage_t<F>>);
+  advice a{};
+  const double bytes = out * in * sizeof(T);
+  a.merged_call = machine.reading(merged.multiply_adds, merged.dots, bytes);
+  a.mixed_call = machine.reading(mixed.multiply_adds, mixed.dots, bytes + rank * (out + in) * sizeof(F));
+  a.merge_once = machine.updating(merging.multiply_adds, merging.dots, 2 * bytes);
   const double saved = (a.mixed_call - a.merged_call) / use.tokens_per_call;
   a.break_even_tokens = saved > 0 ? a.merge_once / saved : std::numeric_limits<double>::infinity();
   a.merge = use.tokens_per_switch > a.break_even_tokens;

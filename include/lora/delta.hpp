@@ -6,14 +6,16 @@
 // forward never form it.
 //   result   Eigen::Matrix in accumulator_t of the factors (float, or double if any factor is double), column-major
 //   exact    no. Each element is one chain of R = sum of ranks multiply-adds from zero, with s folded into lora_B (one
-//            rounding): |result - exact| <= gamma_{R+2} * sum |s| |lora_B| |lora_A|, u of the accumulator; see
-//            docs/numerics.md. merge(W, l...) rounds these values added to W, unless W is double and the factors are not.
+//            rounding): |result - exact| <= gamma_{R+2} * sum |s| |lora_B| |lora_A|, u of the accumulator; factors of bfloat16
+//            may go another way within that bound, but for subnormals: see smallest_in_delta and docs/numerics.md.
+//            merge(W, l...) rounds these values added to W, unless W is double and the factors are not.
 //   cost     2 * R * out * in FLOPs; writes the result once.
 //   throws   shape_error when the adapters' shapes differ, value_error for a scaling that is not finite or no adapter.
 // As PEFT's get_delta_weight (huggingface/peft, tuners/lora/layer.py), which multiplies by s after the product.
 #pragma once
 
 #include <Eigen/Core>
+#include <limits>
 
 #include "lora/detail/update.hpp"
 
@@ -24,6 +26,7 @@ namespace detail {
 template <class Update, class Acc>
 class delta_sink {
  public:
+  using value_type = Acc;
   static constexpr bool down = false, takes_tiles = true;
 
   delta_sink(Acc* destination, index_t stride) : origin_{destination, stride} {}
@@ -52,6 +55,15 @@ class delta_sink {
 
 }  // namespace detail
 
+/// Magnitudes below this count as zero inside lora_B * lora_A, where Acc accumulates the delta weight of an L: the smallest
+/// normal float where both factors are bfloat16, Acc is float and the build has the processor's dot products (AVX512-BF16); 0
+/// everywhere else. It goes for merge, delta_weight and linear, for adapters with 2^-32 <= |s| <= 2^32. docs/numerics.md has the
+/// bound.
+template <class Acc, low_rank L>
+constexpr double smallest_in_delta() {
+  return detail::may_use_dots<Acc, L> ? static_cast<double>(std::numeric_limits<float>::min()) : 0.0;
+}
+
 template <class... L>
   requires(detail::adapters<L> && ...) && (sizeof...(L) > 0)
 auto delta_weight(const L&... l) {
@@ -66,7 +78,9 @@ auto delta_weight(const L&... l) {
     in_features = as_matrix(lora_A).cols();
   });
   if (out_features < 0) detail::raise_value("delta_weight", "no adapter is given, so the shape is not known");
-  const detail::rank_update<acc, storage_order::col_major> update("delta_weight", each, out_features, in_features, 1.0);
+  workspace space;
+  const detail::rank_update<acc, storage_order::col_major, detail::columns::in_order, detail::may_use_dots<acc, L...>>
+      update(space, "delta_weight", each, out_features, in_features, 1.0);
   Eigen::Matrix<acc, Eigen::Dynamic, Eigen::Dynamic, Eigen::ColMajor> result(out_features, in_features);
   if (update.rank() == 0) {
     result.setZero();

@@ -22,7 +22,7 @@ struct limits {
   double read = 0;        ///< bytes/s read from memory
   double read_write = 0;  ///< bytes/s read and written in place: both directions count
   int threads = 1;
-  /// FLOP/s by dot products of bfloat16 (see smallest_in_product); flops, or 0, where there are none.
+  /// FLOP/s by dot products of bfloat16 (see smallest_in_product, smallest_in_delta); flops, or 0, where there are none.
   double dot_flops = 0;
 
   /// Seconds that these FLOPs and bytes must take when they overlap perfectly.
@@ -32,6 +32,9 @@ struct limits {
     return std::max(work / flops + dots / (dot_flops > 0 ? dot_flops : flops), bytes / read);
   }
   double updating(double work, double bytes) const { return std::max(work / flops, bytes / read_write); }
+  double updating(double work, double dots, double bytes) const {
+    return std::max(work / flops + dots / (dot_flops > 0 ? dot_flops : flops), bytes / read_write);
+  }
 };
 
 namespace detail {

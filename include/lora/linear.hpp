@@ -350,7 +350,8 @@ class linear {
   /// What can throw comes first: after it the weight is written and nothing else happens.
   template <class Acc, class Each>
   merge_report rebuild_in(const Each& inside) {
-    const detail::panel_update<Acc> update("linear", inside, out_features(), in_features(), detail::merging);
+    workspace space;
+    const detail::panel_update<Acc> update(space, "linear", inside, out_features(), in_features(), detail::merging);
     if (reload_ && is_merged_) {
       const std::vector<T> row_major = reloaded();
       merged_.assign(lora::row_major(row_major, out_features(), in_features()));

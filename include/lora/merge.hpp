@@ -4,6 +4,7 @@
 // merged(W, l...)         the same as a new matrix; W is read only
 // merge_checked(W, l...)  merge if every element of the result is finite; otherwise throws and W is untouched
 // unmerge(W, l...)        W := round(W - sum of s * lora_B * lora_A)
+// merge, merge_checked and unmerge (space, W, l...): the same with scratch that the caller keeps (workspace.hpp)
 //
 //   shapes   W out_features x in_features, any storage order, block or transpose, or a packed_weight; lora_A rank x
 //            in_features, lora_B out_features x rank. W stored in_features x out_features (GPT-2's Conv1D) is passed as
@@ -13,10 +14,12 @@
 //            the same bits as in two calls, which round twice. An element for which all products are 0 keeps its bits.
 //   error    |result - exact| <= u_s |exact| + (1+u_s) (u |W| + gamma_{R+3} sum |s| |lora_B| |lora_A|) + eta/2, with u of
 //            the accumulator, u_s and eta (subnormal step) of W's scalar; u_s = eta = 0 where that is the accumulator; and
-//            what underflows in the accumulator (docs/numerics.md).
+//            what underflows in the accumulator (docs/numerics.md). A build for AVX512-BF16 multiplies factors of bfloat16
+//            by dot products, with the same bound but for subnormals: see smallest_in_delta (delta.hpp).
 //            unmerge(merge(W)) is not W bit for bit: each rounds; lora::linear unmerges exactly.
-//   cost     2 R out in FLOPs (R = sum of ranks); reads and writes W once; allocates R (in + out) accumulators, never a
-//            matrix of W's size (merged: the result). merge_checked runs the arithmetic twice.
+//   cost     2 R out in FLOPs (R = sum of ranks); reads and writes W once; allocates R (in + out) accumulators, or nothing
+//            in a workspace that is large enough, never a matrix of W's size (merged: the result). merge_checked runs the
+//            arithmetic twice.
 //   aliasing W must not overlap a factor: shape_error.
 //   throws   shape_error, value_error (scaling not finite), before anything is written. An adapter at scaling 0 is checked
 //            but its values are not read.
@@ -27,8 +30,9 @@
 #include <string>
 #include <utility>
 
-#include "lora/detail/update.hpp"
+#include "lora/detail/sinks.hpp"
 #include "lora/packed_weight.hpp"
+#include "lora/workspace.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
 
@@ -41,29 +45,29 @@ struct merge_report {
 namespace detail {
 
 /// The update that a weight of T in rows or columns takes.
-template <class Acc, class T, storage_order Order>
-using update_of = rank_update<Acc, Order, columns_of<Acc, storage_t<T>>>;
+template <class Acc, class T, storage_order Order, class... L>
+using update_of = rank_update<Acc, Order, columns_of<Acc, storage_t<T>>, may_use_dots<Acc, L...>>;
 
 /// weight := round(weight - the update), or nowhere: what that would make.
-template <writing Where, class Acc, columns Columns, class T, storage_order Order>
-tally subtract_update(const rank_update<Acc, Order, Columns>& update, const matrix_view<T, Order>& weight) {
-  return update.run(rounding_sink<rank_update<Acc, Order, Columns>, Acc, T, Order, Where>(weight));
+template <writing Where, class Acc, columns Columns, bool Dots, class T, storage_order Order>
+tally subtract_update(const rank_update<Acc, Order, Columns, Dots>& update, const matrix_view<T, Order>& weight) {
+  return update.run(rounding_sink<rank_update<Acc, Order, Columns, Dots>, Acc, T, Order, Where>(weight));
 }
 
 template <class M, class... L>
-merge_report merge_signed(const char* operation, double sign, M& W, const L&... l) {
+merge_report merge_signed(workspace& space, const char* operation, double sign, M& W, const L&... l) {
   const auto each = each_of(l...);
   if constexpr (is_packed_weight<M>) {
     using value = typename M::value_type;
     using acc = accumulator_t<value, L...>;
-    const panel_update<acc> update(operation, each, W.out_features(), W.in_features(), sign);
+    const panel_update<acc, may_use_dots<acc, L...>> update(space, operation, each, W.out_features(), W.in_features(), sign);
     return update.rank() == 0 ? merge_report{} : merge_report{write_panels(update, W, W).became_nonfinite};
   } else {
     const auto weight = output_view(W);
     using view = std::remove_const_t<decltype(weight)>;
     using value = typename view::value_type;
-    const update_of<accumulator_t<value, L...>, value, view::order> update(operation, each, weight.rows(), weight.cols(),
-                                                                           sign);
+    const update_of<accumulator_t<value, L...>, value, view::order, L...> update(space, operation, each, weight.rows(),
+                                                                                 weight.cols(), sign);
     refuse_factor_overlap(operation, "W", weight, each);
     if (update.rank() == 0) return {};
     return {subtract_update<writing::in_place>(update, weight).became_nonfinite};
@@ -80,7 +84,14 @@ template <class M, class... L>
   requires detail::mergeable<M> && (detail::adapters<L> && ...)
 merge_report merge(M&& W, const L&... l) {
   detail::refuse_temporary<M>();
-  return detail::merge_signed("merge", detail::merging, W, l...);
+  workspace space;
+  return detail::merge_signed(space, "merge", detail::merging, W, l...);
+}
+template <class M, class... L>
+  requires detail::mergeable<M> && (detail::adapters<L> && ...)
+merge_report merge(workspace& space, M&& W, const L&... l) {
+  detail::refuse_temporary<M>();
+  return detail::merge_signed(space, "merge", detail::merging, W, l...);
 }
 
 /// W := round(W - sum of deltas); see the top of this file.
@@ -88,7 +99,14 @@ template <class M, class... L>
   requires detail::mergeable<M> && (detail::adapters<L> && ...)
 merge_report unmerge(M&& W, const L&... l) {
   detail::refuse_temporary<M>();
-  return detail::merge_signed("unmerge", detail::unmerging, W, l...);
+  workspace space;
+  return detail::merge_signed(space, "unmerge", detail::unmerging, W, l...);
+}
+template <class M, class... L>
+  requires detail::mergeable<M> && (detail::adapters<L> && ...)
+merge_report unmerge(workspace& space, M&& W, const L&... l) {
+  detail::refuse_temporary<M>();
+  return detail::merge_signed(space, "unmerge", detail::unmerging, W, l...);
 }
 
 /// round(W + sum of deltas) as a new Eigen matrix with W's scalar and storage order, or a new packed_weight; the same bits
@@ -96,10 +114,12 @@ merge_report unmerge(M&& W, const L&... l) {
 template <class M, class... L>
   requires detail::mergeable<M> && (detail::adapters<L> && ...)
 auto merged(const M& W, const L&... l) {
+  workspace space;
   const auto each = detail::each_of(l...);
   if constexpr (detail::is_packed_weight<M>) {
-    const detail::panel_update<accumulator_t<M, L...>> update("merged", each, W.out_features(), W.in_features(),
-                                                              detail::merging);
+    using acc = accumulator_t<M, L...>;
+    const detail::panel_update<acc, detail::may_use_dots<acc, L...>> update(space, "merged", each, W.out_features(),
+                                                                            W.in_features(), detail::merging);
     if (update.rank() == 0) return M(W);
     M result = M::unfilled(W.out_features(), W.in_features());
     detail::write_panels(update, W, result);
@@ -109,8 +129,8 @@ auto merged(const M& W, const L&... l) {
     using view = std::remove_const_t<decltype(weight)>;
     using value = typename view::value_type;
     constexpr int options = view::is_row_major ? Eigen::RowMajor : Eigen::ColMajor;
-    const detail::update_of<accumulator_t<value, L...>, value, view::order> update("merged", each, weight.rows(),
-                                                                                   weight.cols(), detail::merging);
+    const detail::update_of<accumulator_t<value, L...>, value, view::order, L...> update(
+        space, "merged", each, weight.rows(), weight.cols(), detail::merging);
     Eigen::Matrix<value, Eigen::Dynamic, Eigen::Dynamic, options> result(weight.rows(), weight.cols());
     const auto destination = as_matrix(result);
     if (update.rank() == 0) {
@@ -128,7 +148,7 @@ auto merged(const M& W, const L&... l) {
 /// merge, or a value_error with W untouched when an element of the result is not finite (also one that was not before).
 template <class M, class... L>
   requires detail::mergeable<M> && (detail::adapters<L> && ...)
-void merge_checked(M&& W, const L&... l) {
+void merge_checked(workspace& space, M&& W, const L&... l) {
   detail::refuse_temporary<M>();
   const auto each = detail::each_of(l...);
   const auto judge = [](const detail::tally& seen, index_t size) {
@@ -138,7 +158,8 @@ void merge_checked(M&& W, const L&... l) {
                                                " of them are finite now); W is untouched");
   };
   if constexpr (detail::is_packed_weight<detail::bare<M>>) {
-    const detail::panel_update<accumulator_t<detail::bare<M>, L...>> update("merge_checked", each, W.out_features(),
+    using acc = accumulator_t<detail::bare<M>, L...>;
+    const detail::panel_update<acc, detail::may_use_dots<acc, L...>> update(space, "merge_checked", each, W.out_features(),
                                                                             W.in_features(), detail::merging);
     judge(detail::check_panels(update, W), W.out_features() * W.in_features());
     if (update.rank() != 0) detail::write_panels(update, W, W);
@@ -146,12 +167,19 @@ void merge_checked(M&& W, const L&... l) {
     const auto weight = detail::output_view(W);
     using view = std::remove_const_t<decltype(weight)>;
     using value = typename view::value_type;
-    const detail::update_of<accumulator_t<value, L...>, value, view::order> update("merge_checked", each, weight.rows(),
-                                                                                   weight.cols(), detail::merging);
+    const detail::update_of<accumulator_t<value, L...>, value, view::order, L...> update(
+        space, "merge_checked", each, weight.rows(), weight.cols(), detail::merging);
     detail::refuse_factor_overlap("merge_checked", "W", weight, each);
     judge(detail::subtract_update<detail::writing::nowhere>(update, weight), weight.size());
     if (update.rank() != 0) detail::subtract_update<detail::writing::in_place>(update, weight);
   }
+}
+
+template <class M, class... L>
+  requires detail::mergeable<M> && (detail::adapters<L> && ...)
+void merge_checked(M&& W, const L&... l) {
+  workspace space;
+  merge_checked(space, std::forward<M>(W), l...);
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

@@ -23,7 +23,7 @@
 #include "lora/detail/operands.hpp"
 #include "lora/detail/panels.hpp"
 #include "lora/detail/parallel.hpp"
-#include "lora/detail/update.hpp"
+#include "lora/detail/sinks.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
 
@@ -178,18 +178,19 @@ template <class T>
 inline constexpr bool holds_double<packed_weight<T>> = std::is_same_v<T, double>;
 
 /// The update that panels take: a panel is the transpose of some rows of the weight.
-template <class Acc>
-using panel_update = rank_update<Acc, storage_order::col_major>;
+template <class Acc, bool Dots = has_dots<Acc, bfloat16>>
+using panel_update = rank_update<Acc, storage_order::col_major, columns::in_order, Dots>;
 
 /// destination := round(source - the update), of one shape; possibly the same weight.
-template <class Acc, class T>
-tally write_panels(const panel_update<Acc>& update, const packed_weight<T>& source, packed_weight<T>& destination) {
-  return update.run(panel_sink<panel_update<Acc>, Acc, T>(source.panels(), destination.panels(), source.in_features()));
+template <class Acc, bool Dots, class T>
+tally write_panels(const panel_update<Acc, Dots>& update, const packed_weight<T>& source, packed_weight<T>& destination) {
+  return update.run(
+      panel_sink<panel_update<Acc, Dots>, Acc, T>(source.panels(), destination.panels(), source.in_features()));
 }
 /// What write_panels would see.
-template <class Acc, class T>
-tally check_panels(const panel_update<Acc>& update, packed_weight<T>& W) {
-  return update.run(panel_sink<panel_update<Acc>, Acc, T, false>(W.panels(), W.panels(), W.in_features()));
+template <class Acc, bool Dots, class T>
+tally check_panels(const panel_update<Acc, Dots>& update, packed_weight<T>& W) {
+  return update.run(panel_sink<panel_update<Acc, Dots>, Acc, T, false>(W.panels(), W.panels(), W.in_features()));
 }
 }  // namespace detail
 

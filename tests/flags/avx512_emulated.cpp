@@ -50,6 +50,26 @@ static inline simde__m512 added_dots(simde__m512 sums, const Pairs& a, const Pai
       c[i] = normal_or_zero(__builtin_fmaf(widened(x[2 * i + n]), widened(y[2 * i + n]), normal_or_zero(c[i])));
   return simde_mm512_loadu_ps(c);
 }
+/// To nearest even, subnormal numbers as zero; the second operand's lanes come first.
+template <class V>
+static inline __m512bh narrowed_pairs(const V& upper, const V& lower) {
+  alignas(64) float from[32];
+  unsigned short to[32];
+  simde_mm512_storeu_ps(from, lower);
+  simde_mm512_storeu_ps(from + 16, upper);
+  for (int i = 0; i < 32; ++i) {
+    const float value = normal_or_zero(from[i]);
+    unsigned bits;
+    __builtin_memcpy(&bits, &value, sizeof bits);
+    to[i] = static_cast<unsigned short>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+  }
+  __m512bh pairs;
+  static_assert(sizeof pairs == sizeof to);
+  __builtin_memcpy(&pairs, to, sizeof pairs);
+  return pairs;
+}
+#undef _mm512_cvtne2ps_pbh
+#define _mm512_cvtne2ps_pbh(upper, lower) narrowed_pairs(upper, lower)
 #undef _mm512_dpbf16_ps
 #define _mm512_dpbf16_ps(c, a, b) added_dots(c, a, b)
 #define __AVX512F__ 1

@@ -113,6 +113,22 @@ struct simd<float> {
     const __m512i low = _mm512_castsi256_si512(_mm512_cvtps_ph(first, _MM_FROUND_TO_NEAREST_INT));
     return _mm512_castsi512_ps(_mm512_inserti64x4(low, _mm512_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT), 1));
   }
+  /// Pairs of bfloat16, or halves: rounds and writes usual elements (see looks_first), of bfloat16 no subnormal numbers, which
+  /// the instruction takes for zero.
+  static void store_usual(bfloat16* p, vector even, vector odd) {
+#if defined(LORA_DETAIL_DOTS)
+    const __m512i lanes = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(lanes, std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even))));
+#else
+    _mm512_storeu_ps(p, join_pairs(even, odd));
+#endif
+  }
+  static void store_usual(float16* p, vector first, vector second) {
+    const auto at = reinterpret_cast<__m256i*>(p);
+    _mm256_storeu_si256(at, _mm512_cvtps_ph(first, _MM_FROUND_TO_NEAREST_INT));
+    _mm256_storeu_si256(at + 1, _mm512_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT));
+  }
 #if defined(LORA_DETAIL_DOTS)
   /// c plus the two products of each 32-bit lane's pair of bfloat16, one addition after the other. Subnormal operands and
   /// results count as zero.
@@ -155,6 +171,8 @@ inline constexpr int depth_between_panels = 32;
 /// Bytes of a widened chunk of W that two or three tiles pass, and of the activations that may stay in the caches while all
 /// of W passes: what was best on a machine of 48 KiB, 1 MiB and 32 MiB.
 inline constexpr std::ptrdiff_t few_tiles_chunk = std::ptrdiff_t{64} << 10, block_bytes = std::ptrdiff_t{8} << 20;
+/// Bytes of the factors' panels along a band of a merge, which stay in the second-level cache while all bands beside it pass.
+inline constexpr std::ptrdiff_t strip_bytes = std::ptrdiff_t{512} << 10;
 
 #elif defined(LORA_DETAIL_AVX2)
 
@@ -239,6 +257,7 @@ struct simd<double> {
 /// Of 16 registers: 6 x 2 accumulators, 2 of the right operand, 1 broadcast.
 inline constexpr int tile_rows = 6, paired_rows = 2, depth_between_panels = 0;
 inline constexpr std::ptrdiff_t few_tiles_chunk = std::ptrdiff_t{16} << 10, block_bytes = std::ptrdiff_t{5} << 19;
+inline constexpr std::ptrdiff_t strip_bytes = std::ptrdiff_t{256} << 10;
 
 #else
 
@@ -343,6 +362,7 @@ struct simd {
 /// Of 16 registers: 4 x 2 accumulators and room for the product that a machine without FMA needs.
 inline constexpr int tile_rows = 4, paired_rows = 2, depth_between_panels = 0;
 inline constexpr std::ptrdiff_t few_tiles_chunk = std::ptrdiff_t{16} << 10, block_bytes = std::ptrdiff_t{5} << 19;
+inline constexpr std::ptrdiff_t strip_bytes = std::ptrdiff_t{256} << 10;
 
 #endif
 
@@ -433,6 +453,40 @@ struct watch<float, T> {
 /// Columns of a register tile: two vectors.
 template <class T>
 inline constexpr int tile_cols = 2 * simd<T>::width;
+
+/// Whether a merge looks at the elements of a tile of T before it is formed, instead of at its results, which wait for the last
+/// multiply-add.
+template <class Acc, class T>
+#if defined(LORA_DETAIL_AVX512)
+inline constexpr bool looks_first = std::is_same_v<Acc, float> && sizeof(T) == 2;
+#else
+inline constexpr bool looks_first = false;
+#endif
+/// A usual element is smaller than 2 and, of bfloat16, not smaller than 2^-63 (so not zero). With less than usual_delta
+/// subtracted it stays finite in T, and does not become a subnormal number of float: such a difference would be exact, while
+/// both are multiples of 2^-126, or one of them is half of the other at most.
+template <class T>
+inline constexpr float usual_delta = std::is_same_v<T, bfloat16> ? 0x1p125F : 0x1p14F;
+
+#if defined(LORA_DETAIL_AVX512)
+/// Whether all elements of a tile are usual. `stride` elements from row to row. A function of its own: gcc otherwise moves the
+/// tile's operands into memory.
+template <class T>
+LORA_DETAIL_APART bool all_usual(const T* tile, std::ptrdiff_t stride) {
+  // Of the exponent: of bfloat16 the upper bits are 01, of float16 the upper bit is 0. Of two elements in a lane.
+  constexpr bool is_bfloat16 = std::is_same_v<T, bfloat16>;
+  constexpr int upper_bits = is_bfloat16 ? 0x6000'6000 : 0x4000'4000, wanted_bits = is_bfloat16 ? 0x2000'2000 : 0;
+  const __m512i upper = _mm512_set1_epi32(upper_bits), wanted = _mm512_set1_epi32(wanted_bits);
+  __m512i differs = _mm512_setzero_si512(), other = _mm512_setzero_si512();
+  constexpr int or_a_difference = 0xf6;  // a | (b ^ c)
+  LORA_DETAIL_UNROLL
+  for (int i = 0; i < tile_rows; i += 2) {
+    differs = _mm512_ternarylogic_epi32(differs, _mm512_loadu_si512(tile + i * stride), wanted, or_a_difference);
+    other = _mm512_ternarylogic_epi32(other, _mm512_loadu_si512(tile + (i + 1) * stride), wanted, or_a_difference);
+  }
+  return _mm512_test_epi32_mask(_mm512_or_si512(differs, other), upper) == 0;
+}
+#endif
 
 /// Makes what this thread streamed past the caches visible to the others.
 inline void finish_streaming() {

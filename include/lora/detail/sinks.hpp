@@ -1,0 +1,269 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Where the update goes: sinks that subtract its tiles from a weight in rows, columns or panels, round once and write, or
+// only count what would become of it.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#include "lora/detail/memory.hpp"
+#include "lora/detail/update.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI::detail {
+
+/// destination = round(source - less), element by element, once, or nothing but the tally; `step` is the distance of the
+/// elements. Where less is +0 the source keeps its bits: by the arithmetic (unless the process flushes subnormals), but for
+/// a signaling NaN, whose bits are kept by hand.
+template <bool Store, class Acc, class T>
+void subtract_and_round(tally& seen, const T* source, T* destination, const Acc* less, index_t count, index_t step = 1) {
+  std::size_t became = 0, nonfinite = 0;
+  for (index_t j = 0; j < count; ++j) {
+    const T before = source[j * step];
+    T after = narrow<T>(widen<Acc>(before) - less[j]);
+    if (less[j] == Acc(0) && !is_finite(before)) std::memcpy(&after, source + j * step, sizeof(T));
+    if constexpr (Store) destination[j * step] = after;
+    const bool bad = !is_finite(after);
+    nonfinite += bad;
+    became += bad && is_finite(before);
+  }
+  seen.nonfinite += nonfinite;
+  seen.became_nonfinite += became;
+}
+
+/// Whether a tile's sums are taken from a weight of T and rounded in registers.
+template <class Acc, class T>
+inline constexpr bool rounds_in_registers = std::is_same_v<Acc, T> || (std::is_same_v<Acc, float> && sizeof(T) == 2);
+
+/// Two vectors of a row of a weight, widened; of bfloat16 the even and the odd elements.
+template <class Acc, class T>
+LORA_DETAIL_INLINE void load_row(const T* source, typename simd<Acc>::vector (&row)[2]) {
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    row[0] = simd<Acc>::load_even(source);
+    row[1] = simd<Acc>::load_odd(source);
+  } else {
+    read_panel<false, 1, 2, Acc>(source, 0, row);
+  }
+}
+/// The reverse: rounds them in place, once, and sees whether all stayed finite. Two vectors of 16-bit elements become one.
+template <class T, class Watch, class Vector>
+LORA_DETAIL_INLINE void round_row(Vector& first, Vector& second, Watch& watch) {
+  using v = typename Watch::vectors;
+  if constexpr (sizeof(T) == 2) {
+    const Vector rounded = std::is_same_v<T, bfloat16> ? v::join_pairs(first, second) : v::join_halves(first, second);
+    watch.see(first, second, rounded);
+    first = rounded;
+  } else {
+    as_it_came(first);
+    as_it_came(second);
+    watch.see(first, second);
+  }
+}
+/// What round_row made.
+template <class Acc, class T>
+LORA_DETAIL_INLINE void store_row(T* destination, typename simd<Acc>::vector first, typename simd<Acc>::vector second,
+                                  bool past_caches) {
+  using v = simd<Acc>;
+  if constexpr (sizeof(T) == 2) {
+    store_bits(destination, first);
+  } else if (past_caches) {
+    v::stream(destination, first);
+    v::stream(destination + v::width, second);
+  } else {
+    v::store(destination, first);
+    v::store(destination + v::width, second);
+  }
+}
+
+/// The order of columns in which a weight of T that is row by row in memory is rounded.
+template <class Acc, class T>
+inline constexpr columns columns_of =
+    std::is_same_v<Acc, float> && std::is_same_v<T, bfloat16> ? columns::even_then_odd : columns::in_order;
+
+/// Where the rounded weight goes: over its source, into another matrix, or nowhere, for the tally alone.
+enum class writing { in_place, elsewhere, nowhere };
+
+/// Sink: destination := round(source - sums), of one shape.
+template <class Update, class Acc, class S, storage_order Order, writing Where>
+class rounding_sink {
+ public:
+  using T = storage_t<S>;
+  using value_type = T;
+  static constexpr bool down = false, takes_tiles = rounds_in_registers<Acc, T>;
+
+  explicit rounding_sink(const matrix_view<S, Order>& weight)
+    requires(Where != writing::elsewhere)
+      : rounding_sink(weight, weight, false) {}
+  rounding_sink(const matrix_view<const S, Order>& source, const matrix_view<S, Order>& destination)
+    requires(Where == writing::elsewhere)
+      : rounding_sink(
+            source, destination,
+            std::is_same_v<T, Acc> && is_aligned(destination.data()) &&
+                destination.outer_stride() * static_cast<index_t>(sizeof(T)) % static_cast<index_t>(memory_alignment) == 0) {
+  }
+
+  /// A tile of the two weights; in place there is one, which takes half of the addresses.
+  struct place {
+    const T* from;
+    T* to;
+    index_t from_stride, to_stride;
+    bool past_caches;
+
+    const T* source(int i) const { return (Where == writing::in_place ? to : from) + i * from_stride; }
+    T* destination(int i) const { return to + i * (Where == writing::in_place ? from_stride : to_stride); }
+    void next() {
+      from += Update::width;
+      to += Update::width;
+    }
+    void fetch() const {
+      constexpr index_t ahead = 4 * Update::width;
+      for (int i = 0; i < tile_rows; ++i)
+        prefetch_at<Update::width* static_cast<int>(sizeof(T))>(source(0),
+                                                                (i * from_stride + ahead) * static_cast<index_t>(sizeof(T)));
+    }
+    bool is_usual() const { return all_usual(source(0), from_stride); }
+    /// A row at once, which keeps fewer operations waiting for the last multiply-adds.
+    LORA_DETAIL_INLINE void usual(const typename Update::tile& sum) const {
+      LORA_DETAIL_UNROLL
+      for (int i = 0; Where != writing::nowhere && i < tile_rows; ++i) {
+        typename simd<Acc>::vector w[2];
+        load_row<Acc>(source(i), w);
+        simd<Acc>::store_usual(destination(i), simd<Acc>::subtract(w[0], sum[i][0]), simd<Acc>::subtract(w[1], sum[i][1]));
+      }
+    }
+    /// In registers until all of it is known to be finite. All rows are read before the first is written: where rows lie a
+    /// multiple of 4 KiB apart a read would wait for the write.
+    LORA_DETAIL_INLINE bool plain(typename Update::tile& sum) const {
+      watch<Acc, T> seen;
+      LORA_DETAIL_UNROLL
+      for (int i = 0; i < tile_rows; ++i) {
+        typename simd<Acc>::vector w[2];
+        load_row<Acc>(source(i), w);
+        sum[i][0] = simd<Acc>::subtract(w[0], sum[i][0]);
+        sum[i][1] = simd<Acc>::subtract(w[1], sum[i][1]);
+        round_row<T>(sum[i][0], sum[i][1], seen);
+      }
+      if (!seen.all_finite()) return false;
+      LORA_DETAIL_UNROLL
+      for (int i = 0; Where != writing::nowhere && i < tile_rows; ++i)
+        store_row<Acc>(destination(i), sum[i][0], sum[i][1], Where == writing::elsewhere && past_caches);
+      return true;
+    }
+  };
+  place at(index_t row, index_t col) const {
+    place there = origin_;
+    there.from += row * origin_.from_stride + col;
+    there.to += row * origin_.to_stride + col;
+    return there;
+  }
+  void part(tally& seen, index_t row, index_t col, index_t count, const Acc* less) const {
+    const place there = at(row, col);
+    subtract_and_round<Where != writing::nowhere>(seen, there.from, there.to, less, count);
+  }
+  void done() const {
+    if (origin_.past_caches) finish_streaming();
+  }
+
+ private:
+  rounding_sink(const matrix_view<const S, Order>& source, const matrix_view<S, Order>& destination, bool past_caches)
+      : origin_{reinterpret_cast<const T*>(source.data()), reinterpret_cast<T*>(destination.data()), source.outer_stride(),
+                destination.outer_stride(), past_caches} {}
+  static bool is_aligned(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % memory_alignment == 0; }
+
+  place origin_;
+};
+
+/// Sink: the same for a weight in panels (see packed_weight.hpp); rows are in_features, columns out_features.
+template <class Update, class Acc, class T, bool Store = true>
+class panel_sink {
+ public:
+  using value_type = T;
+  static constexpr index_t width = tile_cols<accumulator_t<T>>;
+  static constexpr bool down = true, takes_tiles = rounds_in_registers<Acc, T> && tile_cols<Acc> == width;
+
+  panel_sink(const T* source, T* destination, index_t in_features)
+      : origin_{source, destination, Store && source != destination && std::is_same_v<T, Acc>},
+        panel_(panel_size<T>(in_features, width)) {}
+
+  /// A tile of the two weights, one behind the other in memory.
+  struct place {
+    const T* from;
+    T* to;
+    bool past_caches;
+
+    static constexpr index_t size = tile_rows * width;
+    void next() {
+      from += size;
+      to += size;
+    }
+    void fetch() const {
+      constexpr index_t ahead = 2048;
+      prefetch_at<size* static_cast<index_t>(sizeof(T))>(from, ahead);
+    }
+    bool is_usual() const { return all_usual(from, width); }
+    LORA_DETAIL_INLINE void usual(const typename Update::tile& sum) const {
+      constexpr int group = depth_group<T>;
+      LORA_DETAIL_UNROLL
+      for (int i = 0; Store && i < tile_rows; i += group) {
+        typename simd<Acc>::vector w[group][2];
+        read_panel<false, 1, 2, Acc>(from + i * width, 0, w[0]);
+        if constexpr (group == 2) read_panel<true, 1, 2, Acc>(from + i * width, 0, w[1]);
+        LORA_DETAIL_UNROLL
+        for (int j = 0; j < 2; ++j)
+          for (int n = 0; n < group; ++n) w[n][j] = simd<Acc>::subtract(w[n][j], sum[i + n][j]);
+        if constexpr (group == 2) {
+          simd<Acc>::store_usual(to + i * width, w[0][0], w[1][0]);
+          simd<Acc>::store_usual(to + (i + 1) * width, w[0][1], w[1][1]);
+        } else {
+          simd<Acc>::store_usual(to + i * width, w[0][0], w[0][1]);
+        }
+      }
+    }
+    LORA_DETAIL_INLINE bool plain(typename Update::tile& sum) const {
+      constexpr int group = depth_group<T>;  // of bfloat16 two rows of the tile lie together, a pair in each lane
+      watch<Acc, T> seen;
+      LORA_DETAIL_UNROLL
+      for (int i = 0; i < tile_rows; ++i) {
+        typename simd<Acc>::vector w[2];
+        if (i % group == 0)
+          read_panel<false, 1, 2, Acc>(from + i * width, 0, w);
+        else
+          read_panel<true, 1, 2, Acc>(from + (i - 1) * width, 0, w);
+        sum[i][0] = simd<Acc>::subtract(w[0], sum[i][0]);
+        sum[i][1] = simd<Acc>::subtract(w[1], sum[i][1]);
+        if constexpr (group == 1) {
+          round_row<T>(sum[i][0], sum[i][1], seen);
+        } else if (i % group != 0) {
+          round_row<T>(sum[i - 1][0], sum[i][0], seen);
+          round_row<T>(sum[i - 1][1], sum[i][1], seen);
+        }
+      }
+      if (!seen.all_finite()) return false;
+      LORA_DETAIL_UNROLL
+      for (int i = 0; Store && i < tile_rows; i += group) {
+        store_row<Acc>(to + i * width, sum[i][0], sum[i][1], past_caches);
+        if constexpr (group == 2) store_bits(to + (i + 1) * width, sum[i][1]);
+      }
+      return true;
+    }
+  };
+  /// The accumulator's tile may be narrower than a panel; it never straddles two.
+  place at(index_t row, index_t col) const {
+    const index_t first = col / width * panel_ + panel_offset<T>(col % width, row, width);
+    return {origin_.from + first, origin_.to + first, origin_.past_caches};
+  }
+  void part(tally& seen, index_t row, index_t col, index_t count, const Acc* less) const {
+    const place there = at(row, col);
+    subtract_and_round<Store>(seen, there.from, there.to, less, count, depth_group<T>);
+  }
+  void done() const {
+    if (origin_.past_caches) finish_streaming();
+  }
+
+ private:
+  place origin_;
+  index_t panel_;
+};
+
+}  // namespace lora::inline LORA_DETAIL_ABI::detail
