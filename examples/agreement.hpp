@@ -93,8 +93,9 @@ inline Eigen::MatrixXd merge_bound(const Eigen::MatrixXd& W, const std::vector<p
   Eigen::MatrixXd e = u * W.cwiseAbs() + gamma(R + 3, u) * d;
   e.array() += f.accumulator.eta * static_cast<double>(R + 1);
   e.rowwise() += f.accumulator.eta * sum_A;
+  const bool in_float = u == format_of<float>().u;
   for (const part& p : merged) {
-    if (p.flushed == 0 || u != format_of<float>().u) continue;
+    if (!in_float || p.flushed == 0) continue;
     // An operand, a product or a sum of each step, times s.
     const double each = p.flushed * std::abs(p.s);
     e.array() += each * 2 * static_cast<double>(p.A.rows());

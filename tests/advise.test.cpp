@@ -3,6 +3,8 @@
 // Merge or mix: the arithmetic of the advice on a machine whose limits are round numbers, and that a real one has limits.
 #include "lora/advise.hpp"
 
+#include "lora/adapter.hpp"
+#include "lora/delta.hpp"
 #include "support/catch.hpp"
 #include "support/refused.hpp"
 
@@ -32,6 +34,12 @@ TEST_CASE("an example computed by hand", "[advise]") {
   CHECK(b.merged_call == Approx(1e-3));
   CHECK(b.mixed_call == Approx(1e-3 + 0.18e-3));
   CHECK(b.merge_once == Approx(2e-3));
+  // Deltas of bfloat16 factors at twice the rate, where the build multiplies them by dot products.
+  lora::limits with_dots = machine;
+  with_dots.dot_flops = 2e9;
+  const auto c = lora::advise<float, lora::bfloat16>(with_dots, layer, {10, 20}, {.tokens_per_switch = 100});
+  CHECK(c.merge_once == Approx(lora::smallest_in_delta<float, lora::adapter<lora::bfloat16>>() > 0 ? 15e-3 : 30e-3));
+  CHECK(c.merged_call == Approx(1e-3));
   // Nothing to mix: merging never pays.
   const auto none = lora::advise<float>(machine, layer, {}, {.tokens_per_switch = 1e12});
   CHECK((!none.merge && none.break_even_tokens == std::numeric_limits<double>::infinity()));
@@ -53,4 +61,5 @@ TEST_CASE("a machine has limits", "[advise]") {
   CHECK((m.flops > 1e7 && m.read > 1e7 && m.read_write > 1e7 && m.threads >= 1));
   CHECK(m.reading(m.flops, 0) == Approx(1));
   CHECK(m.updating(0, 2 * m.read_write) == Approx(2));
+  CHECK(m.updating(m.flops, 3 * m.dot_flops, 0) == Approx(4));
 }

@@ -396,11 +396,11 @@ TEMPLATE_TEST_CASE("-0 stays -0 in whole tiles where no adapter contributes", "[
                    lora::bfloat16) {
   test::matrix<TestType> W = test::matrix<TestType>::Constant(37, 83, test::stored<TestType>(-0.0));
   const auto before = test::bytes(W);
-  MatrixXf B = constant(37, 3, 0);
+  MatrixXf B = constant(37, 5, 0);
   B.col(1).setConstant(-0.0F);
   test::random g(82);
   CAPTURE(g.seed());
-  const MatrixXf A = g.reals<float>(3, 83, 2);
+  const MatrixXf A = g.reals<float>(5, 83, 2);
   const lora::adapter<float> zero{A, B, {.alpha = 5}};
   test::col_matrix<TestType> by_cols = W;
   lora::packed_weight<TestType> panels{W};
@@ -446,15 +446,35 @@ TEMPLATE_TEST_CASE("a NaN of any bits in a factor becomes a NaN in the weight, a
   CHECK(wrong == 0);
 }
 
+TEST_CASE("which NaN of two is kept does not depend on the layout", "[merge]") {
+  using lora::bfloat16;
+  const auto W = test::matrix<bfloat16>::Constant(37, 83, bfloat16(1.0F)).eval();
+  test::matrix<bfloat16> A = test::matrix<bfloat16>::Constant(4, 83, bfloat16(0.5F));
+  test::matrix<bfloat16> B = test::matrix<bfloat16>::Constant(37, 4, bfloat16(2.0F));
+  A(1, 7) = bfloat16::from_bits(0x7fc1);
+  A(2, 70) = bfloat16::from_bits(0x7f81);
+  B(3, 1) = bfloat16::from_bits(0xffd5);
+  B(30, 2) = bfloat16::from_bits(0xff95);
+  const lora::adapter<bfloat16> l{A, B, {.alpha = 3}};
+  test::matrix<bfloat16> rows = W;
+  test::col_matrix<bfloat16> cols = W;
+  lora::packed_weight panels{W};
+  CHECK(lora::merge(rows, l).became_nonfinite == 2 * 37 + 2 * 83 - 4);
+  lora::merge(cols, l);
+  lora::merge(panels, l);
+  CHECK(test::same_bits(test::matrix<bfloat16>(cols), rows));
+  CHECK(test::same_bits(panels.matrix(), rows));
+}
+
 TEMPLATE_TEST_CASE("factors of bfloat16: what one of a pair of ranks does to a tile of common weights", "[merge]", float,
                    lora::float16, lora::bfloat16) {
   using lora::bfloat16;
   for (const index_t odd : {0, 1})
     for (const double value : {static_cast<double>(nan_float), 0x1p120}) {
       test::matrix<TestType> W = test::matrix<TestType>::Constant(37, 83, test::stored<TestType>(1));
-      test::matrix<bfloat16> A = test::matrix<bfloat16>::Constant(2, 83, bfloat16(0.5F));
-      A(odd, 9) = bfloat16(static_cast<float>(value));
-      const lora::adapter<bfloat16> l{A, test::matrix<bfloat16>::Constant(37, 2, bfloat16(256.0F)), {.alpha = 3}};
+      test::matrix<bfloat16> A = test::matrix<bfloat16>::Constant(4, 83, bfloat16(0.5F));
+      A(2 + odd, 9) = bfloat16(static_cast<float>(value));
+      const lora::adapter<bfloat16> l{A, test::matrix<bfloat16>::Constant(37, 4, bfloat16(256.0F)), {.alpha = 3}};
       lora::packed_weight<TestType> panels{W};
       CAPTURE(odd, value);
       CHECK(lora::merge(panels, l).became_nonfinite == 37);
@@ -470,13 +490,14 @@ TEST_CASE("factors of bfloat16 at a scaling far from 1", "[merge]") {
     return test::matrix<bfloat16>::Constant(rows, cols, bfloat16(static_cast<float>(v))).eval();
   };
   // Without s the sum of the products is beyond float, or below its normal numbers.
-  for (const double factor : {0x1p65, 0x1p-70}) {
-    const double s = factor > 1 ? 0x1p-40 : 0x1p40;
+  for (const double s : {0x1p-40, 0x1p-9, 0x1p17, 0x1p40}) {
+    const double factor = s < 1 ? 0x1p64 : 0x1p-64;
     const lora::adapter<bfloat16> l{
-        constant_16(2, 83, factor), constant_16(37, 2, factor), {.alpha = s, .rule = scaling_rule::fixed}};
+        constant_16(4, 83, factor), constant_16(37, 4, factor), {.alpha = s, .rule = scaling_rule::fixed}};
     test::matrix<bfloat16> W = constant_16(37, 83, 0);
+    CAPTURE(s);
     CHECK(lora::merge(W, l).became_nonfinite == 0);
-    CHECK(test::same_bits(W, constant_16(37, 83, 2 * factor * factor * s)));
+    CHECK(test::same_bits(W, constant_16(37, 83, 4 * factor * factor * s)));
   }
 }
 

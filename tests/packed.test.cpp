@@ -194,7 +194,7 @@ TEST_CASE("adapters of several formats merge to the same bits in every layout, w
   test::random g(1016);
   CAPTURE(g.seed());
   // Large enough that the factors are packed on several threads; ranks odd and even, one format after the other, and a
-  // scaling beyond those that dot products take.
+  // scaling and a rank beyond those that dot products take.
   const index_t out = 331, in = 517;
   const auto W = g.reals<bfloat16>(out, in, 1);
   const auto of_rank = [&]<class F>(F, index_t rank, double s) {
@@ -203,7 +203,7 @@ TEST_CASE("adapters of several formats merge to the same bits in every layout, w
   };
   const auto a = of_rank(bfloat16(), 7, 0.3), b = of_rank(bfloat16(), 64, -1.7);
   const auto c = of_rank(0.0F, 33, 0.7), d = of_rank(0.0F, 1, 2.5);
-  const auto tiny = of_rank(bfloat16(), 3, 0x1p-40);
+  const auto tiny = of_rank(bfloat16(), 5, 0x1p-40), few = of_rank(bfloat16(), 3, 1.5);
   const auto parts = [](const auto&... l) { return std::vector{agreement::part_of(l)...}; };
   const auto check = [&](const auto&... l) {
     const auto all = parts(l...);
@@ -241,6 +241,7 @@ TEST_CASE("adapters of several formats merge to the same bits in every layout, w
   check(c, d, b, a, d);
   check(b, tiny);
   check(tiny, a, b);
+  check(few, a);
 }
 
 TEST_CASE("merge_checked leaves panels as they are when a result is not finite", "[packed]") {

@@ -52,10 +52,10 @@ struct work_of_call {
 
 }  // namespace detail
 
-/// T the weight's scalar, F the factors', X the activations'. Float arithmetic (double: twice the time; in a build with dot
-/// products of bfloat16 W x, lora_A x and the delta weight by these where all that they multiply is bfloat16). Ranks: of the adapters that every token
-/// has. Throws value_error when a size, a rank or a count is negative, tokens_per_call is 0, or the limits were not
-/// measured.
+/// T the weight's scalar, F the factors', X the activations'. Float arithmetic takes the limits' time, double twice that; in a
+/// build with dot products of bfloat16 W x, lora_A x and the delta weight take theirs, where both operands are bfloat16. Ranks:
+/// of the adapters that every token has. Throws value_error when a size, a rank or a count is negative, tokens_per_call is 0, or
+/// the limits were not measured.
 template <scalar T, scalar F = T, scalar X = T>
 advice advise(const limits& machine, const layer_shape& layer, std::span<const index_t> ranks, const usage& use) {
   double rank = 0;

@@ -17,7 +17,8 @@
 //            passed as their transpose; a convolution's as out x (in * kernel).
 //   rounding the norms in double; g W + sum in float (double if anything is double), then once to the stored scalar.
 //   error    |merged - exact| <= u_s |exact| + (1+u_s) |g| (gamma_{in+R+8} (|W| + sum |s| |B| |A|)) + eta/2 for float factors and
-//            base; mixing adds what forward and apply add (their headers).
+//            base, and what smallest_in_delta says for factors of bfloat16; mixing adds what forward and apply add (their
+//            headers).
 //   cost     attach: 2 r out in FLOPs per adapter with a magnitude and one pass over W; copies the factors. merge: as merge.
 //   aliasing y must not overlap x, W or the bias: shape_error. What attach returns owns what it needs.
 //   throws   value_error for a row of W + D that is zero (PEFT divides by it), a magnitude or norm that is not finite;

@@ -26,14 +26,13 @@ struct limits {
   double dot_flops = 0;
 
   /// Seconds that these FLOPs and bytes must take when they overlap perfectly.
-  double reading(double work, double bytes) const { return std::max(work / flops, bytes / read); }
+  double reading(double work, double bytes) const { return reading(work, 0, bytes); }
   /// The same with further FLOPs by dot products.
-  double reading(double work, double dots, double bytes) const {
-    return std::max(work / flops + dots / (dot_flops > 0 ? dot_flops : flops), bytes / read);
-  }
-  double updating(double work, double bytes) const { return std::max(work / flops, bytes / read_write); }
+  double reading(double work, double dots, double bytes) const { return std::max(computing(work, dots), bytes / read); }
+  double computing(double work, double dots) const { return work / flops + dots / (dot_flops > 0 ? dot_flops : flops); }
+  double updating(double work, double bytes) const { return updating(work, 0, bytes); }
   double updating(double work, double dots, double bytes) const {
-    return std::max(work / flops + dots / (dot_flops > 0 ? dot_flops : flops), bytes / read_write);
+    return std::max(computing(work, dots), bytes / read_write);
   }
 };
 

@@ -351,7 +351,8 @@ class linear {
   template <class Acc, class Each>
   merge_report rebuild_in(const Each& inside) {
     workspace space;
-    const detail::panel_update<Acc> update(space, "linear", inside, out_features(), in_features(), detail::merging);
+    const detail::panel_update<Acc, detail::has_dots<Acc, bfloat16>> update(space, "linear", inside, out_features(),
+                                                                            in_features(), detail::merging);
     if (reload_ && is_merged_) {
       const std::vector<T> row_major = reloaded();
       merged_.assign(lora::row_major(row_major, out_features(), in_features()));

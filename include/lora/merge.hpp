@@ -19,9 +19,9 @@
 //            unmerge(merge(W)) is not W bit for bit: each rounds; lora::linear unmerges exactly.
 //   cost     2 R out in FLOPs (R = sum of ranks); reads and writes W once; allocates R (in + out) accumulators, or nothing
 //            in a workspace that is large enough, never a matrix of W's size (merged: the result). merge_checked runs the
-//            arithmetic twice.
+//            arithmetic twice at most.
 //   aliasing W must not overlap a factor: shape_error.
-//   throws   shape_error, value_error (scaling not finite), before anything is written. An adapter at scaling 0 is checked
+//   throws   shape_error, value_error (scaling not finite), std::bad_alloc, before anything is written. An adapter at scaling 0 is checked
 //            but its values are not read.
 // The arithmetic follows Hu et al., arXiv 2106.09685; PEFT's merge (tuners/lora/layer.py) rounds once per adapter instead.
 #pragma once

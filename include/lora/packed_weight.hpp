@@ -178,7 +178,7 @@ template <class T>
 inline constexpr bool holds_double<packed_weight<T>> = std::is_same_v<T, double>;
 
 /// The update that panels take: a panel is the transpose of some rows of the weight.
-template <class Acc, bool Dots = has_dots<Acc, bfloat16>>
+template <class Acc, bool Dots>
 using panel_update = rank_update<Acc, storage_order::col_major, columns::in_order, Dots>;
 
 /// destination := round(source - the update), of one shape; possibly the same weight.

@@ -11,7 +11,8 @@
 //            to B's format when that has 16 bits, as get_delta_weight does on a CPU.
 //   exact    from D on, bit for bit what PEFT stores: the sum in the wider of the two formats, nearest even. The product
 //            itself is a chain over the ranks here, while torch's order of summation is not specified: D agrees with torch's
-//            within gamma_{r+2} * |s| |B| |A|, and bit for bit where no step rounds.
+//            within gamma_{r+2} * |s| |B| |A|, and bit for bit where no step rounds (for factors of bfloat16: and nothing is
+//            subnormal, see smallest_in_delta).
 //   drift    peft adds D and subtracts round(D), so a weight in 16 bits moves a little with each merge and unmerge;
 //            lora::linear gives the base back bit for bit.
 //   shapes, aliasing, throws   as merge (merge.hpp); but std::bad_alloc may come after some rows are written

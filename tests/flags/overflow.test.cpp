@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // An element that overflows is seen under -ffast-math, too, where a compiler may sum terms in another order: here the largest
-// number plus itself, beside a delta that takes as much away.
+// number plus itself, beside a delta that takes as much away; and a factor that is infinite or NaN.
 #include <limits>
 
 #include "lora/lora.hpp"
@@ -38,4 +38,23 @@ void overflows_beside_its_opposite(lora::index_t at, bool down) {
 TEMPLATE_TEST_CASE("an overflow is seen whatever lies beside it", "[merge][flags]", float, double) {
   for (const lora::index_t at : {0, 28})  // the first and the second vector of a tile
     for (const bool down : {true, false}) overflows_beside_its_opposite<TestType>(at, down);
+}
+
+TEMPLATE_TEST_CASE("a factor that is not finite is seen", "[merge][flags]", float, lora::float16, lora::bfloat16) {
+  const auto check = [](auto factor, float value) {
+    using F = decltype(factor);
+    test::matrix<TestType> W = test::matrix<TestType>::Constant(32, 64, test::stored<TestType>(0.5));
+    test::matrix<F> A = test::matrix<F>::Constant(4, 64, F(0.5F));
+    A(1, 9) = F(value);
+    const lora::adapter<F> l{A, test::matrix<F>::Constant(32, 4, F(0.25F)), {.alpha = 2}};
+    lora::packed_weight<TestType> panels{W};
+    CHECK_THROWS_AS(lora::merge_checked(W, l), lora::value_error);
+    CHECK_THROWS_AS(lora::merge_checked(panels, l), lora::value_error);
+    CHECK(lora::merge(W, l).became_nonfinite == 32);
+    CHECK(lora::merge(panels, l).became_nonfinite == 32);
+  };
+  for (const float value : {std::numeric_limits<float>::infinity(), std::numeric_limits<float>::quiet_NaN()}) {
+    check(0.0F, value);
+    check(lora::bfloat16(), value);
+  }
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One parallel region per call: OpenMP when the caller compiles with it, serial otherwise. Work is split by outputs only,
-// so the number of threads changes no bit.
+// Parallel regions: OpenMP when the caller compiles with it, serial otherwise. A product is one; a merge has one more for each
+// adapter whose packing is worth it. Work is split by outputs only, so the number of threads changes no bit.
 #pragma once
 
 #include <cstddef>

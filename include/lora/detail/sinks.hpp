@@ -4,11 +4,15 @@
 // only count what would become of it.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
 
+#include "lora/detail/convert.hpp"
 #include "lora/detail/memory.hpp"
+#include "lora/detail/panels.hpp"
+#include "lora/detail/tile.hpp"
 #include "lora/detail/update.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
@@ -90,7 +94,7 @@ class rounding_sink {
  public:
   using T = storage_t<S>;
   using value_type = T;
-  static constexpr bool down = false, takes_tiles = rounds_in_registers<Acc, T>;
+  static constexpr bool down = false, takes_tiles = rounds_in_registers<Acc, T>, writes = Where != writing::nowhere;
 
   explicit rounding_sink(const matrix_view<S, Order>& weight)
     requires(Where != writing::elsewhere)
@@ -126,7 +130,7 @@ class rounding_sink {
     /// A row at once, which keeps fewer operations waiting for the last multiply-adds.
     LORA_DETAIL_INLINE void usual(const typename Update::tile& sum) const {
       LORA_DETAIL_UNROLL
-      for (int i = 0; Where != writing::nowhere && i < tile_rows; ++i) {
+      for (int i = 0; writes && i < tile_rows; ++i) {
         typename simd<Acc>::vector w[2];
         load_row<Acc>(source(i), w);
         simd<Acc>::store_usual(destination(i), simd<Acc>::subtract(w[0], sum[i][0]), simd<Acc>::subtract(w[1], sum[i][1]));
@@ -180,7 +184,7 @@ class panel_sink {
  public:
   using value_type = T;
   static constexpr index_t width = tile_cols<accumulator_t<T>>;
-  static constexpr bool down = true, takes_tiles = rounds_in_registers<Acc, T> && tile_cols<Acc> == width;
+  static constexpr bool down = true, takes_tiles = rounds_in_registers<Acc, T> && tile_cols<Acc> == width, writes = Store;
 
   panel_sink(const T* source, T* destination, index_t in_features)
       : origin_{source, destination, Store && source != destination && std::is_same_v<T, Acc>},

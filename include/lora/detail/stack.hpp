@@ -8,11 +8,15 @@
 #include <atomic>
 #include <bit>
 #include <cmath>
+#include <cstddef>
 #include <cstdint>
+#include <cstring>
+#include <iterator>
 #include <limits>
 #include <type_traits>
 #include <utility>
 
+#include "lora/detail/memory.hpp"
 #include "lora/detail/operands.hpp"
 #include "lora/detail/panels.hpp"
 #include "lora/detail/parallel.hpp"
@@ -44,13 +48,15 @@ inline constexpr bool has_bfloat16_factors<R> = has_bfloat16_factors<bare<declty
 template <class Acc, class... L>
 inline constexpr bool may_use_dots = has_dots<Acc, bfloat16> && (has_bfloat16_factors<bare<L>> || ...);
 
-/// Whether this adapter's is: both factors are bfloat16, and s is so near 1 that it neither hides an overflow of the sum before
-/// it is multiplied nor enlarges what dot products take for zero.
+/// Whether this adapter's is: both factors are bfloat16; there are ranks enough to pay for a chain of its own; and s is of a
+/// usual size. Only a delta of 2^120 or more could overflow before s is multiplied, and what dot products take for zero stays
+/// below 2^-110 after it.
 template <class Acc, class L>
 bool uses_dots(const L& l) {
+  constexpr index_t least_rank = 4;
   if constexpr (may_use_dots<Acc, L>) {
     const double s = std::abs(static_cast<double>(l.scaling()));
-    return s >= 0x1p-32 && s <= 0x1p32;
+    return static_cast<index_t>(l.rank()) >= least_rank && s >= 0x1p-8 && s <= 0x1p16;
   } else {
     return false;
   }
@@ -91,8 +97,10 @@ class stack {
   /// Several segments, of both ways or with chains of their own.
   bool mixes() const { return count_ > 1; }
   bool multiplies_by_dots() const { return mixes() || (count_ == 1 && segments_[0].dots); }
-  /// Whether all sums stay below the limit, and all that they are made of.
+  /// Whether all sums, and the sums before they are multiplied by a scale, are smaller than the limit, or larger by what they
+  /// round alone. By the bits: under -ffast-math a comparison with NaN may be true.
   bool is_below(float limit) const {
+    if (std::max(most_left_, most_right_) >= infinity) return false;
     double all = 0;
     for (const segment& s : *this)
       all += static_cast<double>(s.steps) * (s.dots ? 2 * std::max(1.0, std::abs(static_cast<double>(s.scale))) : 1.0);
@@ -134,12 +142,10 @@ class stack {
     std::atomic<std::uint32_t> most_left{most_left_}, most_right{most_right_};
     parallel(threads_for(multiply_adds_of_one * elements), [&](const team& team) {
       std::uint32_t mine_left = 0, mine_right = 0;
-      team.for_each(row_panels() + col_panels(), [&](index_t p) {
-        if (p < row_panels())
-          mine_left = std::max(mine_left, put<tile_rows, T>(left_, p, left, scale_left));
-        else
-          mine_right = std::max(mine_right, put<width, T>(right_, p - row_panels(), right, scale_right));
-      });
+      team.for_each(row_panels(),
+                    [&](index_t p) { mine_left = std::max(mine_left, put<tile_rows, T>(left_, p, left, scale_left)); });
+      team.for_each(col_panels(),
+                    [&](index_t p) { mine_right = std::max(mine_right, put<width, T>(right_, p, right, scale_right)); });
       raise(most_left, mine_left);
       raise(most_right, mine_right);
     });
@@ -176,24 +182,39 @@ class stack {
       for (index_t k = 0; k < count; ++k) values[k] = static_cast<Acc>(scale * static_cast<double>(values[k]));
     }
   }
-  /// Of floats or pairs of bfloat16. Makes all NaN one, whose lower bits are zero: rounding to 16 bits in registers would carry
-  /// others out of the exponent. (Accumulators of double are never rounded there, and those of bfloat16 have none.)
+  /// The largest magnitude of floats, or of pairs of bfloat16, which become floats here. All NaN become one: the payload that
+  /// a product keeps depends on which of its operands comes first, and the lower bits of others would be carried out of the
+  /// exponent when they are rounded to 16 bits in registers. (Accumulators of double are never rounded there.)
   template <class T>
   static std::uint32_t most_of(Acc* values, index_t count) {
     std::uint32_t most = 0;
     if constexpr (std::is_same_v<Acc, float>) {
-      constexpr std::uint32_t magnitude = 0x7fff'ffffu, infinity = 0x7f80'0000u;
-      for (index_t k = 0; k < count; ++k) {
-        const auto bits = std::bit_cast<std::uint32_t>(values[k]);
-        most = std::max(most, bits & magnitude);
-        if constexpr (std::is_same_v<T, bfloat16>) most = std::max(most, bits << 16 & magnitude);
-      }
-      if (std::is_same_v<T, float> && most > infinity)
-        for (index_t k = 0; k < count; ++k)
-          if ((std::bit_cast<std::uint32_t>(values[k]) & magnitude) > infinity)
-            values[k] = std::numeric_limits<float>::quiet_NaN();
+      constexpr bool pairs = std::is_same_v<T, bfloat16>;
+      each_word(values, count, [&](std::uint32_t word) {
+        most = std::max(most, word & magnitude);
+        if constexpr (pairs) most = std::max(most, word << 16 & magnitude);
+        return word;
+      });
+      if (most > infinity)
+        each_word(values, count, [](std::uint32_t word) {
+          if constexpr (!pairs) return (word & magnitude) > infinity ? nan : word;
+          if ((word & magnitude) >= infinity + 0x1'0000) word = nan | (word & 0xffff);
+          if ((word << 16 & magnitude) > infinity) word = (word & 0xffff'0000) | nan >> 16;
+          return word;
+        });
     }
     return most;
+  }
+  static constexpr std::uint32_t magnitude = 0x7fff'ffffu, infinity = 0x7f80'0000u, nan = 0x7fc0'0000u;
+  /// By memcpy: pairs were written as bfloat16.
+  template <class Change>
+  static void each_word(Acc* values, index_t count, const Change& change) {
+    for (index_t k = 0; k < count; ++k) {
+      std::uint32_t word;
+      std::memcpy(&word, values + k, sizeof word);
+      word = change(word);
+      std::memcpy(values + k, &word, sizeof word);
+    }
   }
   static void even_then_odd(Acc* row) {
     Acc values[width];

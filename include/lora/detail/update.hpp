@@ -2,16 +2,21 @@
 //
 // The tiled rank-R update: the one place where delta weights are formed. All adapters of a call are stacked to
 // R = sum of ranks; each element of the delta is one chain of R multiply-adds in float (double if any operand is double),
-// starting at zero, in registers; where a build has dot products of bfloat16, adapters whose factors are bfloat16 have a chain
-// of their own, of which the element takes s times the sum. To merge, the update is packed negated; a sink (sinks.hpp)
-// subtracts it from the weight and rounds once. Nothing of the size of W is allocated and W is streamed once.
+// starting at zero, in registers; where a build has dot products of bfloat16, most adapters whose factors are bfloat16 have a
+// chain of their own (uses_dots in stack.hpp), of which the element takes s times the sum. To merge, the update is packed, or
+// scaled, negated; a sink (sinks.hpp) subtracts it from the weight and rounds once. Nothing of the size of W is allocated and W
+// is streamed once.
 #pragma once
 
 #include <algorithm>
 #include <atomic>
+#include <cstddef>
 #include <cstdint>
 #include <type_traits>
 
+#include "lora/detail/operands.hpp"
+#include "lora/detail/panels.hpp"
+#include "lora/detail/parallel.hpp"
 #include "lora/detail/stack.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
@@ -30,7 +35,7 @@ inline constexpr double merging = -1.0, unmerging = 1.0;
 /// The delta of a sum of adapters, to be told tile by tile to a weight of one storage order. A column-major weight is handled
 /// as its row-major transpose, with the factors' parts exchanged; products commute, so that the bits do not depend on it.
 /// Dots: whether an adapter may be multiplied by dot products (may_use_dots).
-template <class Acc, storage_order Order, columns Columns = columns::in_order, bool Dots = has_dots<Acc, bfloat16>>
+template <class Acc, storage_order Order, columns Columns, bool Dots>
 class rank_update {
  public:
   using vector = typename simd<Acc>::vector;
@@ -65,7 +70,7 @@ class rank_update {
 
   /// Gives every tile of the sums to the sink, on any thread. Tiles come in bands, along the rows or, where Sink::down,
   /// along the columns: place = sink.at(first row, first column) is where a band begins, and place.next() goes on by a
-  /// tile. Where all of the tile lies inside and Sink::takes_tiles, place.fetch() may fetch what comes later and
+  /// tile. Sink::writes: it does not only count. Where all of the tile lies inside and Sink::takes_tiles, place.fetch() may fetch what comes later and
   /// place.plain(tile), which may overwrite the sums, writes; if it says false, having written nothing, or at the edges, the
   /// sums are formed again for sink.part(tally, row, first column, columns, sums) of each row. Where looks_first,
   /// place.is_usual() is asked before the tile is formed, and place.usual(tile) writes one that is. sink.done() ends it, on
@@ -157,12 +162,14 @@ class rank_update {
         if (p < whole_rows && q < whole_cols) {
           place.fetch();
           if constexpr (looks_first_of<Sink>) written = small && place.is_usual();
-          tile sum;
-          form<ByDots>(all, left, right, sum);
-          if constexpr (looks_first_of<Sink>) {
-            if (written) place.usual(sum);
+          if (Sink::writes || !written) {  // what only counts has nothing more to see in a usual tile
+            tile sum;
+            form<ByDots>(all, left, right, sum);
+            if constexpr (looks_first_of<Sink>) {
+              if (written) place.usual(sum);
+            }
+            if (!written) written = place.plain(sum);
           }
-          if (!written) written = place.plain(sum);
           place.next();
         }
       }
@@ -208,7 +215,7 @@ class rank_update {
     const vector scale = simd<Acc>::broadcast(all.begin()->scale);
     LORA_DETAIL_UNROLL
     for (int i = 0; i < tile_rows; ++i) {
-      // Plus zero, so that no sum is -0.
+      // Plus zero, so that no sum is -0 unless it underflows.
       sum[i][0] = simd<Acc>::multiply_add(scale, sum[i][0], simd<Acc>::zero());
       sum[i][1] = simd<Acc>::multiply_add(scale, sum[i][1], simd<Acc>::zero());
     }
