@@ -63,6 +63,13 @@ bool is_finite(const T& value) {
   }
 }
 
+/// By the bits, too: under -ffast-math NaN may compare equal to zero.
+template <class T>
+bool is_zero(const T& value) {
+  using bits = std::conditional_t<sizeof(T) == 8, std::uint64_t, std::uint32_t>;
+  return (std::bit_cast<bits>(value) & (~bits(0) >> 1)) == 0;
+}
+
 /// Whether every From is a To: the same format, or a wider one.
 template <class To, class From>
 inline constexpr bool holds_exactly = std::is_same_v<storage_t<To>, storage_t<From>> || std::is_same_v<To, double> ||

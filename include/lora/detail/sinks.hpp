@@ -26,7 +26,7 @@ void subtract_and_round(tally& seen, const T* source, T* destination, const Acc*
   for (index_t j = 0; j < count; ++j) {
     const T before = source[j * step];
     T after = narrow<T>(widen<Acc>(before) - less[j]);
-    if (less[j] == Acc(0) && !is_finite(before)) std::memcpy(&after, source + j * step, sizeof(T));
+    if (is_zero(less[j]) && !is_finite(before)) std::memcpy(&after, source + j * step, sizeof(T));
     if constexpr (Store) destination[j * step] = after;
     const bool bad = !is_finite(after);
     nonfinite += bad;
