@@ -173,6 +173,8 @@ inline constexpr int depth_between_panels = 32;
 inline constexpr std::ptrdiff_t few_tiles_chunk = std::ptrdiff_t{64} << 10, block_bytes = std::ptrdiff_t{8} << 20;
 /// Bytes of the factors' panels along a band of a merge, which stay in the second-level cache while all bands beside it pass.
 inline constexpr std::ptrdiff_t strip_bytes = std::ptrdiff_t{512} << 10;
+/// Tiles ahead of a merge whose rows of the weight are fetched.
+inline constexpr int tiles_ahead = 4;
 
 #elif defined(LORA_DETAIL_AVX2)
 
@@ -258,6 +260,7 @@ struct simd<double> {
 inline constexpr int tile_rows = 6, paired_rows = 2, depth_between_panels = 0;
 inline constexpr std::ptrdiff_t few_tiles_chunk = std::ptrdiff_t{16} << 10, block_bytes = std::ptrdiff_t{5} << 19;
 inline constexpr std::ptrdiff_t strip_bytes = std::ptrdiff_t{256} << 10;
+inline constexpr int tiles_ahead = 16;
 
 #else
 
@@ -363,6 +366,7 @@ struct simd {
 inline constexpr int tile_rows = 4, paired_rows = 2, depth_between_panels = 0;
 inline constexpr std::ptrdiff_t few_tiles_chunk = std::ptrdiff_t{16} << 10, block_bytes = std::ptrdiff_t{5} << 19;
 inline constexpr std::ptrdiff_t strip_bytes = std::ptrdiff_t{256} << 10;
+inline constexpr int tiles_ahead = 16;
 
 #endif
 

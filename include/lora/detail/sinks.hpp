@@ -121,7 +121,7 @@ class rounding_sink {
       to += Update::width;
     }
     void fetch() const {
-      constexpr index_t ahead = 4 * Update::width;
+      constexpr index_t ahead = tiles_ahead * Update::width;
       for (int i = 0; i < tile_rows; ++i)
         prefetch_at<Update::width* static_cast<int>(sizeof(T))>(source(0),
                                                                 (i * from_stride + ahead) * static_cast<index_t>(sizeof(T)));
@@ -202,7 +202,7 @@ class panel_sink {
       to += size;
     }
     void fetch() const {
-      constexpr index_t ahead = 2048;
+      constexpr index_t ahead = 8192;
       prefetch_at<size* static_cast<index_t>(sizeof(T))>(from, ahead);
     }
     bool is_usual() const { return all_usual(from, width); }
