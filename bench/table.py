@@ -177,6 +177,9 @@ def bars(records):
     def share(row):
         return 100 * row["share"]
 
+    def share_panels(row):
+        return 100 * row["share_panels"]
+
     def over(row):
         return 100 * row["overhead"]
 
@@ -194,6 +197,10 @@ def bars(records):
     yield "merge: % of limit, 16 bits, r = 8", merged(("bfloat16", "float16"), (8,)), share, 70, 1
     yield "merge: % of limit, 16 bits, r = 16", merged(("bfloat16", "float16"), (16,)), share, 80, 1
     yield "merge: % of limit, r >= 64", merged(SHORT, (64, 256)), share, 90, 1
+    yield "merge of panels: % of limit, float, r <= 16", merged(("float",), (8, 16)), share_panels, 75, 1
+    yield "merge of panels: % of limit, 16 bits, r = 8", merged(("bfloat16", "float16"), (8,)), share_panels, 70, 1
+    yield "merge of panels: % of limit, 16 bits, r = 16", merged(("bfloat16", "float16"), (16,)), share_panels, 80, 1
+    yield "merge of panels: % of limit, r >= 64", merged(SHORT, (64, 256)), share_panels, 90, 1
     for ranks, bar in (((8,), 70), ((16,), 80), ((64, 256), 90)):
         yield (f"merge, bfloat16 factors: % of limit, r = {' and '.join(map(str, ranks))}",
                merged(("bfloat16",), ranks, "bfloat16"), share, bar, 1)
