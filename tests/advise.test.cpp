@@ -40,6 +40,7 @@ TEST_CASE("an example computed by hand", "[advise]") {
   const auto c = lora::advise<float, lora::bfloat16>(with_dots, layer, {10, 20}, {.tokens_per_switch = 100});
   CHECK(c.merge_once == Approx(lora::smallest_in_delta<float, lora::adapter<lora::bfloat16>>() > 0 ? 15e-3 : 30e-3));
   CHECK(c.merged_call == Approx(1e-3));
+  CHECK(lora::advise<float, lora::bfloat16>(with_dots, layer, {3, 3}, {.tokens_per_switch = 1}).merge_once == Approx(6e-3));
   // Nothing to mix: merging never pays.
   const auto none = lora::advise<float>(machine, layer, {}, {.tokens_per_switch = 1e12});
   CHECK((!none.merge && none.break_even_tokens == std::numeric_limits<double>::infinity()));

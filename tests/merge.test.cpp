@@ -464,6 +464,16 @@ TEST_CASE("which NaN of two is kept does not depend on the layout", "[merge]") {
   lora::merge(panels, l);
   CHECK(test::same_bits(test::matrix<bfloat16>(cols), rows));
   CHECK(test::same_bits(panels.matrix(), rows));
+  // Factors and weights of double.
+  test::matrix<double> C = test::matrix<double>::Constant(4, 83, 0.5), D = test::matrix<double>::Constant(37, 4, 2.0);
+  C(1, 7) = std::bit_cast<double>(0x7ff9'0000'0000'0000u);
+  D(3, 1) = std::bit_cast<double>(0xffff'0000'0000'0000u);
+  const lora::adapter<double> wide{C, D, {.alpha = 3}};
+  test::matrix<double> wide_rows = test::matrix<double>::Constant(37, 83, 1.0);
+  test::col_matrix<double> wide_cols = wide_rows;
+  CHECK(lora::merge(wide_rows, wide).became_nonfinite == 37 + 83 - 1);
+  lora::merge(wide_cols, wide);
+  CHECK(test::same_bits(test::matrix<double>(wide_cols), wide_rows));
 }
 
 TEMPLATE_TEST_CASE("factors of bfloat16: what one of a pair of ranks does to a tile of common weights", "[merge]", float,

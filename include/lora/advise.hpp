@@ -17,6 +17,7 @@
 #include <span>
 
 #include "lora/concepts.hpp"
+#include "lora/detail/stack.hpp"
 #include "lora/detail/tile.hpp"
 #include "lora/error.hpp"
 #include "lora/limits.hpp"
@@ -52,10 +53,10 @@ struct work_of_call {
 
 }  // namespace detail
 
-/// T the weight's scalar, F the factors', X the activations'. Float arithmetic takes the limits' time, double twice that; in a
-/// build with dot products of bfloat16 W x, lora_A x and the delta weight take theirs, where both operands are bfloat16. Ranks:
-/// of the adapters that every token has. Throws value_error when a size, a rank or a count is negative, tokens_per_call is 0, or
-/// the limits were not measured.
+/// T the weight's scalar, F the factors', X the activations'. Float arithmetic takes the limits' time, double twice that; in
+/// a build with dot products of bfloat16 W x, lora_A x and deltas take theirs, where both operands are bfloat16 (deltas: of
+/// rank 4 or more; smallest_in_delta). Ranks: of the adapters that every token has. Throws value_error when a size, a rank
+/// or a count is negative, tokens_per_call is 0, or the limits were not measured.
 template <scalar T, scalar F = T, scalar X = T>
 advice advise(const limits& machine, const layer_shape& layer, std::span<const index_t> ranks, const usage& use) {
   double rank = 0;
@@ -80,7 +81,9 @@ advice advise(const limits& machine, const layer_shape& layer, std::span<const i
   mixed = merged;
   mixed.add(flops * rank * in, dots && bfloat16_factors);
   mixed.add(flops * rank * out, false);
-  merging.add(slower * 2 * rank * out * in, detail::has_dots<accumulator_t<T, F>, detail::storage_t<F>>);
+  for (const index_t r : ranks)
+    merging.add(slower * 2 * static_cast<double>(r) * out * in,
+                detail::has_dots<accumulator_t<T, F>, detail::storage_t<F>> && r >= detail::least_rank_of_dots);
   advice a{};
   const double bytes = out * in * sizeof(T);
   a.merged_call = machine.reading(merged.multiply_adds, merged.dots, bytes);

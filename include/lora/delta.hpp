@@ -59,8 +59,8 @@ class delta_sink {
 
 /// Magnitudes below this count as zero inside lora_B * lora_A, where Acc accumulates the delta weight of an L: the smallest
 /// normal float where both factors are bfloat16, Acc is float and the build has the processor's dot products (AVX512-BF16); 0
-/// everywhere else. It goes for merge, delta_weight and linear, for adapters of rank 4 or more with 2^-8 <= |s| <= 2^16.
-/// docs/numerics.md has the bound.
+/// everywhere else. It goes for merge, delta_weight, linear and DoRA, for adapters of rank 4 or more with 2^-8 <= |s| <= 2^16,
+/// and for PEFT's roundings, of any s there. docs/numerics.md has the bound.
 template <class Acc, low_rank L>
 constexpr double smallest_in_delta() {
   return detail::may_use_dots<Acc, L> ? static_cast<double>(std::numeric_limits<float>::min()) : 0.0;

@@ -16,8 +16,8 @@
 //   shapes   W out_features x in_features, any storage order; m out_features. Weights stored in x out, and embeddings, are
 //            passed as their transpose; a convolution's as out x (in * kernel).
 //   rounding the norms in double; g W + sum in float (double if anything is double), then once to the stored scalar.
-//   error    |merged - exact| <= u_s |exact| + (1+u_s) |g| (gamma_{in+R+8} (|W| + sum |s| |B| |A|)) + eta/2 for float factors and
-//            base, and what smallest_in_delta says for factors of bfloat16; mixing adds what forward and apply add (their
+//   error    |merged - exact| <= u_s |exact| + (1+u_s) |g| (gamma_{in+R+8} (|W| + sum |s| |B| |A|)) + eta/2 for float factors
+//            and base, and what smallest_in_delta says for factors of bfloat16; mixing adds what forward and apply add (their
 //            headers).
 //   cost     attach: 2 r out in FLOPs per adapter with a magnitude and one pass over W; copies the factors. merge: as merge.
 //   aliasing y must not overlap x, W or the bias: shape_error. What attach returns owns what it needs.

@@ -21,8 +21,8 @@
 //            in a workspace that is large enough, never a matrix of W's size (merged: the result). merge_checked runs the
 //            arithmetic twice at most.
 //   aliasing W must not overlap a factor: shape_error.
-//   throws   shape_error, value_error (scaling not finite), std::bad_alloc, before anything is written. An adapter at scaling 0 is checked
-//            but its values are not read.
+//   throws   shape_error, value_error (scaling not finite), std::bad_alloc, before anything is written. An adapter at scaling
+//            0 is checked but its values are not read.
 // The arithmetic follows Hu et al., arXiv 2106.09685; PEFT's merge (tuners/lora/layer.py) rounds once per adapter instead.
 #pragma once
 

@@ -467,9 +467,9 @@ inline constexpr bool looks_first = std::is_same_v<Acc, float> && sizeof(T) == 2
 inline constexpr bool looks_first = false;
 #endif
 /// A usual element w is smaller than 2 and, of bfloat16, not smaller than 2^-63 (so not zero). With less than usual_delta
-/// subtracted the result is finite in T, with room for what the delta's sum rounds. Of bfloat16 it is no subnormal number: if the
-/// delta lies within a factor of two of w the difference is exact (Sterbenz) and a multiple of 2^-87, so zero or not smaller;
-/// else it is not smaller than |w| / 2.
+/// subtracted the result is finite in T, with room for what the delta's sum rounds. Of bfloat16 it is no subnormal number:
+/// if the delta lies within a factor of two of w the difference is exact (Sterbenz) and a multiple of 2^-87, so zero or not
+/// smaller; else it is not smaller than |w| / 2.
 template <class T>
 inline constexpr float usual_delta = std::is_same_v<T, bfloat16> ? 0x1p125F : 0x1p14F;
 

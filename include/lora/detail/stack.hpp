@@ -48,15 +48,17 @@ inline constexpr bool has_bfloat16_factors<R> = has_bfloat16_factors<bare<declty
 template <class Acc, class... L>
 inline constexpr bool may_use_dots = has_dots<Acc, bfloat16> && (has_bfloat16_factors<bare<L>> || ...);
 
-/// Whether this adapter's is: both factors are bfloat16; there are ranks enough to pay for a chain of its own; and s is of a
-/// usual size. Only a delta of 2^120 or more could overflow before s is multiplied, and what dot products take for zero stays
-/// below 2^-110 after it.
+/// Adapters of fewer ranks do not gain by a chain of their own.
+inline constexpr index_t least_rank_of_dots = 4;
+
+/// Whether this adapter's is: both factors are bfloat16; there are ranks enough; and s is of a usual size. Only where the
+/// sum of |s| |B| |A| is 2^120 or more could a partial sum overflow that s would bring back, and the products and sums that
+/// dot products take for zero stay below 2^-110 after it (a subnormal factor counts as zero whatever it meets).
 template <class Acc, class L>
 bool uses_dots(const L& l) {
-  constexpr index_t least_rank = 4;
   if constexpr (may_use_dots<Acc, L>) {
     const double s = std::abs(static_cast<double>(l.scaling()));
-    return static_cast<index_t>(l.rank()) >= least_rank && s >= 0x1p-8 && s <= 0x1p16;
+    return static_cast<index_t>(l.rank()) >= least_rank_of_dots && s >= 0x1p-8 && s <= 0x1p16;
   } else {
     return false;
   }
@@ -182,9 +184,9 @@ class stack {
       for (index_t k = 0; k < count; ++k) values[k] = static_cast<Acc>(scale * static_cast<double>(values[k]));
     }
   }
-  /// The largest magnitude of floats, or of pairs of bfloat16, which become floats here. All NaN become one: the payload that
-  /// a product keeps depends on which of its operands comes first, and the lower bits of others would be carried out of the
-  /// exponent when they are rounded to 16 bits in registers. (Accumulators of double are never rounded there.)
+  /// The largest magnitude of floats, or of pairs of bfloat16, which become floats here; nothing of doubles. All NaN become
+  /// one: the payload that a product keeps depends on which of its operands comes first, and the lower bits of others would
+  /// be carried out of the exponent when floats are rounded to 16 bits in registers.
   template <class T>
   static std::uint32_t most_of(Acc* values, index_t count) {
     std::uint32_t most = 0;
@@ -202,6 +204,10 @@ class stack {
           if ((word << 16 & magnitude) > infinity) word = (word & 0xffff'0000) | nan >> 16;
           return word;
         });
+    } else {
+      for (index_t k = 0; k < count; ++k)
+        if ((std::bit_cast<std::uint64_t>(values[k]) & ~std::uint64_t{0} >> 1) > 0x7ff0'0000'0000'0000u)
+          values[k] = std::numeric_limits<double>::quiet_NaN();
     }
     return most;
   }

@@ -70,12 +70,12 @@ class rank_update {
 
   /// Gives every tile of the sums to the sink, on any thread. Tiles come in bands, along the rows or, where Sink::down,
   /// along the columns: place = sink.at(first row, first column) is where a band begins, and place.next() goes on by a
-  /// tile. Sink::writes: it does not only count. Where all of the tile lies inside and Sink::takes_tiles, place.fetch() may fetch what comes later and
+  /// tile. Where all of the tile lies inside and Sink::takes_tiles, place.fetch() may fetch what comes later and
   /// place.plain(tile), which may overwrite the sums, writes; if it says false, having written nothing, or at the edges, the
   /// sums are formed again for sink.part(tally, row, first column, columns, sums) of each row. Where looks_first,
   /// place.is_usual() is asked before the tile is formed, and place.usual(tile) writes one that is. sink.done() ends it, on
-  /// every thread. None of these throws or allocates. Rows and columns are those of the transpose if column-major. Returns the
-  /// sum of the tallies.
+  /// every thread. Sink::writes is false for a sink that only counts. None of these throws or allocates. Rows and columns are
+  /// those of the transpose if column-major. Returns the sum of the tallies.
   template <class Sink>
   tally run(const Sink& sink) const {
     if (rows_ == 0 || cols_ == 0) return {};
