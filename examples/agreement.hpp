@@ -42,9 +42,8 @@ formats formats_of() {
 struct part {
   Eigen::MatrixXd A, B;  ///< rank x in_features, out_features x rank
   double s;
-  format U = {};  ///< to which s A x is rounded before B multiplies it (U_format::factors); zero where it is not
-  double flushed =
-      0;  ///< numbers below this count as zero in B A where it is accumulated in float: by dot products of bfloat16
+  format U = {};       ///< to which s A x is rounded before B multiplies it (U_format::factors); zero where it is not
+  double flushed = 0;  ///< numbers below this count as zero in a B A that is accumulated in float (smallest_in_delta)
 };
 /// Where the adapters of a function are evaluated.
 struct state {

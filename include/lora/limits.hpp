@@ -29,11 +29,14 @@ struct limits {
   double reading(double work, double bytes) const { return reading(work, 0, bytes); }
   /// The same with further FLOPs by dot products.
   double reading(double work, double dots, double bytes) const { return std::max(computing(work, dots), bytes / read); }
-  double computing(double work, double dots) const { return work / flops + dots / (dot_flops > 0 ? dot_flops : flops); }
+  /// The same where the bytes are read and written in place.
   double updating(double work, double bytes) const { return updating(work, 0, bytes); }
   double updating(double work, double dots, double bytes) const {
     return std::max(computing(work, dots), bytes / read_write);
   }
+
+ private:
+  double computing(double work, double dots) const { return work / flops + dots / (dot_flops > 0 ? dot_flops : flops); }
 };
 
 namespace detail {

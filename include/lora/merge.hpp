@@ -44,9 +44,20 @@ struct merge_report {
 
 namespace detail {
 
-/// The update that a weight of T in rows or columns takes.
-template <class Acc, class T, storage_order Order, class... L>
-using update_of = rank_update<Acc, Order, columns_of<Acc, storage_t<T>>, may_use_dots<Acc, L...>>;
+/// The update that a weight takes, packed in the workspace, which must outlive it: in panels, and in rows or columns.
+template <class T, class... L>
+auto update_for(workspace& space, const char* operation, double sign, const packed_weight<T>& W, const L&... l) {
+  using acc = accumulator_t<T, L...>;
+  return panel_update<acc, may_use_dots<acc, L...>>(space, operation, each_of(l...), W.out_features(), W.in_features(),
+                                                    sign);
+}
+template <class T, storage_order Order, class... L>
+auto update_for(workspace& space, const char* operation, double sign, const matrix_view<T, Order>& W, const L&... l) {
+  using value = std::remove_const_t<T>;
+  using acc = accumulator_t<value, L...>;
+  return rank_update<acc, Order, columns_of<acc, storage_t<value>>, may_use_dots<acc, L...>>(space, operation, each_of(l...),
+                                                                                             W.rows(), W.cols(), sign);
+}
 
 /// weight := round(weight - the update), or nowhere: what that would make.
 template <writing Where, class Acc, columns Columns, bool Dots, class T, storage_order Order>
@@ -56,19 +67,13 @@ tally subtract_update(const rank_update<Acc, Order, Columns, Dots>& update, cons
 
 template <class M, class... L>
 merge_report merge_signed(workspace& space, const char* operation, double sign, M& W, const L&... l) {
-  const auto each = each_of(l...);
   if constexpr (is_packed_weight<M>) {
-    using value = typename M::value_type;
-    using acc = accumulator_t<value, L...>;
-    const panel_update<acc, may_use_dots<acc, L...>> update(space, operation, each, W.out_features(), W.in_features(), sign);
+    const auto update = update_for(space, operation, sign, W, l...);
     return update.rank() == 0 ? merge_report{} : merge_report{write_panels(update, W, W).became_nonfinite};
   } else {
     const auto weight = output_view(W);
-    using view = std::remove_const_t<decltype(weight)>;
-    using value = typename view::value_type;
-    const update_of<accumulator_t<value, L...>, value, view::order, L...> update(space, operation, each, weight.rows(),
-                                                                                 weight.cols(), sign);
-    refuse_factor_overlap(operation, "W", weight, each);
+    const auto update = update_for(space, operation, sign, weight, l...);
+    refuse_factor_overlap(operation, "W", weight, each_of(l...));
     if (update.rank() == 0) return {};
     return {subtract_update<writing::in_place>(update, weight).became_nonfinite};
   }
@@ -82,31 +87,29 @@ concept mergeable = matrix_like<M> || is_packed_weight<bare<M>>;
 /// W := round(W + sum of deltas); see the top of this file.
 template <class M, class... L>
   requires detail::mergeable<M> && (detail::adapters<L> && ...)
-merge_report merge(M&& W, const L&... l) {
+merge_report merge(workspace& space, M&& W, const L&... l) {
   detail::refuse_temporary<M>();
-  workspace space;
   return detail::merge_signed(space, "merge", detail::merging, W, l...);
 }
 template <class M, class... L>
   requires detail::mergeable<M> && (detail::adapters<L> && ...)
-merge_report merge(workspace& space, M&& W, const L&... l) {
-  detail::refuse_temporary<M>();
-  return detail::merge_signed(space, "merge", detail::merging, W, l...);
+merge_report merge(M&& W, const L&... l) {
+  workspace space;
+  return merge(space, std::forward<M>(W), l...);
 }
 
 /// W := round(W - sum of deltas); see the top of this file.
 template <class M, class... L>
   requires detail::mergeable<M> && (detail::adapters<L> && ...)
-merge_report unmerge(M&& W, const L&... l) {
+merge_report unmerge(workspace& space, M&& W, const L&... l) {
   detail::refuse_temporary<M>();
-  workspace space;
   return detail::merge_signed(space, "unmerge", detail::unmerging, W, l...);
 }
 template <class M, class... L>
   requires detail::mergeable<M> && (detail::adapters<L> && ...)
-merge_report unmerge(workspace& space, M&& W, const L&... l) {
-  detail::refuse_temporary<M>();
-  return detail::merge_signed(space, "unmerge", detail::unmerging, W, l...);
+merge_report unmerge(M&& W, const L&... l) {
+  workspace space;
+  return unmerge(space, std::forward<M>(W), l...);
 }
 
 /// round(W + sum of deltas) as a new Eigen matrix with W's scalar and storage order, or a new packed_weight; the same bits
@@ -115,11 +118,8 @@ template <class M, class... L>
   requires detail::mergeable<M> && (detail::adapters<L> && ...)
 auto merged(const M& W, const L&... l) {
   workspace space;
-  const auto each = detail::each_of(l...);
   if constexpr (detail::is_packed_weight<M>) {
-    using acc = accumulator_t<M, L...>;
-    const detail::panel_update<acc, detail::may_use_dots<acc, L...>> update(space, "merged", each, W.out_features(),
-                                                                            W.in_features(), detail::merging);
+    const auto update = detail::update_for(space, "merged", detail::merging, W, l...);
     if (update.rank() == 0) return M(W);
     M result = M::unfilled(W.out_features(), W.in_features());
     detail::write_panels(update, W, result);
@@ -129,8 +129,7 @@ auto merged(const M& W, const L&... l) {
     using view = std::remove_const_t<decltype(weight)>;
     using value = typename view::value_type;
     constexpr int options = view::is_row_major ? Eigen::RowMajor : Eigen::ColMajor;
-    const detail::update_of<accumulator_t<value, L...>, value, view::order, L...> update(
-        space, "merged", each, weight.rows(), weight.cols(), detail::merging);
+    const auto update = detail::update_for(space, "merged", detail::merging, weight, l...);
     Eigen::Matrix<value, Eigen::Dynamic, Eigen::Dynamic, options> result(weight.rows(), weight.cols());
     const auto destination = as_matrix(result);
     if (update.rank() == 0) {
@@ -150,7 +149,6 @@ template <class M, class... L>
   requires detail::mergeable<M> && (detail::adapters<L> && ...)
 void merge_checked(workspace& space, M&& W, const L&... l) {
   detail::refuse_temporary<M>();
-  const auto each = detail::each_of(l...);
   const auto judge = [](const detail::tally& seen, index_t size) {
     if (seen.nonfinite != 0)
       detail::raise_value("merge_checked", std::to_string(seen.nonfinite) + " of " + std::to_string(size) +
@@ -158,18 +156,13 @@ void merge_checked(workspace& space, M&& W, const L&... l) {
                                                " of them are finite now); W is untouched");
   };
   if constexpr (detail::is_packed_weight<detail::bare<M>>) {
-    using acc = accumulator_t<detail::bare<M>, L...>;
-    const detail::panel_update<acc, detail::may_use_dots<acc, L...>> update(space, "merge_checked", each, W.out_features(),
-                                                                            W.in_features(), detail::merging);
+    const auto update = detail::update_for(space, "merge_checked", detail::merging, W, l...);
     judge(detail::check_panels(update, W), W.out_features() * W.in_features());
     if (update.rank() != 0) detail::write_panels(update, W, W);
   } else {
     const auto weight = detail::output_view(W);
-    using view = std::remove_const_t<decltype(weight)>;
-    using value = typename view::value_type;
-    const detail::update_of<accumulator_t<value, L...>, value, view::order, L...> update(
-        space, "merge_checked", each, weight.rows(), weight.cols(), detail::merging);
-    detail::refuse_factor_overlap("merge_checked", "W", weight, each);
+    const auto update = detail::update_for(space, "merge_checked", detail::merging, weight, l...);
+    detail::refuse_factor_overlap("merge_checked", "W", weight, detail::each_of(l...));
     judge(detail::subtract_update<detail::writing::nowhere>(update, weight), weight.size());
     if (update.rank() != 0) detail::subtract_update<detail::writing::in_place>(update, weight);
   }

@@ -127,13 +127,19 @@ class rounding_sink {
                                                                 (i * from_stride + ahead) * static_cast<index_t>(sizeof(T)));
     }
     bool is_usual() const { return all_usual(source(0), from_stride); }
+    /// Row i of the sums becomes that of the result.
+    LORA_DETAIL_INLINE void subtract_row(typename Update::tile& sum, int i) const {
+      typename simd<Acc>::vector w[2];
+      load_row<Acc>(source(i), w);
+      sum[i][0] = simd<Acc>::subtract(w[0], sum[i][0]);
+      sum[i][1] = simd<Acc>::subtract(w[1], sum[i][1]);
+    }
     /// A row at once, which keeps fewer operations waiting for the last multiply-adds.
-    LORA_DETAIL_INLINE void usual(const typename Update::tile& sum) const {
+    LORA_DETAIL_INLINE void usual(typename Update::tile& sum) const {
       LORA_DETAIL_UNROLL
       for (int i = 0; writes && i < tile_rows; ++i) {
-        typename simd<Acc>::vector w[2];
-        load_row<Acc>(source(i), w);
-        simd<Acc>::store_usual(destination(i), simd<Acc>::subtract(w[0], sum[i][0]), simd<Acc>::subtract(w[1], sum[i][1]));
+        subtract_row(sum, i);
+        simd<Acc>::store_usual(destination(i), sum[i][0], sum[i][1]);
       }
     }
     /// In registers until all of it is known to be finite. All rows are read before the first is written: where rows lie a
@@ -142,15 +148,12 @@ class rounding_sink {
       watch<Acc, T> seen;
       LORA_DETAIL_UNROLL
       for (int i = 0; i < tile_rows; ++i) {
-        typename simd<Acc>::vector w[2];
-        load_row<Acc>(source(i), w);
-        sum[i][0] = simd<Acc>::subtract(w[0], sum[i][0]);
-        sum[i][1] = simd<Acc>::subtract(w[1], sum[i][1]);
+        subtract_row(sum, i);
         round_row<T>(sum[i][0], sum[i][1], seen);
       }
       if (!seen.all_finite()) return false;
       LORA_DETAIL_UNROLL
-      for (int i = 0; Where != writing::nowhere && i < tile_rows; ++i)
+      for (int i = 0; writes && i < tile_rows; ++i)
         store_row<Acc>(destination(i), sum[i][0], sum[i][1], Where == writing::elsewhere && past_caches);
       return true;
     }
@@ -163,7 +166,7 @@ class rounding_sink {
   }
   void part(tally& seen, index_t row, index_t col, index_t count, const Acc* less) const {
     const place there = at(row, col);
-    subtract_and_round<Where != writing::nowhere>(seen, there.from, there.to, less, count);
+    subtract_and_round<writes>(seen, there.from, there.to, less, count);
   }
   void done() const {
     if (origin_.past_caches) finish_streaming();
@@ -206,36 +209,34 @@ class panel_sink {
       prefetch_at<size* static_cast<index_t>(sizeof(T))>(from, ahead);
     }
     bool is_usual() const { return all_usual(from, width); }
-    LORA_DETAIL_INLINE void usual(const typename Update::tile& sum) const {
-      constexpr int group = depth_group<T>;
+    /// Row i of the sums becomes that of the result. Of bfloat16 two rows lie together, a pair in each lane.
+    static constexpr int group = depth_group<T>;
+    LORA_DETAIL_INLINE void subtract_row(typename Update::tile& sum, int i) const {
+      typename simd<Acc>::vector w[2];
+      if (i % group == 0)
+        read_panel<false, 1, 2, Acc>(from + i * width, 0, w);
+      else
+        read_panel<true, 1, 2, Acc>(from + (i - 1) * width, 0, w);
+      sum[i][0] = simd<Acc>::subtract(w[0], sum[i][0]);
+      sum[i][1] = simd<Acc>::subtract(w[1], sum[i][1]);
+    }
+    LORA_DETAIL_INLINE void usual(typename Update::tile& sum) const {
       LORA_DETAIL_UNROLL
-      for (int i = 0; Store && i < tile_rows; i += group) {
-        typename simd<Acc>::vector w[group][2];
-        read_panel<false, 1, 2, Acc>(from + i * width, 0, w[0]);
-        if constexpr (group == 2) read_panel<true, 1, 2, Acc>(from + i * width, 0, w[1]);
-        LORA_DETAIL_UNROLL
-        for (int j = 0; j < 2; ++j)
-          for (int n = 0; n < group; ++n) w[n][j] = simd<Acc>::subtract(w[n][j], sum[i + n][j]);
-        if constexpr (group == 2) {
-          simd<Acc>::store_usual(to + i * width, w[0][0], w[1][0]);
-          simd<Acc>::store_usual(to + (i + 1) * width, w[0][1], w[1][1]);
-        } else {
-          simd<Acc>::store_usual(to + i * width, w[0][0], w[0][1]);
+      for (int i = 0; writes && i < tile_rows; ++i) {
+        subtract_row(sum, i);
+        if constexpr (group == 1) {
+          simd<Acc>::store_usual(to + i * width, sum[i][0], sum[i][1]);
+        } else if (i % group != 0) {
+          simd<Acc>::store_usual(to + (i - 1) * width, sum[i - 1][0], sum[i][0]);
+          simd<Acc>::store_usual(to + i * width, sum[i - 1][1], sum[i][1]);
         }
       }
     }
     LORA_DETAIL_INLINE bool plain(typename Update::tile& sum) const {
-      constexpr int group = depth_group<T>;  // of bfloat16 two rows of the tile lie together, a pair in each lane
       watch<Acc, T> seen;
       LORA_DETAIL_UNROLL
       for (int i = 0; i < tile_rows; ++i) {
-        typename simd<Acc>::vector w[2];
-        if (i % group == 0)
-          read_panel<false, 1, 2, Acc>(from + i * width, 0, w);
-        else
-          read_panel<true, 1, 2, Acc>(from + (i - 1) * width, 0, w);
-        sum[i][0] = simd<Acc>::subtract(w[0], sum[i][0]);
-        sum[i][1] = simd<Acc>::subtract(w[1], sum[i][1]);
+        subtract_row(sum, i);
         if constexpr (group == 1) {
           round_row<T>(sum[i][0], sum[i][1], seen);
         } else if (i % group != 0) {
@@ -245,7 +246,7 @@ class panel_sink {
       }
       if (!seen.all_finite()) return false;
       LORA_DETAIL_UNROLL
-      for (int i = 0; Store && i < tile_rows; i += group) {
+      for (int i = 0; writes && i < tile_rows; i += group) {
         store_row<Acc>(to + i * width, sum[i][0], sum[i][1], past_caches);
         if constexpr (group == 2) store_bits(to + (i + 1) * width, sum[i][1]);
       }
@@ -259,7 +260,7 @@ class panel_sink {
   }
   void part(tally& seen, index_t row, index_t col, index_t count, const Acc* less) const {
     const place there = at(row, col);
-    subtract_and_round<Store>(seen, there.from, there.to, less, count, depth_group<T>);
+    subtract_and_round<writes>(seen, there.from, there.to, less, count, depth_group<T>);
   }
   void done() const {
     if (origin_.past_caches) finish_streaming();
