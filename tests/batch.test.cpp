@@ -186,6 +186,62 @@ TEMPLATE_TEST_CASE("long tokens in short blocks change no bit", "[batch]", float
   }
 }
 
+namespace {
+
+/// So many adapters that their ranks are multiplied while the next panel of W is.
+template <class T, class F, class X>
+void check_many_adapters(std::uint64_t seed, index_t in) {
+  test::random g(seed);
+  CAPTURE(g.seed(), in);
+  const index_t out = 149, count = 130, tokens = 140;
+  const test::matrix<T> W = g.reals<T>(out, in, 1);
+  const test::col_matrix<X> x = g.reals<X>(in, tokens, 1);
+  std::vector<lora::packed_adapter<F>> adapters;
+  for (index_t n = 0; n < count; ++n) {
+    const index_t rank = n % 10 < 6 ? 16 : g.integer(1, 40);  // some alike, which are multiplied together
+    adapters.emplace_back(
+        lora::adapter<F>{g.reals<F>(rank, in, 0.3), g.reals<F>(out, rank, 0.3), {.alpha = 0.7 * double(rank)}});
+  }
+  lora::batch who{adapters};
+  std::vector<std::vector<batch_entry>> lists(static_cast<std::size_t>(tokens));
+  for (index_t t = 0; t < tokens; ++t) {
+    auto& list = lists[static_cast<std::size_t>(t)];
+    if (t % 17 != 0) list.push_back({t * 37 % count, g.uniform(-2, 2)});
+    if (t % 5 == 0) list.push_back({g.integer(0, count - 1), g.uniform(-2, 2)});
+    who.add(list);
+  }
+  const lora::packed_weight<T> packed{W};
+  test::col_matrix<X> alone(out, tokens);
+  for (index_t t = 0; t < tokens; ++t) {
+    lora::batch one{adapters};
+    one.add(lists[static_cast<std::size_t>(t)]);
+    lora::forward(packed, x.col(t), alone.col(t), one);
+  }
+  const int before = omp_get_max_threads();
+  for (const int threads : {1, 2, 7}) {
+    CAPTURE(threads);
+    omp_set_num_threads(threads);
+    test::col_matrix<X> y(out, tokens), rows(out, tokens);
+    lora::forward(packed, x, y, who);
+    lora::forward(W, x, rows, who);
+    CHECK(same_bits(y, alone));
+    CHECK(same_bits(rows, alone));
+  }
+  omp_set_num_threads(before);
+}
+
+}  // namespace
+
+TEST_CASE("many adapters in a batch: each token has the bits that it has alone", "[batch][threads]") {
+  // in_features of less than a chunk of W, and of several.
+  for (const index_t in : {1, 70, 900}) {
+    check_many_adapters<float, float, float>(1111, in);
+    check_many_adapters<lora::bfloat16, lora::bfloat16, lora::bfloat16>(1112, in);
+    check_many_adapters<lora::float16, float, float>(1113, in);
+    check_many_adapters<double, double, double>(1114, in);
+  }
+}
+
 TEST_CASE("an adapter at strength 0 is not read; an unused one neither", "[batch]") {
   const Eigen::MatrixXf W = Eigen::MatrixXf::Identity(4, 4) * 3, x = Eigen::MatrixXf::Ones(4, 3);
   std::vector<lora::packed_adapter<float>> adapters;

@@ -306,7 +306,7 @@ TEST_CASE("U rounded to the format of the factors", "[packed]") {
       test::random g(seed);
       CAPTURE(g.seed());
       double worst = 0;
-      for (const index_t rank : {1, 2, 5, 33, 70})
+      for (const index_t rank : {1, 2, 5, 33, 70, 601})  // of the last, lora_B in chunks
         for (const index_t tokens : {1, 3, 9, 70}) {
           const index_t out = 37, in = 301;
           const auto W = g.reals<T>(out, in, 1);

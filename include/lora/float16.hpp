@@ -20,41 +20,36 @@
 namespace lora::inline LORA_DETAIL_ABI {
 namespace detail {
 
-/// Round to nearest even of mantissa * 2^-shift, shift >= 1.
+/// Round to nearest even of mantissa * 2^-shift, shift >= 1; the mantissa's highest bit is zero. No branch on the digits
+/// that are lost, which nothing can predict.
 template <class Unsigned>
 constexpr Unsigned shift_right_even(Unsigned mantissa, int shift) {
   if (shift >= std::numeric_limits<Unsigned>::digits) return 0;
-  const Unsigned kept = mantissa >> shift;
-  const Unsigned lost = mantissa & ((Unsigned{1} << shift) - 1);
-  const Unsigned half = Unsigned{1} << (shift - 1);
-  return kept + static_cast<Unsigned>(lost > half || (lost == half && (kept & 1) != 0));
+  const Unsigned below_half = (Unsigned{1} << (shift - 1)) - 1;
+  return (mantissa + below_half + ((mantissa >> shift) & 1)) >> shift;
 }
 
 /// The 16 bits nearest to a double, in a format of the given widths (ExponentBits + MantissaBits = 15).
 template <int ExponentBits, int MantissaBits>
 constexpr std::uint16_t narrow_double(double value) {
-  constexpr int smallest_exponent = 2 - (1 << (ExponentBits - 1));
-  constexpr std::uint64_t infinity = ((1ull << ExponentBits) - 1) << MantissaBits;
+  constexpr std::uint64_t bias = (1ull << (ExponentBits - 1)) - 1, infinity = ((1ull << ExponentBits) - 1) << MantissaBits;
+  constexpr std::uint64_t smallest_normal = (1024 - bias) << 52, too_large = (1024 + bias) << 52;  // their bits
+  constexpr int shift = 52 - MantissaBits;
   const auto bits = std::bit_cast<std::uint64_t>(value);
-  const auto sign = static_cast<std::uint16_t>((bits >> 48) & 0x8000u);
+  const std::uint64_t sign = (bits >> 48) & 0x8000u;
   const std::uint64_t magnitude = bits & 0x7fff'ffff'ffff'ffffull;
+  // A mantissa that rounds up to the next power of two carries into the exponent, of the largest into infinity.
+  if (magnitude - smallest_normal < too_large - smallest_normal)
+    return static_cast<std::uint16_t>(sign | (shift_right_even(magnitude, shift) - ((1023 - bias) << MantissaBits)));
   if (magnitude > 0x7ff0'0000'0000'0000ull) {
-    const std::uint64_t payload = (magnitude >> (52 - MantissaBits)) & ((1ull << MantissaBits) - 1);
+    const std::uint64_t payload = (magnitude >> shift) & ((1ull << MantissaBits) - 1);
     return static_cast<std::uint16_t>(sign | infinity | payload | (1ull << (MantissaBits - 1)));
   }
-  if (magnitude == 0x7ff0'0000'0000'0000ull) return static_cast<std::uint16_t>(sign | infinity);
-  const int biased = static_cast<int>(magnitude >> 52);
-  if (biased == 0) return sign;  // a subnormal double is far below half of the smallest value of either format
-  const int exponent = biased - 1023;
+  if (magnitude >= too_large) return static_cast<std::uint16_t>(sign | infinity);
+  // Subnormal. (A subnormal double is far below half of the smallest value of either format.)
+  const auto below = static_cast<int>((smallest_normal - (magnitude & ~((1ull << 52) - 1))) >> 52);
   const std::uint64_t mantissa = (magnitude & 0x000f'ffff'ffff'ffffull) | 0x0010'0000'0000'0000ull;
-  const bool normal = exponent >= smallest_exponent;
-  const int shift = 52 - MantissaBits + (normal ? 0 : smallest_exponent - exponent);
-  const std::uint64_t rounded = shift_right_even(mantissa, shift);
-  // Adding, not or-ing: a mantissa that rounds up to the next power of two carries into the exponent.
-  const std::uint64_t leading =
-      normal ? static_cast<std::uint64_t>(exponent - smallest_exponent) << MantissaBits : std::uint64_t{0};
-  const std::uint64_t encoded = leading + rounded;
-  return static_cast<std::uint16_t>(sign | (encoded >= infinity ? infinity : encoded));
+  return static_cast<std::uint16_t>(sign | shift_right_even(mantissa, shift + below));
 }
 
 constexpr std::uint16_t bfloat16_bits(float value) {

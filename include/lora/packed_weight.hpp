@@ -64,7 +64,7 @@ class packed_weight {
     packed_weight result;
     result.out_features_ = out_features;
     result.in_features_ = in_features;
-    result.elements_ = detail::array<T>(result.count() * result.panel());
+    result.elements_ = detail::array<T>(result.count() * result.panel(), detail::lifetime::model);
     result.clear_padding();
     return result;
   }
@@ -75,7 +75,7 @@ class packed_weight {
     const auto view = as_matrix(W);
     out_features_ = view.rows();
     in_features_ = view.cols();
-    elements_ = detail::array<T>(count() * panel());
+    elements_ = detail::array<T>(count() * panel(), detail::lifetime::model);
     pack(view);
   }
 

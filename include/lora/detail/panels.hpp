@@ -14,9 +14,6 @@
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
-/// How many panels, tiles or pairs hold `count` things.
-constexpr index_t pieces(index_t count, index_t size) { return (count + size - 1) / size; }
-
 /// Elements of one panel of T.
 template <class T>
 constexpr index_t panel_size(index_t depth, index_t width) {

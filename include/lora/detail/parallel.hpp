@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstddef>
+#include <utility>
 
 #include "lora/concepts.hpp"
 
@@ -24,6 +25,19 @@ class team {
   team(int thread, int threads) : thread_(thread), threads_(threads) {}
   int thread() const { return thread_; }
 
+  /// first ... second - 1 of `count` things are this thread's. Call wait() when they are done.
+  std::pair<index_t, index_t> share(index_t count) const {
+    return {count * thread_ / threads_, count * (thread_ + 1) / threads_};
+  }
+  /// Returns when all threads are here.
+  void wait() const {
+#if defined(_OPENMP)
+    if (threads_ > 1) {
+#pragma omp barrier
+    }
+#endif
+  }
+
   /// body(k) for every k in [0, count), shared among the threads; returns when all are done.
   template <class Body>
   void for_each(index_t count, const Body& body) const {
@@ -39,7 +53,7 @@ class team {
 
  private:
   int thread_;
-  [[maybe_unused]] int threads_;  ///< without OpenMP there is one
+  int threads_;
 };
 
 /// How many threads a region for this many multiply-adds may have: scratch is allocated for each before it starts, because

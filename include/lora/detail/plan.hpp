@@ -93,6 +93,7 @@ class plan {
   }
 
   index_t tokens() const { return tokens_; }
+  bool same_for_all() const { return who_.same_for_all(); }
   index_t tiles() const { return tiles_; }
   /// Tiles whose activations are held at once: a block.
   index_t tiles_in_block() const { return tiles_in_block_; }

@@ -14,9 +14,13 @@
 
 #include "lora/concepts.hpp"
 #include "lora/detail/convert.hpp"
+#include "lora/detail/memory.hpp"
 #include "lora/detail/simd.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
+
+/// How many panels, tiles or pairs hold `count` things.
+constexpr index_t pieces(index_t count, index_t size) { return (count + size - 1) / size; }
 
 /// Depths that lie together in a panel of T: bfloat16 comes in pairs, so that widening crosses no lane.
 template <class T>
@@ -170,13 +174,43 @@ void multiply(int rows, Acc* sums, index_t sums_stride, const Acc* left, index_t
                                                      fetch);
 }
 
-/// One row that meets a panel of its own.
+/// Rows of a tile that meet a panel: row i's accumulators begin at sums + i * stride, its element k is left[k * left_stride + i].
+template <class Acc>
+struct some_rows {
+  int rows;
+  Acc* sums;
+  const Acc* left;
+  index_t left_stride;
+};
+
+/// Rows of several tiles, at(0) ... at(count - 1), by one chunk of a panel. Each fetches its share of the next chunk, which
+/// has as many elements.
+template <class Acc, int Vectors, bool Dots, class R, class N, class At>
+void multiply_all(index_t count, const At& at, index_t sums_stride, const R* right, index_t depth, const N* next) {
+  constexpr index_t line = static_cast<index_t>(memory_alignment), row = std::min(Vectors, 2) * simd<Acc>::width;
+  const index_t bytes = next == nullptr ? 0 : depth * row * static_cast<index_t>(sizeof(N));
+  for (index_t n = 0; n < count; ++n) {
+    const some_rows<Acc> to = at(n);
+    const index_t share = bytes * n / count / line * line;
+    const fetching fetch{reinterpret_cast<std::uintptr_t>(next) + static_cast<std::uintptr_t>(share),
+                         pieces(bytes, count * pieces(depth, depth_group<R>))};
+    if (bytes != 0)
+      multiply<true, Vectors, Acc, R, tile_rows, Dots>(to.rows, to.sums, sums_stride, to.left, to.left_stride, right, 0,
+                                                       depth, fetch);
+    else
+      multiply<false, Vectors, Acc, R, tile_rows, Dots>(to.rows, to.sums, sums_stride, to.left, to.left_stride, right, 0,
+                                                        depth);
+  }
+}
+
+/// One row that meets a panel of its own. `ahead` is fetched meanwhile, as much of it as is read of the panel.
 template <class Acc, class T>
 struct single {
   const Acc* left;
   index_t left_stride;
   const T* right;
   Acc* sums;
+  std::uintptr_t ahead;
 };
 /// So many at once have chains enough to keep the multipliers busy, where one would wait for itself.
 inline constexpr int singles = 4;
@@ -197,6 +231,8 @@ void multiply_singles(const single<Acc, T> (&rows)[singles], index_t depth) {
     for (int n = 0; n < singles; ++n) {
       const Acc* const left = rows[n].left + (Dots ? k / 2 : k) * rows[n].left_stride;
       const T* const right = rows[n].right + k * row;
+      prefetch_at<group * row* static_cast<int>(sizeof(T))>(reinterpret_cast<const void*>(rows[n].ahead),
+                                                            k * row * static_cast<index_t>(sizeof(T)));
 #if defined(LORA_DETAIL_DOTS)
       if constexpr (Dots)
         advance_by_dots<false, 1, Vectors>(sum[n], left, 0, right, 0, depths, {});
