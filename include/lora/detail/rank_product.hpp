@@ -32,8 +32,9 @@ class rank_product {
   /// Runs that pass one chunk of lora_A together, at most, and the sums that shrink needs.
   static constexpr index_t most_runs = 16, sums_of_shrink = most_runs * tile_rows * width;
 
-  rank_product(index_t out_features, index_t in_features, const plan<Acc>& tokens, const activations<Acc>& x, int threads)
-      : out_(out_features), in_(in_features), tokens_(tokens), X_(x), threads_(threads) {}
+  rank_product(index_t out_features, index_t in_features, const plan<Acc>& tokens, const activations<Acc>& inputs,
+               int threads)
+      : out_(out_features), in_(in_features), tokens_(tokens), X_(inputs), threads_(threads) {}
 
   void claim(layout& l) { U_place_ = l.take<Acc>(tokens_.most_U_in_block()); }
   void place(std::byte* memory) { U_ = U_place_.in(memory); }
