@@ -198,9 +198,9 @@ void check_many_adapters(std::uint64_t seed, index_t in) {
   const test::col_matrix<X> x = g.reals<X>(in, tokens, 1);
   std::vector<lora::packed_adapter<F>> adapters;
   for (index_t n = 0; n < count; ++n) {
-    const index_t rank = n % 10 < 6 ? 16 : g.integer(1, 40);  // some alike, which are multiplied together
-    adapters.emplace_back(
-        lora::adapter<F>{g.reals<F>(rank, in, 0.3), g.reals<F>(out, rank, 0.3), {.alpha = 0.7 * double(rank)}});
+    const index_t rank = n % 10 < 6 ? 16 : g.integer(0, 40);  // some alike, which are multiplied together
+    adapters.emplace_back(lora::adapter<F>{
+        g.reals<F>(rank, in, 0.3), g.reals<F>(out, rank, 0.3), {.alpha = 0.7, .rule = lora::scaling_rule::fixed}});
   }
   lora::batch who{adapters};
   std::vector<std::vector<batch_entry>> lists(static_cast<std::size_t>(tokens));
@@ -240,6 +240,27 @@ TEST_CASE("many adapters in a batch: each token has the bits that it has alone",
     check_many_adapters<lora::float16, float, float>(1113, in);
     check_many_adapters<double, double, double>(1114, in);
   }
+}
+
+TEST_CASE("adapters of rank 0 beside others change nothing", "[batch]") {
+  test::random g(1115);
+  CAPTURE(g.seed());
+  const index_t out = 40, in = 8, tokens = 70;
+  std::vector<lora::packed_adapter<float>> adapters;
+  for (index_t n = 0; n < 9; ++n) {
+    const index_t rank = n < 8 ? 0 : 1;
+    adapters.emplace_back(lora::adapter<float>{
+        g.reals<float>(rank, in, 1), g.reals<float>(out, rank, 1), {.alpha = 3, .rule = lora::scaling_rule::fixed}});
+  }
+  lora::batch who{adapters};
+  for (index_t t = 0; t < tokens; ++t) who.add({{t % 9}});
+  const lora::packed_weight W{g.reals<float>(out, in, 1)};
+  const test::col_matrix<float> x = g.reals<float>(in, tokens, 1);
+  test::col_matrix<float> y(out, tokens), base(out, tokens), with(out, tokens);
+  lora::forward(W, x, y, who);
+  lora::forward(W, x, base);
+  lora::forward(W, x, with, adapters[8]);
+  for (index_t t = 0; t < tokens; ++t) CHECK(same_bits(y.col(t), t % 9 == 8 ? with.col(t) : base.col(t)));
 }
 
 TEST_CASE("an adapter at strength 0 is not read; an unused one neither", "[batch]") {

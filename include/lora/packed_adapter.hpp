@@ -23,9 +23,9 @@ enum class U_format { accumulator, factors };
 
 /// Owns the panels of lora_A and lora_B as F: float, double, or a 16-bit format. Their bytes are what mixing reads:
 /// rank * (in_features + out_features) * sizeof(F), and padding. Immutable; the original factors cannot be read back from
-/// it, so it does not merge. Adapters of less than 2 MiB that are packed one after
-/// the other share huge pages (in pages of 4 KiB, adapters of different tokens cost up to a third more), 16 MiB of them at a
-/// time, which go back to the system when the last adapter in them is gone.
+/// it, so it does not merge. On Linux adapters of
+/// 16 KiB to 2 MiB lie side by side in huge pages, 16 MiB of them at a time, which are freed when no adapter is left in
+/// them: 64 adapters in 64 tokens then take 15 % over the base, and 20 % in pages of 4 KiB.
 template <scalar F>
   requires std::is_same_v<F, detail::storage_t<F>>
 class packed_adapter {

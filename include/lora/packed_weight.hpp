@@ -155,7 +155,7 @@ class packed_weight {
                   T(0));
   }
 
-  /// work(panel, first output, outputs) on the threads that would multiply by it, so that memory lies near them.
+  /// work(panel, first output, outputs) on the threads that would multiply by it, so that memory of its own lies near them.
   template <class Work>
   void each_panel(const Work& work) const {
     detail::parallel(detail::threads_for(static_cast<double>(elements_.size())), [&](const detail::team& team) {

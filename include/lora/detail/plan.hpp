@@ -110,6 +110,7 @@ class plan {
   const run& run_at(index_t r) const { return runs_[r]; }
   const run& run_by_part(index_t r) const { return runs_[by_part_[r]]; }
   index_t first_run(index_t tile) const { return first_run_[tile]; }
+  index_t runs() const { return first_run_[tiles_]; }
   const double* scales(const run& r) const { return scales_ + r.scales; }
   const part<Acc>& part_of(const run& r) const { return parts_[r.part]; }
   const part<Acc>* parts() const { return parts_; }

@@ -6,7 +6,8 @@
 // threads, tiles and the other tokens of a batch change no bit.
 //
 // Order of the loops: a block of tokens; panels of outputs, shared among the threads; chunks of in_features; tiles of
-// tokens. A chunk of a panel stays in the first-level cache while all tiles pass, and the next one is fetched meanwhile.
+// tokens. A chunk of a panel stays in the first-level cache while all tiles pass, and the next one is fetched meanwhile. The
+// ranks of a panel follow its W; where a batch has many adapters, between the chunks of the next panel.
 //
 // It is instantiated over the accumulator and the stored format of packed panels alone: what reads X and an unpacked W and
 // what writes Y comes as a function.
@@ -117,20 +118,25 @@ class product {
   /// How the panels of a block pass W, and when lora_B is fetched for them.
   struct schedule {
     index_t step, steps;   ///< depths of W between two fetches
-    bool waits;            ///< whether ranks are multiplied while the next panel passes W
+    bool passes;           ///< whether W passes all tiles straight from memory
+    bool waits;            ///< whether a panel's ranks wait, and are multiplied while the next panel of W is
     index_t most;          ///< bytes of one adapter that are fetched
     index_t lines, every;  ///< so many lines before every so many tiles of a step
   };
   schedule schedule_of(const tile_block& tiles) const {
     const index_t step = tiles.count() == 1 ? depth_of_one_tile : X_.chunk_of(tiles);
-    schedule s{.step = step, .steps = pieces(in_, step), .waits = false, .most = 0, .lines = 0, .every = tiles.count()};
+    schedule s{.step = step,
+               .steps = pieces(in_, step),
+               .passes = passes(tiles.count()),
+               .waits = false,
+               .most = passes(tiles.count()) ? fetch_ahead : 4 * fetch_ahead,
+               .lines = 0,
+               .every = tiles.count()};
     if (!W_.present() || in_ == 0) return s;
-    const bool passing = passes(tiles.count());
-    s.most = passing ? fetch_ahead : 4 * fetch_ahead;
     index_t lines = ranks_.lines(tiles, group_, s.most);
     // Different adapters for many tokens are much to read, more than the first-level cache holds until it is multiplied, and
     // many tiles leave time for it; widening W in that cache leaves no room.
-    s.waits = lines > most_lines_at_once && !tokens_.same_for_all() && !passing && !widens();
+    s.waits = lines > most_lines_at_once && !tokens_.same_for_all() && !s.passes && !widens();
     if (s.waits) {
       s.most = std::numeric_limits<index_t>::max();
       lines = ranks_.lines(tiles, group_, s.most);
@@ -162,7 +168,7 @@ class product {
 
   /// The ranks that are left, and the outputs.
   void complete(const tile_block& tiles, output_panel<Acc>& panel, const finish_function<Acc>& finish) const {
-    ranks_.expand(tiles, panel, tokens_.first_run(tiles.end));
+    ranks_.expand_rest(tiles, panel);
     const index_t stride = panel.count * width, first = panel.p * width;
     for (index_t t = tiles.begin; t < tiles.end; ++t)
       for (index_t i = 0; i < tokens_.rows(t); ++i)
@@ -173,13 +179,13 @@ class product {
   /// All of W for a panel; where the last one waits, its ranks between the chunks, those that were fetched during a chunk.
   void multiply_weight(const tile_block& tiles, const schedule& s, output_panel<Acc>& now, output_panel<Acc>& last,
                        Acc* chunk) const {
-    const bool waits = s.waits && last.sums != nullptr;
+    const bool has_last = s.waits && last.sums != nullptr;
     for (index_t n = 0; n < s.steps; ++n) {
       const index_t k = n * s.step, depth = std::min(s.step, in_ - k);
       if (!s.waits) ranks_.fetch(tiles, now, s.lines, s.most);
-      if (passes(tiles.count())) {
+      if (s.passes) {
         multiply_passing(tiles, now.p, now.count, k, depth, now.sums);
-      } else if (!waits) {
+      } else if (!has_last) {
         multiply_chunk(tiles, now.p, k, depth, chunk, now.sums, [](index_t) {});
       } else {
         const index_t ready = last.fetched;

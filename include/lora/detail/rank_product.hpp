@@ -19,10 +19,9 @@ template <class Acc>
 struct output_panel {
   index_t p = 0, count = 0;
   Acc* sums = nullptr;
-  index_t run = 0;      ///< the next to be multiplied
-  index_t fetched = 0;  ///< the next whose panel of lora_B is fetched, after what is left of one
-  const char* line = nullptr;
-  const char* end = nullptr;
+  index_t run = 0;                   ///< the next to be multiplied
+  index_t fetched = 0;               ///< the next whose panel of lora_B is fetched, after what is left of one
+  std::uintptr_t line = 0, end = 0;  ///< what is left, and no pointers: they may lie outside
 };
 
 template <class Acc>
@@ -76,38 +75,39 @@ class rank_product {
   /// Fetches the next lines of what the panel will read.
   void fetch(const tile_block& tiles, output_panel<Acc>& panel, index_t lines, index_t most) const {
     for (; lines > 0; --lines) {
-      if (panel.line >= panel.end) {
-        while (panel.fetched < last_fetched(tiles) && !is_fetched(tiles, panel.fetched)) ++panel.fetched;
-        if (panel.fetched >= last_fetched(tiles)) return;
-        const index_t bytes = bytes_of_B(panel.fetched);
-        panel.line = static_cast<const char*>(tokens_.part_of(tokens_.run_at(panel.fetched)).B) + panel.p * bytes;
-        panel.end = panel.line + std::min(panel.count * bytes, most);
-        ++panel.fetched;
+      while (panel.line >= panel.end) {
+        if (panel.fetched == last_fetched(tiles)) return;
+        const index_t run = panel.fetched++;
+        if (!is_fetched(tiles, run)) continue;
+        panel.line = B_at(run, panel.p);
+        panel.end = panel.line + static_cast<std::uintptr_t>(std::min(panel.count * bytes_of_B(run), most));
       }
-      prefetch(panel.line);
-      panel.line += line;
+      prefetch(reinterpret_cast<const void*>(panel.line));
+      panel.line += static_cast<std::uintptr_t>(line);
     }
   }
 
-  /// The chains of the base go on through the ranks of the runs before `end`.
+  /// The chains of the base go on through the ranks of the runs before `end`, or a few more.
   void expand(const tile_block& tiles, output_panel<Acc>& panel, index_t end) const {
-    if (tokens_.same_for_all() && panel.count == 1 && tiles.count() > 2) {
-      for (index_t q = 0; q < tokens_.parts_count(); ++q) expand_all(tiles, q, panel.p, panel.sums);
-      return;
-    }
-    const index_t stride = panel.count * width, last = tokens_.first_run(tiles.end) - 1;
-    for (index_t& r = panel.run; r < end;) {
-      const index_t tile = tokens_.run_at(r).tile;
+    const index_t stride = panel.count * width;
+    while (panel.run < end) {
+      const index_t r = panel.run, tile = tokens_.run_at(r).tile;
       const bool together = expand_together(r, tokens_.first_run(tile + 1));
       for (index_t c = 0; c < panel.count; ++c) {
         Acc* const of_panel = X_.sums_of(tiles, tile, panel.count, panel.sums) + c * width;
         if (together)
-          expand_singles(r, last, panel.p + c, of_panel, stride);
+          expand_singles(r, panel.p + c, of_panel, stride);
         else
           expand_run(tokens_.run_at(r), panel.p + c, of_panel, stride);
       }
-      r += together ? singles : 1;
+      panel.run += together ? singles : 1;
     }
+  }
+  /// Through all that are left. What all tokens have passes several tiles chunk by chunk, as W does.
+  void expand_rest(const tile_block& tiles, output_panel<Acc>& panel) const {
+    if (!tokens_.same_for_all() || panel.count != 1 || tiles.count() < 3)
+      return expand(tiles, panel, tokens_.first_run(tiles.end));
+    for (index_t q = 0; q < tokens_.parts_count(); ++q) expand_chunks(tiles, q, panel.p, panel.sums);
   }
 
  private:
@@ -127,7 +127,7 @@ class rank_product {
     const auto run_at = [&](index_t k) -> const detail::run& { return tokens_.run_by_part(k); };
     return are_singles(run_at, r, end, [&](index_t n) {
       const part<Acc>&l = tokens_.part_of(run_at(r + n)), &first = tokens_.part_of(run_at(r));
-      return l.rank <= width && l.format == first.format && only_panel(l) == only_panel(first);
+      return l.rank != 0 && l.rank <= width && l.format == first.format && only_panel(l) == only_panel(first);
     });
   }
   /// The width of the only panel of ranks.
@@ -143,10 +143,9 @@ class rank_product {
           single<Acc, F> rows[singles];
           for (index_t n = 0; n < singles; ++n) {
             const detail::run& r = tokens_.run_by_part(begin + n);
-            rows[n] = {(X_.at(tiles, r.tile, k, dots)) + r.first_row, tokens_.rows(r.tile),
-                       static_cast<const F*>(tokens_.part_of(r).A) + panel_offset<F>(0, k, panel_width), sums + n * width,
-                       0};
-            rows[n].ahead = reinterpret_cast<std::uintptr_t>(rows[n].right) + fetch_ahead;
+            const F* const right = static_cast<const F*>(tokens_.part_of(r).A) + panel_offset<F>(0, k, panel_width);
+            rows[n] = {X_.at(tiles, r.tile, k, dots) + r.first_row, tokens_.rows(r.tile), right, sums + n * width,
+                       reinterpret_cast<std::uintptr_t>(right) + static_cast<std::uintptr_t>(fetch_ahead)};
           }
           if (panel_width == width)
             multiply_singles<dots(), 2>(rows, std::min(step, in_ - k));
@@ -257,7 +256,7 @@ class rank_product {
   bool is_fetched(const tile_block& tiles, index_t r) const {
     return r == tokens_.first_run(tiles.begin) || tokens_.run_at(r).part != tokens_.run_at(r - 1).part;
   }
-  /// Of a run's adapter and one panel.
+  /// One panel of the lora_B of a run's adapter: its bytes, and where it is.
   index_t bytes_of_B(index_t run) const {
     const part<Acc>& l = tokens_.part_of(tokens_.run_at(run));
     index_t bytes = 0;
@@ -266,9 +265,13 @@ class rank_product {
     });
     return bytes;
   }
+  std::uintptr_t B_at(index_t run, index_t p) const {
+    return reinterpret_cast<std::uintptr_t>(tokens_.part_of(tokens_.run_at(run)).B) +
+           static_cast<std::uintptr_t>(p * bytes_of_B(run));
+  }
 
   /// A part of all tokens, chunk by chunk as W.
-  void expand_all(const tile_block& tiles, index_t q, index_t p, Acc* sums) const {
+  void expand_chunks(const tile_block& tiles, index_t q, index_t p, Acc* sums) const {
     const part<Acc>& l = tokens_.parts()[q];
     const index_t step = X_.chunk_of(tiles);
     with_B(l, [&]<class F>(const F* panels, auto dots) {
@@ -304,16 +307,17 @@ class rank_product {
       return apart && l.rank == first.rank && l.format == first.format && l.rounded_U == first.rounded_U;
     });
   }
-  void expand_singles(index_t begin, index_t last, index_t p, Acc* sums, index_t stride) const {
+  /// The next runs' panels are fetched meanwhile.
+  void expand_singles(index_t begin, index_t p, Acc* sums, index_t stride) const {
     const part<Acc>& l = tokens_.part_of(tokens_.run_at(begin));
     with_B(l, [&]<class F>(const F*, auto dots) {
       const index_t panel = factor_layout<Acc, F>{out_, in_, l.rank}.B_panel();
       single<Acc, F> rows[singles];
       for (index_t n = 0; n < singles; ++n) {
         const detail::run& r = tokens_.run_at(begin + n);
-        const part<Acc>& next = tokens_.part_of(tokens_.run_at(std::min(begin + n + singles, last)));
+        const index_t next = std::min(begin + n + singles, tokens_.runs() - 1);
         rows[n] = {U_ + r.U, 1, static_cast<const F*>(tokens_.part_of(r).B) + p * panel, sums + r.first_row * stride,
-                   reinterpret_cast<std::uintptr_t>(static_cast<const F*>(next.B) + p * panel)};
+                   B_at(next, p)};
       }
       multiply_singles<dots(), 2>(rows, l.rank);
     });
