@@ -8,14 +8,15 @@
 #include <cstddef>
 #include <cstdint>
 #include <functional>
-#include <limits>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <new>
+#include <utility>
 #include <vector>
 
-#include "lora/concepts.hpp"
+#include "lora/version.hpp"
 
 #if defined(__linux__)
 #include <sys/mman.h>
