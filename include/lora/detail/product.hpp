@@ -107,12 +107,12 @@ class product {
   bool widens() const { return !std::is_same_v<T, Acc> && !by_dots(); }
   /// Whether W goes from memory straight through so many tiles, each element once or twice.
   bool passes(index_t tiles) const {
-    return W_.panels != nullptr && (tiles == 1 || (tiles == 2 && depth_between_panels != 0 && !widens()));
+    return W_.panels != nullptr && (tiles == 1 || (tiles == 2 && bytes_between_panels != 0 && !widens()));
   }
   /// Where W passes, two panels of outputs together: few rows have too few chains in one, and memory reads two streams faster.
   index_t panels_together() const {
     const bool paired = tokens_.tiles() == 1 && tokens_.rows(0) <= paired_rows;
-    return passes(tokens_.tiles()) && (paired || depth_between_panels != 0) ? 2 : 1;
+    return passes(tokens_.tiles()) && (paired || bytes_between_panels != 0) ? 2 : 1;
   }
 
   /// How the panels of a block pass W, and when lora_B is fetched for them.
@@ -213,8 +213,7 @@ class product {
     const T* const next = W + panel_size<T>(depth, width);
     if (!widens() || tiles.count() < activations<Acc>::few_tiles)
       return multiply_tiles(tiles, k, depth, W, next, sums, between);
-    widen_chunk(W, depth, chunk);
-    multiply_tiles(tiles, k, depth, chunk, next, sums, between);
+    if constexpr (!std::is_same_v<T, Acc>) widen_and_multiply(tiles, k, depth, W, next, chunk, sums);
   }
 
   const T* weight_at(index_t p, index_t k) const {
@@ -237,7 +236,8 @@ class product {
                                                          ahead_of<4, Acc>(right));
         return;
       }
-      const index_t step = depth_between_panels != 0 ? depth_between_panels : depth;
+      constexpr index_t bytes_of_depth = width * static_cast<index_t>(sizeof(T));
+      const index_t step = bytes_between_panels != 0 ? bytes_between_panels / bytes_of_depth : depth;
       for (index_t d = 0; d < depth; d += step)
         for (index_t c = 0; c < count; ++c)
           for (index_t t = tiles.begin; t < tiles.end; ++t) {
@@ -250,19 +250,40 @@ class product {
     });
   }
 
-  /// All tiles by one chunk, a part of a panel or one that was widened. `next` is what the next chunk is made of, null where
-  /// that is not known. between(n) is called before tile n of them.
-  template <class R, class N, class Between>
-  void multiply_tiles(const tile_block& tiles, index_t k, index_t depth, const R* right, const N* next, Acc* sums,
+  /// All tiles by one chunk, a part of a panel. `next` is what the next chunk is made of, null where that is not known.
+  /// between(n) is called before tile n of them.
+  template <class R, class Between>
+  void multiply_tiles(const tile_block& tiles, index_t k, index_t depth, const R* right, const R* next, Acc* sums,
                       const Between& between) const {
     X_.template with_dots<R>([&](auto dots) {
       const auto rows_of_tile = [&](index_t n) {
         between(n);
-        const index_t t = tiles.begin + n, rows = tokens_.rows(t);
-        return some_rows<Acc>{static_cast<int>(rows), X_.sums_of(tiles, t, 1, sums), X_.at(tiles, t, k, dots), rows};
+        return rows_of(tiles, tiles.begin + n, k, dots, sums);
       };
-      multiply_all<Acc, 2, dots()>(tiles.count(), rows_of_tile, width, right, depth, next);
+      multiply_all<Acc, 2, dots()>(0, tiles.count(), rows_of_tile, width, right, depth, next);
     });
+  }
+  template <class Dots>
+  some_rows<Acc> rows_of(const tile_block& tiles, index_t tile, index_t k, Dots dots, Acc* sums) const {
+    const index_t rows = tokens_.rows(tile);
+    return {static_cast<int>(rows), X_.sums_of(tiles, tile, 1, sums), X_.at(tiles, tile, k, dots), rows};
+  }
+
+  /// The same where W is widened first: by the first tile on its way, if that is a full one.
+  void widen_and_multiply(const tile_block& tiles, index_t k, index_t depth, const T* W, const T* next, Acc* chunk,
+                          Acc* sums) const {
+    const auto rows_of_tile = [&](index_t n) { return rows_of(tiles, tiles.begin + n, k, std::false_type(), sums); };
+    const some_rows<Acc> first = rows_of_tile(0);
+    const bool full = first.rows == tile_rows;
+    if (full)
+      multiply_rows<true, false, tile_rows, 2, Acc, T, true>(
+          first.sums, width, first.left, first.left_stride, W, 0, depth,
+          share_of(next, panel_size<T>(depth, width) * static_cast<index_t>(sizeof(T)), 0, tiles.count(),
+                   pieces(depth, depth_group<T>)),
+          chunk);
+    else
+      widen_chunk(W, depth, chunk);
+    multiply_all<Acc, 2, false>(full ? 1 : 0, tiles.count(), rows_of_tile, width, chunk, depth, next);
   }
 
   static void widen_chunk(const T* from, index_t depth, Acc* to) {

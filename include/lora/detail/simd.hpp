@@ -166,8 +166,8 @@ struct simd<double> {
 inline constexpr int tile_rows = 8;
 /// A tile of two panels has at most so many rows: 4 x 4 accumulators, 4 of the right operand, 1 broadcast.
 inline constexpr int paired_rows = 4;
-/// Where W passes from memory through taller tiles, they take turns after so many depths of two panels; 0: they take one.
-inline constexpr int depth_between_panels = 32;
+/// Where W passes from memory through taller tiles, they take turns after so many bytes of two panels; 0: they take one.
+inline constexpr int bytes_between_panels = 4096;
 /// Bytes of a widened chunk of W that two or three tiles pass, and of the activations that may stay in the caches while all
 /// of W passes: what was best on a machine of 48 KiB, 1 MiB and 32 MiB.
 inline constexpr std::ptrdiff_t few_tiles_chunk = std::ptrdiff_t{64} << 10, block_bytes = std::ptrdiff_t{8} << 20;
@@ -257,7 +257,7 @@ struct simd<double> {
   }
 };
 /// Of 16 registers: 6 x 2 accumulators, 2 of the right operand, 1 broadcast.
-inline constexpr int tile_rows = 6, paired_rows = 2, depth_between_panels = 0;
+inline constexpr int tile_rows = 6, paired_rows = 2, bytes_between_panels = 0;
 inline constexpr std::ptrdiff_t few_tiles_chunk = std::ptrdiff_t{16} << 10, block_bytes = std::ptrdiff_t{5} << 19;
 inline constexpr std::ptrdiff_t strip_bytes = std::ptrdiff_t{256} << 10;
 inline constexpr int tiles_ahead = 16;
@@ -363,7 +363,7 @@ struct simd {
   static bits magnitude(T value) { return std::bit_cast<bits>(value) & (~bits(0) >> 1); }
 };
 /// Of 16 registers: 4 x 2 accumulators and room for the product that a machine without FMA needs.
-inline constexpr int tile_rows = 4, paired_rows = 2, depth_between_panels = 0;
+inline constexpr int tile_rows = 4, paired_rows = 2, bytes_between_panels = 0;
 inline constexpr std::ptrdiff_t few_tiles_chunk = std::ptrdiff_t{16} << 10, block_bytes = std::ptrdiff_t{5} << 19;
 inline constexpr std::ptrdiff_t strip_bytes = std::ptrdiff_t{256} << 10;
 inline constexpr int tiles_ahead = 16;

@@ -87,20 +87,31 @@ LORA_DETAIL_INLINE void read_panel(const T* right, index_t next_panel, typename 
 }
 
 /// sum[i][j] continued by `depth` steps. Vectors: 1 for a panel of half width, 2 for a panel, 4 for two neighbouring panels
-/// that are `next_panel` elements apart, of which both are fetched.
-template <bool Fetch, int Rows, int Vectors, class Acc, class T>
+/// that are `next_panel` elements apart, of which both are fetched. Keep: what was read, widened, is written to `kept`.
+template <bool Fetch, int Rows, int Vectors, class Acc, bool Keep = false, class T>
 LORA_DETAIL_INLINE void advance(typename simd<Acc>::vector (&sum)[Rows][Vectors], const Acc* left, index_t left_stride,
-                                const T* right, index_t next_panel, index_t depth, fetching fetch = {}) {
+                                const T* right, index_t next_panel, index_t depth, fetching fetch = {},
+                                [[maybe_unused]] Acc* kept = nullptr) {
+  using v = simd<Acc>;
   constexpr int group = depth_group<T>;
-  constexpr int row = (Vectors < 2 ? 1 : 2) * simd<Acc>::width;  // elements of one panel at one depth
-  typename simd<Acc>::vector values[Vectors];
+  constexpr int row = (Vectors < 2 ? 1 : 2) * v::width;  // elements of one panel at one depth
+  typename v::vector values[Vectors];
+  const auto keep = [&] {
+    if constexpr (Keep) {
+      LORA_DETAIL_UNROLL
+      for (int j = 0; j < Vectors; ++j) v::store(kept + j * v::width, values[j]);
+      kept += row;
+    }
+  };
   for (; depth >= group; depth -= group) {
     if constexpr (Fetch) fetch.template once<Vectors>(next_panel * static_cast<index_t>(sizeof(T)));
     read_panel<false, Rows, Vectors, Acc>(right, next_panel, values);
+    keep();
     advance_once<Rows, Vectors, Acc>(sum, left, values);
     if constexpr (group == 2) {
       // Read again, not kept: with the accumulators the registers would not suffice.
       read_panel<true, Rows, Vectors, Acc>(right, next_panel, values);
+      keep();
       advance_once<Rows, Vectors, Acc>(sum, left + left_stride, values);
     }
     left += group * left_stride;
@@ -109,6 +120,7 @@ LORA_DETAIL_INLINE void advance(typename simd<Acc>::vector (&sum)[Rows][Vectors]
   if constexpr (group == 2)
     if (depth != 0) {
       read_panel<false, Rows, Vectors, Acc>(right, next_panel, values);
+      keep();
       advance_once<Rows, Vectors, Acc>(sum, left, values);
     }
 }
@@ -140,9 +152,9 @@ LORA_DETAIL_INLINE void advance_by_dots(simd<float>::vector (&sum)[Rows][Vectors
 #endif
 
 /// Accumulators in memory, row i at sums + i * sums_stride, continued by `depth` steps; Dots: left holds pairs.
-template <bool Fetch, bool Dots, int Rows, int Vectors, class Acc, class T>
+template <bool Fetch, bool Dots, int Rows, int Vectors, class Acc, class T, bool Keep = false>
 void multiply_rows(Acc* sums, index_t sums_stride, const Acc* left, index_t left_stride, const T* right, index_t next_panel,
-                   index_t depth, fetching fetch = {}) {
+                   index_t depth, fetching fetch = {}, Acc* kept = nullptr) {
   using v = simd<Acc>;
   typename v::vector sum[Rows][Vectors];
   LORA_DETAIL_UNROLL
@@ -155,7 +167,7 @@ void multiply_rows(Acc* sums, index_t sums_stride, const Acc* left, index_t left
     advance_by_dots<Fetch, Rows, Vectors>(sum, left, left_stride, right, next_panel, depth, fetch);
   else
 #endif
-    advance<Fetch, Rows, Vectors, Acc>(sum, left, left_stride, right, next_panel, depth, fetch);
+    advance<Fetch, Rows, Vectors, Acc, Keep>(sum, left, left_stride, right, next_panel, depth, fetch, kept);
   LORA_DETAIL_UNROLL
   for (int i = 0; i < Rows; ++i) {
     LORA_DETAIL_UNROLL
@@ -183,17 +195,24 @@ struct some_rows {
   index_t left_stride;
 };
 
-/// Rows of several tiles, at(0) ... at(count - 1), by one chunk of a panel. Each fetches its share of the next chunk, which
-/// has as many elements.
+/// What tile n of so many fetches of the next chunk, `bytes` at `next`, in so many steps.
+template <class N>
+fetching share_of(const N* next, index_t bytes, index_t n, index_t count, index_t steps) {
+  constexpr index_t line = static_cast<index_t>(memory_alignment);
+  const index_t first = bytes * n / count / line * line;
+  return {reinterpret_cast<std::uintptr_t>(next) + static_cast<std::uintptr_t>(first), pieces(bytes, count * steps)};
+}
+
+/// Rows of several tiles, at(first) ... at(count - 1), by one chunk of a panel. Each fetches its share of the next chunk,
+/// which has as many elements.
 template <class Acc, int Vectors, bool Dots, class R, class N, class At>
-void multiply_all(index_t count, const At& at, index_t sums_stride, const R* right, index_t depth, const N* next) {
-  constexpr index_t line = static_cast<index_t>(memory_alignment), row = std::min(Vectors, 2) * simd<Acc>::width;
+void multiply_all(index_t first, index_t count, const At& at, index_t sums_stride, const R* right, index_t depth,
+                  const N* next) {
+  constexpr index_t row = std::min(Vectors, 2) * simd<Acc>::width;
   const index_t bytes = next == nullptr ? 0 : depth * row * static_cast<index_t>(sizeof(N));
-  for (index_t n = 0; n < count; ++n) {
+  for (index_t n = first; n < count; ++n) {
     const some_rows<Acc> to = at(n);
-    const index_t share = bytes * n / count / line * line;
-    const fetching fetch{reinterpret_cast<std::uintptr_t>(next) + static_cast<std::uintptr_t>(share),
-                         pieces(bytes, count * pieces(depth, depth_group<R>))};
+    const fetching fetch = share_of(next, bytes, n, count, pieces(depth, depth_group<R>));
     if (bytes != 0)
       multiply<true, Vectors, Acc, R, tile_rows, Dots>(to.rows, to.sums, sums_stride, to.left, to.left_stride, right, 0,
                                                        depth, fetch);
