@@ -53,7 +53,8 @@ struct tile_block {
   index_t count() const { return end - begin; }
 };
 
-template <class Acc>
+/// Dots: whether there may be pairs (what can never be is not compiled).
+template <class Acc, bool Dots>
 class activations {
  public:
   static constexpr index_t width = tile_cols<Acc>;
@@ -94,7 +95,7 @@ class activations {
   /// call(whether a panel of R is multiplied by dot products), known when it is compiled.
   template <class R, class Call>
   void with_dots(const Call& call) const {
-    if constexpr (has_dots<Acc, R>)
+    if constexpr (Dots && has_dots<Acc, R>)
       if (dots_) return call(std::true_type());
     call(std::false_type());
   }
@@ -107,8 +108,8 @@ class activations {
     return tokens_.first(tiles.end - 1) + tokens_.rows(tiles.end - 1) - tokens_.first(tiles.begin);
   }
   /// Where a tile's activations from depth k on begin, k a multiple of their chunk (with one tile: any, with pairs even).
-  template <class Dots>
-  const Acc* at(const tile_block& tiles, index_t tile, index_t k, Dots dots) const {
+  template <class ByDots>
+  const Acc* at(const tile_block& tiles, index_t tile, index_t k, ByDots dots) const {
     return dots() ? in_chunk(pairs_, tiles, tile, k, 2) : in_chunk(X_, tiles, tile, k, 1);
   }
   /// The same for sums of so many panels of outputs, which lie tile by tile.

@@ -64,8 +64,8 @@ class product {
     ranks_.claim(l);
     // Sums of two panels and a chunk of W for each thread; a page apart, because a processor fetches on from what one thread
     // reads into the next one's, and takes the lines from where they are written.
-    per_thread_ =
-        std::max(2 * tokens_.most_rows_in_block() * width, rank_product<Acc>::sums_of_shrink) + most_depth * width + apart;
+    per_thread_ = std::max(2 * tokens_.most_rows_in_block() * width, rank_product<Acc, may_dot>::sums_of_shrink) +
+                  most_depth * width + apart;
     thread_place_ = l.take<Acc>(threads_ * per_thread_);
   }
 
@@ -85,7 +85,8 @@ class product {
   }
 
  private:
-  static constexpr index_t width = tile_cols<Acc>, most_depth = activations<Acc>::most_depth;
+  static constexpr bool may_dot = has_dots<Acc, T>;
+  static constexpr index_t width = tile_cols<Acc>, most_depth = activations<Acc, may_dot>::most_depth;
   static constexpr index_t most_lines_at_once = 512;
   static constexpr index_t apart = 4096 / static_cast<index_t>(sizeof(Acc));
 
@@ -97,12 +98,7 @@ class product {
     return (base + static_cast<double>(out_ + in_) * ranks) * static_cast<double>(tokens_.tokens());
   }
 
-  bool by_dots() const {
-    if constexpr (has_dots<Acc, T>)
-      return W_.dots;
-    else
-      return false;
-  }
+  bool by_dots() const { return may_dot && W_.dots; }
   /// Whether T must be widened before it is multiplied.
   bool widens() const { return !std::is_same_v<T, Acc> && !by_dots(); }
   /// Whether W goes from memory straight through so many tiles, each element once or twice.
@@ -207,11 +203,11 @@ class product {
     if (W_.panels == nullptr) {
       T* const packed = reinterpret_cast<T*>(chunk);
       W_.pack(p, k, depth, packed);
-      return multiply_tiles(tiles, k, depth, packed, static_cast<const T*>(nullptr), sums, between);
+      return multiply_tiles(tiles, k, depth, packed, packed, sums, between);
     }
     const T* const W = weight_at(p, k);
     const T* const next = W + panel_size<T>(depth, width);
-    if (!widens() || tiles.count() < activations<Acc>::few_tiles)
+    if (!widens() || tiles.count() < activations<Acc, may_dot>::few_tiles)
       return multiply_tiles(tiles, k, depth, W, next, sums, between);
     if constexpr (!std::is_same_v<T, Acc>) widen_and_multiply(tiles, k, depth, W, next, chunk, sums);
   }
@@ -250,7 +246,7 @@ class product {
     });
   }
 
-  /// All tiles by one chunk, a part of a panel. `next` is what the next chunk is made of, null where that is not known.
+  /// All tiles by one chunk, a part of a panel. `next` is what the next chunk is made of.
   /// between(n) is called before tile n of them.
   template <class R, class Between>
   void multiply_tiles(const tile_block& tiles, index_t k, index_t depth, const R* right, const R* next, Acc* sums,
@@ -263,8 +259,8 @@ class product {
       multiply_all<Acc, 2, dots()>(0, tiles.count(), rows_of_tile, width, right, depth, next);
     });
   }
-  template <class Dots>
-  some_rows<Acc> rows_of(const tile_block& tiles, index_t tile, index_t k, Dots dots, Acc* sums) const {
+  template <class ByDots>
+  some_rows<Acc> rows_of(const tile_block& tiles, index_t tile, index_t k, ByDots dots, Acc* sums) const {
     const index_t rows = tokens_.rows(tile);
     return {static_cast<int>(rows), X_.sums_of(tiles, tile, 1, sums), X_.at(tiles, tile, k, dots), rows};
   }
@@ -304,8 +300,8 @@ class product {
   const plan<Acc>& tokens_;
   int threads_;
   index_t group_;  ///< panels of outputs that pass together (see panels_together)
-  activations<Acc> X_;
-  rank_product<Acc> ranks_;
+  activations<Acc, may_dot> X_;
+  rank_product<Acc, may_dot> ranks_;
   index_t per_thread_ = 0;
   layout::place<Acc> thread_place_;
 };

@@ -24,14 +24,14 @@ struct output_panel {
   std::uintptr_t line = 0, end = 0;  ///< what is left, and no pointers: they may lie outside
 };
 
-template <class Acc>
+template <class Acc, bool Dots>
 class rank_product {
  public:
   static constexpr index_t width = tile_cols<Acc>;
   /// Runs that pass one chunk of lora_A together, at most, and the sums that shrink needs.
   static constexpr index_t most_runs = 16, sums_of_shrink = most_runs * tile_rows * width;
 
-  rank_product(index_t out_features, index_t in_features, const plan<Acc>& tokens, const activations<Acc>& inputs,
+  rank_product(index_t out_features, index_t in_features, const plan<Acc>& tokens, const activations<Acc, Dots>& inputs,
                int threads)
       : out_(out_features), in_(in_features), tokens_(tokens), X_(inputs), threads_(threads) {}
 
@@ -285,7 +285,7 @@ class rank_product {
           return some_rows<Acc>{static_cast<int>(r.rows), X_.sums_of(tiles, t, 1, sums),
                                 U_ + r.U + (dots() ? k / 2 : k) * r.rows, r.rows};
         };
-        const F* const next = k + step < l.rank ? right + panel_size<F>(depth, width) : nullptr;
+        const F* const next = k + step < l.rank ? right + panel_size<F>(depth, width) : right;
         multiply_all<Acc, 2, dots()>(0, tiles.count(), rows_of_run, width, right, depth, next);
       }
     });
@@ -335,7 +335,7 @@ class rank_product {
 
   index_t out_, in_;
   const plan<Acc>& tokens_;
-  const activations<Acc>& X_;
+  const activations<Acc, Dots>& X_;
   int threads_;
   layout::place<Acc> U_place_;
   Acc* U_ = nullptr;

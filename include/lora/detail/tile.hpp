@@ -204,21 +204,17 @@ fetching share_of(const N* next, index_t bytes, index_t n, index_t count, index_
 }
 
 /// Rows of several tiles, at(first) ... at(count - 1), by one chunk of a panel. Each fetches its share of the next chunk,
-/// which has as many elements.
+/// which has as many elements; where that is not known, of this one, which is near anyhow.
 template <class Acc, int Vectors, bool Dots, class R, class N, class At>
 void multiply_all(index_t first, index_t count, const At& at, index_t sums_stride, const R* right, index_t depth,
                   const N* next) {
   constexpr index_t row = std::min(Vectors, 2) * simd<Acc>::width;
-  const index_t bytes = next == nullptr ? 0 : depth * row * static_cast<index_t>(sizeof(N));
   for (index_t n = first; n < count; ++n) {
     const some_rows<Acc> to = at(n);
-    const fetching fetch = share_of(next, bytes, n, count, pieces(depth, depth_group<R>));
-    if (bytes != 0)
-      multiply<true, Vectors, Acc, R, tile_rows, Dots>(to.rows, to.sums, sums_stride, to.left, to.left_stride, right, 0,
-                                                       depth, fetch);
-    else
-      multiply<false, Vectors, Acc, R, tile_rows, Dots>(to.rows, to.sums, sums_stride, to.left, to.left_stride, right, 0,
-                                                        depth);
+    const fetching fetch =
+        share_of(next, depth * row * static_cast<index_t>(sizeof(N)), n, count, pieces(depth, depth_group<R>));
+    multiply<true, Vectors, Acc, R, tile_rows, Dots>(to.rows, to.sums, sums_stride, to.left, to.left_stride, right, 0, depth,
+                                                     fetch);
   }
 }
 
