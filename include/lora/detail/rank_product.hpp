@@ -307,17 +307,20 @@ class rank_product {
       return apart && l.rank == first.rank && l.format == first.format && l.rounded_U == first.rounded_U;
     });
   }
-  /// The next runs' panels are fetched meanwhile.
+  /// The next runs' panels are fetched meanwhile, if they are alike; else these, which are near.
   void expand_singles(index_t begin, index_t p, Acc* sums, index_t stride) const {
     const part<Acc>& l = tokens_.part_of(tokens_.run_at(begin));
     with_B(l, [&]<class F>(const F*, auto dots) {
       const index_t panel = factor_layout<Acc, F>{out_, in_, l.rank}.B_panel();
+      const index_t bytes = p * panel * static_cast<index_t>(sizeof(F));
       single<Acc, F> rows[singles];
       for (index_t n = 0; n < singles; ++n) {
         const detail::run& r = tokens_.run_at(begin + n);
-        const index_t next = std::min(begin + n + singles, tokens_.runs() - 1);
-        rows[n] = {U_ + r.U, 1, static_cast<const F*>(tokens_.part_of(r).B) + p * panel, sums + r.first_row * stride,
-                   B_at(next, p)};
+        const part<Acc>& one = tokens_.part_of(r);
+        const part<Acc>& next = tokens_.part_of(tokens_.run_at(std::min(begin + n + singles, tokens_.runs() - 1)));
+        const bool alike = next.rank == l.rank && next.format == l.format;
+        rows[n] = {U_ + r.U, 1, static_cast<const F*>(one.B) + p * panel, sums + r.first_row * stride,
+                   reinterpret_cast<std::uintptr_t>(alike ? next.B : one.B) + static_cast<std::uintptr_t>(bytes)};
       }
       multiply_singles<dots(), 2>(rows, l.rank);
     });
