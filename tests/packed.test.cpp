@@ -128,6 +128,30 @@ TEST_CASE("products from panels have the bits of products from matrices", "[pack
   SECTION("bfloat16 panels in a sum of doubles") { check_products<lora::bfloat16, lora::float16, double>(1008); }
 }
 
+TEMPLATE_TEST_CASE("chunks of W, widened or not, and turns of two panels change no bit", "[packed]",
+                   (std::pair<float, float>), (std::pair<double, double>), (std::pair<lora::bfloat16, float>),
+                   (std::pair<lora::float16, float>), (std::pair<lora::bfloat16, lora::bfloat16>)) {
+  using T = typename TestType::first_type;
+  using X = typename TestType::second_type;
+  test::random g(1021);
+  CAPTURE(g.seed());
+  lora::workspace space;
+  // Around the depths of a chunk and of a turn, and around full and uneven tiles, few and many.
+  for (const index_t in : {1, 63, 65, 127, 128, 129, 255, 257, 515, 901}) {
+    const index_t out = 70, most = 140;
+    const lora::packed_weight<T> W{g.reals<T>(out, in, 1)};
+    const test::col_matrix<X> x = g.reals<X>(in, most, 1);
+    test::col_matrix<X> alone(out, most);
+    for (index_t t = 0; t < most; ++t) lora::forward(space, W, x.col(t), alone.col(t));
+    for (const index_t tokens : {2, 3, 5, 8, 9, 16, 25, 31, 32, 60, 64, 140}) {
+      CAPTURE(in, tokens);
+      test::col_matrix<X> y(out, tokens);
+      lora::forward(space, W, x.leftCols(tokens), y);
+      CHECK(same_bits(y, test::col_matrix<X>(alone.leftCols(tokens))));
+    }
+  }
+}
+
 TEMPLATE_TEST_CASE("merging panels has the bits of merging the matrix, and of its definition", "[packed]",
                    (formats<float, float>), (formats<double, float>), (formats<lora::float16, float>),
                    (formats<lora::bfloat16, float>), (formats<lora::bfloat16, lora::bfloat16>),

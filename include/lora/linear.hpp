@@ -82,7 +82,7 @@ struct attachment {
 /// Memory, in weights: 1 while nothing is merged and 2 while something is, the pristine copy and the merged weight. Given a
 /// reload function it holds 1 in every state and 2 while a call changes what is merged. An adapter is kept twice, as it
 /// came and in panels of the same format (double for a double layer), ranks and outputs padded to them. Blocks of 2 MiB
-/// and more take whole huge pages of 2 MiB, smaller ones share them (packed_adapter.hpp).
+/// and more take whole huge pages of 2 MiB, those from 16 KiB on share them (see packed_adapter).
 ///
 /// Every call that throws has changed nothing. Const calls may run at the same time; others need the object to themselves.
 template <scalar T>

@@ -23,9 +23,8 @@ enum class U_format { accumulator, factors };
 
 /// Owns the panels of lora_A and lora_B as F: float, double, or a 16-bit format. Their bytes are what mixing reads:
 /// rank * (in_features + out_features) * sizeof(F), and padding. Immutable; the original factors cannot be read back from
-/// it, so it does not merge. On Linux adapters of
-/// 16 KiB to 2 MiB lie side by side in huge pages, 16 MiB of them at a time, which are freed when no adapter is left in
-/// them: 64 adapters in 64 tokens then take 15 % over the base, and 20 % in pages of 4 KiB.
+/// it, so it does not merge. Of 2 MiB and more they lie in huge pages of their own; on Linux those of 16 KiB to 2 MiB share
+/// huge pages with their neighbours, in chunks of 16 MiB that are freed when they are empty, but for one.
 template <scalar F>
   requires std::is_same_v<F, detail::storage_t<F>>
 class packed_adapter {

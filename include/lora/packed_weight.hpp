@@ -29,8 +29,8 @@ namespace lora::inline LORA_DETAIL_ABI {
 
 /// Owns out_features x in_features elements T (float, double, float16, bfloat16). Stored in panels of as many outputs as a
 /// register tile has columns (16 floats with AVX2, 32 with AVX-512), the last one padded with zeros; bfloat16 in pairs of
-/// in_features. A weight of 2 MiB or more has huge pages of its own, a smaller one shares them. Copying it copies the weight.
-/// The layout depends on the instruction set and is not a file format.
+/// in_features. Huge pages as for a packed_adapter. Copying it copies the weight. The layout depends on the instruction set and
+/// is not a file format.
 template <scalar T>
   requires std::is_same_v<T, detail::storage_t<T>>
 class packed_weight {

@@ -52,8 +52,8 @@ inline void advise_huge_pages(void* p, std::size_t bytes) {
 }
 
 /// Blocks that are smaller than a huge page, as most adapters are, side by side in chunks of huge pages. What is given back is
-/// used again, and a chunk without blocks is freed unless it is the last. malloc would do the same in small pages: it maps
-/// what is larger than 128 KiB by itself.
+/// used again, and chunks without blocks are freed but for one. (malloc gives no huge pages: glibc maps blocks from 128 KiB on
+/// one by one, or grows its heap bit by bit.)
 class shared_huge_pages {
  public:
   static constexpr std::size_t chunk_bytes = 8 * huge_page;
@@ -85,7 +85,9 @@ class shared_huge_pages {
     const std::lock_guard lock(mutex_);
     const auto place = std::prev(chunks_.upper_bound(block));
     place->second.give_back({static_cast<std::size_t>(block - place->first), rounded(bytes)});
-    if (place->second.blocks == 0 && chunks_.size() > 1) chunks_.erase(place);
+    if (place->second.blocks != 0) return;
+    const auto empty = [](const auto& c) { return c.second.blocks == 0; };
+    if (std::count_if(chunks_.begin(), chunks_.end(), empty) > 1) chunks_.erase(place);
   }
 
  private:

@@ -5,7 +5,6 @@
 #pragma once
 
 #include <cstddef>
-#include <cstdint>
 #include <cstring>
 #include <exception>
 #include <limits>
@@ -35,8 +34,8 @@ class array {
     if (size < 0 || size > most) no_such_size();
     const std::size_t bytes = static_cast<std::size_t>(size) * sizeof(T);
     if (shares_huge_pages && lives == lifetime::model && bytes >= shared_huge_pages::smallest && bytes < huge_page) {
-      std::byte* const block = shared_huge_pages::all().take(bytes);
-      data_ = owner(reinterpret_cast<T*>(block), free_memory{std::align_val_t{memory_alignment}, bytes});
+      shared_huge_pages& from = shared_huge_pages::all();
+      data_ = owner(reinterpret_cast<T*>(from.take(bytes)), free_memory{.from = &from, .bytes = bytes});
     } else if (bytes >= huge_page / 2) {  // whole huge pages, at most one more than needed
       const std::size_t whole = (bytes + huge_page - 1) / huge_page * huge_page;
       data_ = allocated(whole, std::align_val_t{huge_page});
@@ -45,7 +44,8 @@ class array {
       data_ = allocated(bytes, std::align_val_t{memory_alignment});
     }
   }
-  array(const array& other) : array(other.size_, other.data_.get_deleter().shared != 0 ? lifetime::model : lifetime::call) {
+  array(const array& other)
+      : array(other.size_, other.data_.get_deleter().from != nullptr ? lifetime::model : lifetime::call) {
     if (size_ != 0) std::memcpy(data(), other.data(), static_cast<std::size_t>(size_) * sizeof(T));
   }
   array& operator=(const array& other) {
@@ -72,19 +72,21 @@ class array {
     std::terminate();
 #endif
   }
+  /// Of the memory itself, or of a block of the shared pages that it was taken from (each shared library may have some).
   struct free_memory {
     std::align_val_t alignment{memory_alignment};
-    std::size_t shared = 0;  ///< bytes, if it is a block of shared pages
+    shared_huge_pages* from = nullptr;
+    std::size_t bytes = 0;
     void operator()(T* p) const {
-      if (shared != 0)
-        shared_huge_pages::all().give_back(reinterpret_cast<std::byte*>(p), shared);
+      if (from != nullptr)
+        from->give_back(reinterpret_cast<std::byte*>(p), bytes);
       else
         ::operator delete(p, alignment);
     }
   };
   using owner = std::unique_ptr<T, free_memory>;
   static owner allocated(std::size_t bytes, std::align_val_t alignment) {
-    return owner(static_cast<T*>(::operator new(bytes, alignment)), free_memory{alignment});
+    return owner(static_cast<T*>(::operator new(bytes, alignment)), free_memory{.alignment = alignment});
   }
 
   index_t size_ = 0;

@@ -87,8 +87,10 @@ class product {
  private:
   static constexpr bool may_dot = has_dots<Acc, T>;
   static constexpr index_t width = tile_cols<Acc>, most_depth = activations<Acc, may_dot>::most_depth;
+  /// Lines of lora_B that the first-level cache holds beside W and activations (32 of its 48 KiB, where that was measured).
   static constexpr index_t most_lines_at_once = 512;
   static constexpr index_t apart = 4096 / static_cast<index_t>(sizeof(Acc));
+  static_assert(depth_of_one_tile <= most_depth && sizeof(T) <= sizeof(Acc));  // what is packed lies in place of a chunk
 
   index_t panels() const { return pieces(out_, width); }
   double work() const {
@@ -209,6 +211,7 @@ class product {
     const T* const next = W + panel_size<T>(depth, width);
     if (!widens() || tiles.count() < activations<Acc, may_dot>::few_tiles)
       return multiply_tiles(tiles, k, depth, W, next, sums, between);
+    // No panel waits here (see schedule_of), so there is nothing to do between the tiles.
     if constexpr (!std::is_same_v<T, Acc>) widen_and_multiply(tiles, k, depth, W, next, chunk, sums);
   }
 
@@ -233,6 +236,7 @@ class product {
         return;
       }
       constexpr index_t bytes_of_depth = width * static_cast<index_t>(sizeof(T));
+      static_assert(bytes_between_panels % (bytes_of_depth * depth_group<T>) == 0);
       const index_t step = bytes_between_panels != 0 ? bytes_between_panels / bytes_of_depth : depth;
       for (index_t d = 0; d < depth; d += step)
         for (index_t c = 0; c < count; ++c)
@@ -248,10 +252,10 @@ class product {
 
   /// All tiles by one chunk, a part of a panel. `next` is what the next chunk is made of.
   /// between(n) is called before tile n of them.
-  template <class R, class Between>
-  void multiply_tiles(const tile_block& tiles, index_t k, index_t depth, const R* right, const R* next, Acc* sums,
+  template <class Between>
+  void multiply_tiles(const tile_block& tiles, index_t k, index_t depth, const T* right, const T* next, Acc* sums,
                       const Between& between) const {
-    X_.template with_dots<R>([&](auto dots) {
+    X_.template with_dots<T>([&](auto dots) {
       const auto rows_of_tile = [&](index_t n) {
         between(n);
         return rows_of(tiles, tiles.begin + n, k, dots, sums);
@@ -290,7 +294,8 @@ class product {
           simd<Acc>::store(to + k * width + j * simd<Acc>::width, simd<Acc>::load_even(pairs));
           if (k + 1 < depth) simd<Acc>::store(to + (k + 1) * width + j * simd<Acc>::width, simd<Acc>::load_odd(pairs));
         }
-    } else if constexpr (std::is_same_v<T, float16> && std::is_same_v<Acc, float>) {
+    } else {
+      static_assert(std::is_same_v<T, float16> && std::is_same_v<Acc, float>);
       for (index_t e = 0; e < depth * width; e += simd<Acc>::width) simd<Acc>::store(to + e, simd<Acc>::load_half(from + e));
     }
   }

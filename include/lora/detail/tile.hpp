@@ -92,6 +92,7 @@ template <bool Fetch, int Rows, int Vectors, class Acc, bool Keep = false, class
 LORA_DETAIL_INLINE void advance(typename simd<Acc>::vector (&sum)[Rows][Vectors], const Acc* left, index_t left_stride,
                                 const T* right, index_t next_panel, index_t depth, fetching fetch = {},
                                 [[maybe_unused]] Acc* kept = nullptr) {
+  static_assert(!Keep || Vectors <= 2);
   using v = simd<Acc>;
   constexpr int group = depth_group<T>;
   constexpr int row = (Vectors < 2 ? 1 : 2) * v::width;  // elements of one panel at one depth
@@ -109,7 +110,7 @@ LORA_DETAIL_INLINE void advance(typename simd<Acc>::vector (&sum)[Rows][Vectors]
     keep();
     advance_once<Rows, Vectors, Acc>(sum, left, values);
     if constexpr (group == 2) {
-      // Read again, not kept: with the accumulators the registers would not suffice.
+      // Read again instead of held: with the accumulators the registers would not suffice.
       read_panel<true, Rows, Vectors, Acc>(right, next_panel, values);
       keep();
       advance_once<Rows, Vectors, Acc>(sum, left + left_stride, values);
@@ -155,6 +156,7 @@ LORA_DETAIL_INLINE void advance_by_dots(simd<float>::vector (&sum)[Rows][Vectors
 template <bool Fetch, bool Dots, int Rows, int Vectors, class Acc, class T, bool Keep = false>
 void multiply_rows(Acc* sums, index_t sums_stride, const Acc* left, index_t left_stride, const T* right, index_t next_panel,
                    index_t depth, fetching fetch = {}, Acc* kept = nullptr) {
+  static_assert(!Keep || !Dots);
   using v = simd<Acc>;
   typename v::vector sum[Rows][Vectors];
   LORA_DETAIL_UNROLL
