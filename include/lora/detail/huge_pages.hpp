@@ -26,6 +26,7 @@ namespace lora::inline LORA_DETAIL_ABI::detail {
 
 inline constexpr std::size_t memory_alignment = 64;
 inline constexpr std::size_t huge_page = std::size_t{2} << 20;
+constexpr std::size_t rounded_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
 
 /// Whether small blocks share huge pages. Not under AddressSanitizer, which then would not see where a block ends.
 #if !defined(__linux__) || defined(__SANITIZE_ADDRESS__)
@@ -70,12 +71,12 @@ class shared_huge_pages {
   std::byte* take(std::size_t bytes) {
     const std::lock_guard lock(mutex_);
     for (auto& [begin, c] : chunks_)
-      if (std::byte* const block = c.take(rounded(bytes))) return block;
+      if (std::byte* const block = c.take(rounded_up(bytes, memory_alignment))) return block;
     chunk added;
     added.memory.reset(static_cast<std::byte*>(::operator new(chunk_bytes, std::align_val_t{huge_page})));
     advise_huge_pages(added.memory.get(), chunk_bytes);
     added.free.push_back({0, chunk_bytes});
-    std::byte* const block = added.take(rounded(bytes));
+    std::byte* const block = added.take(rounded_up(bytes, memory_alignment));
     std::byte* const begin = added.memory.get();
     chunks_.emplace(begin, std::move(added));
     return block;
@@ -84,7 +85,7 @@ class shared_huge_pages {
   void give_back(std::byte* block, std::size_t bytes) noexcept {
     const std::lock_guard lock(mutex_);
     const auto place = std::prev(chunks_.upper_bound(block));
-    place->second.give_back({static_cast<std::size_t>(block - place->first), rounded(bytes)});
+    place->second.give_back({static_cast<std::size_t>(block - place->first), rounded_up(bytes, memory_alignment)});
     if (place->second.blocks != 0) return;
     const auto empty = [](const auto& c) { return c.second.blocks == 0; };
     if (std::count_if(chunks_.begin(), chunks_.end(), empty) > 1) chunks_.erase(place);
@@ -135,10 +136,6 @@ class shared_huge_pages {
       --blocks;
     }
   };
-  static std::size_t rounded(std::size_t bytes) {
-    return (bytes + memory_alignment - 1) / memory_alignment * memory_alignment;
-  }
-
   std::mutex mutex_;
   std::map<std::byte*, chunk, std::less<>> chunks_;
 };

@@ -37,7 +37,7 @@ class array {
       shared_huge_pages& from = shared_huge_pages::all();
       data_ = owner(reinterpret_cast<T*>(from.take(bytes)), free_memory{.from = &from, .bytes = bytes});
     } else if (bytes >= huge_page / 2) {  // whole huge pages, at most one more than needed
-      const std::size_t whole = (bytes + huge_page - 1) / huge_page * huge_page;
+      const std::size_t whole = rounded_up(bytes, huge_page);
       data_ = allocated(whole, std::align_val_t{huge_page});
       advise_huge_pages(data_.get(), whole);
     } else {
@@ -112,7 +112,7 @@ class layout {
   place<T> take(index_t count) {
     const std::size_t offset = size_;
     const std::size_t bytes = static_cast<std::size_t>(count) * sizeof(T);
-    size_ += (bytes + memory_alignment - 1) / memory_alignment * memory_alignment;
+    size_ += rounded_up(bytes, memory_alignment);
     return place<T>(offset);
   }
   std::size_t size() const { return size_; }
