@@ -81,8 +81,8 @@ class limits_probe {
  private:
   using v = simd<float>;
   static constexpr bool dots = has_dots<float, bfloat16>;
-  /// Chains that run at the same time: two units with a latency of 4 to 6 need 12, which leave room in 16 registers.
-  static constexpr int chains = 12;
+  /// Chains that run at the same time: two units with a latency of 4 to 6 need 12 or a few more, as a tile has with AVX-512.
+  static constexpr int chains = std::max(12, 2 * tile_rows);
   static constexpr index_t step = index_t{8} * v::width;
   static constexpr int chunk = 20'000;
   static constexpr double fma_flops = 2.0 * chains * v::width;

@@ -116,6 +116,16 @@ class activations {
   Acc* sums_of(const tile_block& tiles, index_t tile, index_t panels, Acc* sums) const {
     return sums + (tokens_.first(tile) - tokens_.first(tiles.begin)) * width * panels;
   }
+  /// at(n): tile n of the block, its activations from depth k on to the end of their chunk, and its sums of one panel. Every
+  /// tile of every chunk is asked for, so that a look-up for each would be seen.
+  template <class ByDots>
+  auto rows_by_tile(const tile_block& tiles, index_t k, ByDots dots, Acc* sums) const {
+    return [this, first_tile = tiles.begin, first = tokens_.first(tiles.begin), left = at(tiles, tiles.begin, k, dots),
+            steps = pieces(std::min(chunk_of(tiles), in_ - k), dots() ? 2 : 1), sums](index_t n) {
+      const index_t rows = tokens_.rows(first_tile + n), before = tokens_.first(first_tile + n) - first;
+      return some_rows<Acc>{static_cast<int>(rows), sums + before * width, left + before * steps, rows};
+    };
+  }
 
  private:
   Acc* in_chunk(Acc* from, const tile_block& tiles, index_t tile, index_t k, index_t group) const {

@@ -51,6 +51,8 @@ class plan {
         tiles_in_block_(tiles_of(in_features)),
         who_(who),
         tiles_(pieces(tokens, tile_rows)),
+        each_(tokens / std::max<index_t>(1, tiles_)),
+        more_(tokens % std::max<index_t>(1, tiles_)),
         rank_of_token_(rank_of_token),
         assignments_(who.same_for_all() ? tokens * who.parts : who.begin[tokens]),
         run_capacity_(who.same_for_all() ? tiles_ * who.parts : assignments_) {}
@@ -98,11 +100,8 @@ class plan {
   /// Tiles whose activations are held at once: a block.
   index_t tiles_in_block() const { return tiles_in_block_; }
   /// Tokens are spread evenly: 8 are 4 + 4, not 6 + 2.
-  index_t first(index_t tile) const {
-    const index_t each = tokens_ / tiles_, more = tokens_ % tiles_;
-    return tile * each + std::min(tile, more);
-  }
-  index_t rows(index_t tile) const { return tokens_ / tiles_ + (tile < tokens_ % tiles_ ? 1 : 0); }
+  index_t first(index_t tile) const { return tile * each_ + std::min(tile, more_); }
+  index_t rows(index_t tile) const { return each_ + (tile < more_ ? 1 : 0); }
   index_t token(index_t place) const { return order_ == nullptr ? place : order_[place]; }
   index_t most_rows_in_block() const { return std::min(tokens_, tiles_in_block_ * tile_rows); }
   index_t most_U_in_block() const { return most_rows_in_block() * rank_of_token_; }
@@ -142,7 +141,9 @@ class plan {
 
   index_t tokens_, tiles_in_block_;
   token_parts who_;
-  index_t tiles_, rank_of_token_, assignments_, run_capacity_;
+  index_t tiles_;
+  index_t each_, more_;  ///< tokens of a tile, and how many tiles have one more: kept, because a division takes long
+  index_t rank_of_token_, assignments_, run_capacity_;
   const part<Acc>* parts_ = nullptr;
   layout::place<index_t> order_place_, by_part_place_, first_run_place_;
   layout::place<run> runs_place_;

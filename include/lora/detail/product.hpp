@@ -256,34 +256,29 @@ class product {
   void multiply_tiles(const tile_block& tiles, index_t k, index_t depth, const T* right, const T* next, Acc* sums,
                       const Between& between) const {
     X_.template with_dots<T>([&](auto dots) {
-      const auto rows_of_tile = [&](index_t n) {
+      const auto at = [&, rows_of_tile = X_.rows_by_tile(tiles, k, dots, sums)](index_t n) {
         between(n);
-        return rows_of(tiles, tiles.begin + n, k, dots, sums);
+        return rows_of_tile(n);
       };
-      multiply_all<Acc, 2, dots()>(0, tiles.count(), rows_of_tile, width, right, depth, next);
+      multiply_all<Acc, 2, dots()>(0, tiles.count(), at, right, depth, next);
     });
-  }
-  template <class ByDots>
-  some_rows<Acc> rows_of(const tile_block& tiles, index_t tile, index_t k, ByDots dots, Acc* sums) const {
-    const index_t rows = tokens_.rows(tile);
-    return {static_cast<int>(rows), X_.sums_of(tiles, tile, 1, sums), X_.at(tiles, tile, k, dots), rows};
   }
 
   /// The same where W is widened first: by the first tile on its way, if that is a full one.
   void widen_and_multiply(const tile_block& tiles, index_t k, index_t depth, const T* W, const T* next, Acc* chunk,
                           Acc* sums) const {
-    const auto rows_of_tile = [&](index_t n) { return rows_of(tiles, tiles.begin + n, k, std::false_type(), sums); };
+    const auto rows_of_tile = X_.rows_by_tile(tiles, k, std::false_type(), sums);
     const some_rows<Acc> first = rows_of_tile(0);
     const bool full = first.rows == tile_rows;
     if (full)
       multiply_rows<true, false, tile_rows, 2, Acc, T, true>(
           first.sums, width, first.left, first.left_stride, W, 0, depth,
-          share_of(next, panel_size<T>(depth, width) * static_cast<index_t>(sizeof(T)), 0, tiles.count(),
-                   pieces(depth, depth_group<T>)),
+          first_share(next, panel_size<T>(depth, width) * static_cast<index_t>(sizeof(T)), tiles.count(),
+                      pieces(depth, depth_group<T>)),
           chunk);
     else
       widen_chunk(W, depth, chunk);
-    multiply_all<Acc, 2, false>(full ? 1 : 0, tiles.count(), rows_of_tile, width, chunk, depth, next);
+    multiply_all<Acc, 2, false>(full ? 1 : 0, tiles.count(), rows_of_tile, chunk, depth, next);
   }
 
   static void widen_chunk(const T* from, index_t depth, Acc* to) {

@@ -203,7 +203,7 @@ class rank_product {
         };
         if constexpr (Vectors != 4)
           if (end - begin > 2) {
-            multiply_all<Acc, Vectors, dots()>(0, end - begin, rows_of_run, sums_stride, right, depth,
+            multiply_all<Acc, Vectors, dots()>(0, end - begin, rows_of_run, right, depth,
                                                right + panel_size<F>(depth, panel_width));
             continue;
           }
@@ -286,7 +286,7 @@ class rank_product {
                                 U_ + r.U + (dots() ? k / 2 : k) * r.rows, r.rows};
         };
         const F* const next = k + step < l.rank ? right + panel_size<F>(depth, width) : right;
-        multiply_all<Acc, 2, dots()>(0, tiles.count(), rows_of_run, width, right, depth, next);
+        multiply_all<Acc, 2, dots()>(0, tiles.count(), rows_of_run, right, depth, next);
       }
     });
   }

@@ -152,9 +152,14 @@ LORA_DETAIL_INLINE void advance_by_dots(simd<float>::vector (&sum)[Rows][Vectors
 }
 #endif
 
-/// Accumulators in memory, row i at sums + i * sums_stride, continued by `depth` steps; Dots: left holds pairs.
-template <bool Fetch, bool Dots, int Rows, int Vectors, class Acc, class T, bool Keep = false>
-void multiply_rows(Acc* sums, index_t sums_stride, const Acc* left, index_t left_stride, const T* right, index_t next_panel,
+/// A stride that is known when it is compiled.
+template <index_t Stride>
+using fixed = std::integral_constant<index_t, Stride>;
+
+/// Accumulators in memory, row i at sums + i * sums_stride, continued by `depth` steps; Dots: left holds pairs. A stride is an
+/// index_t or a `fixed` one.
+template <bool Fetch, bool Dots, int Rows, int Vectors, class Acc, class T, bool Keep = false, class S, class L>
+void multiply_rows(Acc* sums, S sums_stride, const Acc* left, L left_stride, const T* right, index_t next_panel,
                    index_t depth, fetching fetch = {}, Acc* kept = nullptr) {
   static_assert(!Keep || !Dots);
   using v = simd<Acc>;
@@ -188,7 +193,8 @@ void multiply(int rows, Acc* sums, index_t sums_stride, const Acc* left, index_t
                                                      fetch);
 }
 
-/// Rows of a tile that meet a panel: row i's accumulators begin at sums + i * stride, its element k is left[k * left_stride + i].
+/// Rows of a tile that meet a panel, as wide as it: row i's element k is left[k * left_stride + i]. All rows of a full tile are
+/// neighbours.
 template <class Acc>
 struct some_rows {
   int rows;
@@ -197,26 +203,29 @@ struct some_rows {
   index_t left_stride;
 };
 
-/// What tile n of so many fetches of the next chunk, `bytes` at `next`, in so many steps.
+/// What the first of `count` tiles fetches of the next chunk, `bytes` at `next`, in so many steps. The others go on from there.
 template <class N>
-fetching share_of(const N* next, index_t bytes, index_t n, index_t count, index_t steps) {
-  constexpr index_t line = static_cast<index_t>(memory_alignment);
-  const index_t first = bytes * n / count / line * line;
-  return {reinterpret_cast<std::uintptr_t>(next) + static_cast<std::uintptr_t>(first), pieces(bytes, count * steps)};
+fetching first_share(const N* next, index_t bytes, index_t count, index_t steps) {
+  return {reinterpret_cast<std::uintptr_t>(next), pieces(bytes, count * steps)};
 }
 
 /// Rows of several tiles, at(first) ... at(count - 1), by one chunk of a panel. Each fetches its share of the next chunk,
 /// which has as many elements; where that is not known, of this one, which is near anyhow.
 template <class Acc, int Vectors, bool Dots, class R, class N, class At>
-void multiply_all(index_t first, index_t count, const At& at, index_t sums_stride, const R* right, index_t depth,
-                  const N* next) {
+void multiply_all(index_t first, index_t count, const At& at, const R* right, index_t depth, const N* next) {
   constexpr index_t row = std::min(Vectors, 2) * simd<Acc>::width;
-  for (index_t n = first; n < count; ++n) {
+  const index_t steps = pieces(depth, depth_group<R>);
+  fetching fetch = first_share(next, depth * row * static_cast<index_t>(sizeof(N)), count, steps);
+  const index_t share = steps * fetch.step;
+  fetch.next += static_cast<std::uintptr_t>(first * share);
+  for (index_t n = first; n < count; ++n, fetch.next += static_cast<std::uintptr_t>(share)) {
     const some_rows<Acc> to = at(n);
-    const fetching fetch =
-        share_of(next, depth * row * static_cast<index_t>(sizeof(N)), n, count, pieces(depth, depth_group<R>));
-    multiply<true, Vectors, Acc, R, tile_rows, Dots>(to.rows, to.sums, sums_stride, to.left, to.left_stride, right, 0, depth,
-                                                     fetch);
+    if (to.rows == tile_rows)
+      multiply_rows<true, Dots, tile_rows, Vectors>(to.sums, fixed<row>(), to.left, fixed<tile_rows>(), right, 0, depth,
+                                                    fetch);
+    else
+      multiply<true, Vectors, Acc, R, tile_rows - 1, Dots>(to.rows, to.sums, row, to.left, to.left_stride, right, 0, depth,
+                                                           fetch);
   }
 }
 
