@@ -238,14 +238,16 @@ class product {
       constexpr index_t bytes_of_depth = width * static_cast<index_t>(sizeof(T));
       static_assert(bytes_between_panels % (bytes_of_depth * depth_group<T>) == 0);
       const index_t step = bytes_between_panels != 0 ? bytes_between_panels / bytes_of_depth : depth;
+      constexpr index_t ahead = std::max<index_t>(fetch_ahead, bytes_between_panels * 3 / 2);  // as one waits for the other
       for (index_t d = 0; d < depth; d += step)
         for (index_t c = 0; c < count; ++c)
           for (index_t t = tiles.begin; t < tiles.end; ++t) {
             const index_t rows = tokens_.rows(t);
             const T* const from = right + c * next_panel + d * width;
-            multiply<true, 2, Acc, T, tile_rows, dots()>(
-                static_cast<int>(rows), X_.sums_of(tiles, t, count, sums) + c * width, count * width,
-                left_of(t) + (dots() ? d / 2 : d) * rows, rows, from, 0, std::min(step, depth - d), ahead_of<2, Acc>(from));
+            multiply<true, 2, Acc, T, tile_rows, dots()>(static_cast<int>(rows),
+                                                         X_.sums_of(tiles, t, count, sums) + c * width, count * width,
+                                                         left_of(t) + (dots() ? d / 2 : d) * rows, rows, from, 0,
+                                                         std::min(step, depth - d), ahead_of<2, Acc>(from, ahead));
           }
     });
   }

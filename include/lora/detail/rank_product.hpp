@@ -46,8 +46,9 @@ class rank_product {
     for (index_t p = 0; p < tokens_.parts_count(); ++p)
       most_panels = std::max(most_panels, pieces(tokens_.parts()[p].rank, width));
     const bool pairs = runs * most_panels >= 2 * threads_;  // else a thread would have none
-    // As many as leave two tasks for each thread.
-    const index_t together = std::clamp<index_t>(runs * most_panels / (2 * threads_), 1, most_runs);
+    // As many as leave two tasks for each thread; single rows as many as are multiplied together, if that leaves one.
+    const index_t fewest = runs >= singles * threads_ ? singles : 1;
+    const index_t together = std::clamp<index_t>(runs * most_panels / (2 * threads_), fewest, most_runs);
     team.for_each(pieces(runs, together) * most_panels, [&](index_t task) {
       const index_t begin = first + task / most_panels * together, end = std::min(begin + together, first + runs);
       for (index_t r = begin; r < end;) {

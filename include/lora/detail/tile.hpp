@@ -277,11 +277,11 @@ void multiply_singles(const single<Acc, T> (&rows)[singles], index_t depth) {
   }
 }
 
-/// The panel itself, some way ahead.
+/// The panel itself, so many bytes ahead.
 template <int Vectors, class Acc, class T>
-fetching ahead_of(const T* right) {
+fetching ahead_of(const T* right, index_t bytes = fetch_ahead) {
   constexpr index_t step = depth_group<T> * std::min(Vectors, 2) * simd<Acc>::width * static_cast<index_t>(sizeof(T));
-  return {reinterpret_cast<std::uintptr_t>(right) + static_cast<std::uintptr_t>(fetch_ahead), step};
+  return {reinterpret_cast<std::uintptr_t>(right) + static_cast<std::uintptr_t>(bytes), step};
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail
