@@ -149,7 +149,7 @@ def break_evens(records, threads):
              at_each(threads, same, counter("regret", 100, 1))]
             for (base, layer, rank, calls), same in
             grouped(records.select("break_even"), "base", "layer", "rank", "tokens_per_call").items()]
-    return markdown(("base", "layer", "rank", "tokens a call", "merge ms", "over predicted", "break-even tokens (95 %)",
+    return markdown(("base", "layer", "rank", "tokens a call", "merge ms", "times predicted", "break-even tokens (95 %)",
                      "predicted", "regret %"), rows)
 
 
@@ -217,9 +217,9 @@ def bars(records):
            lambda row: over(row) - 110 * rho(row), 1, -1)
     yield ("unmerged, large layers, 2 to 16 tokens: points over 1.2 rho", of_tokens(large, 2, 4, 8, 16),
            lambda row: over(row) - 120 * rho(row), 2, -1)
-    yield ("the same, U in bfloat16: 1, 64, 512 tokens", of_tokens(rounded, 1, 64, 512),
+    yield ("unmerged, large layers, U in bfloat16, 1, 64, 512 tokens: points over 1.1 rho", of_tokens(rounded, 1, 64, 512),
            lambda row: over(row) - 110 * rho(row), 1, -1)
-    yield ("the same, U in bfloat16: 2 to 16 tokens", of_tokens(rounded, 2, 4, 8, 16),
+    yield ("unmerged, large layers, U in bfloat16, 2 to 16 tokens: points over 1.2 rho", of_tokens(rounded, 2, 4, 8, 16),
            lambda row: over(row) - 120 * rho(row), 2, -1)
     yield "unmerged, 768 and 1024: points over rho", small, lambda row: over(row) - 100 * rho(row), 3, -1
     yield ("two and four adapters over one of all ranks, %", [row for row in ways if row["adapters"] > 1],

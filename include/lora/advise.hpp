@@ -8,8 +8,8 @@
 //                                                  {16}, {.tokens_per_switch = 500});
 //   if (what.merge) ...
 //
-// The times are those that the limits allow, perfectly overlapped; bench/break_even compares them with measured ones. The
-// rule is that of docs/performance.md: break-even tokens = merge time / (mixed - merged time of a token).
+// The times are those that the limits allow, perfectly overlapped; bench/break_even compares them with measured ones.
+// Merging pays after merge time / (mixed - merged time of a token) tokens.
 #pragma once
 
 #include <initializer_list>

@@ -3,7 +3,7 @@
 // machine_limits(): what this machine can do at best, measured in about 50 ms with the threads and the vectors that the
 // library uses: float multiply-adds, dot products of bfloat16, streaming reads, and reading and writing in place. Keep the
 // result; a service that runs for days measures again, because on a shared host the memory bandwidth doubles and halves
-// within minutes.
+// within minutes. Where other programs keep the cores busy, threads wait for each other and all rates come out far too low.
 #pragma once
 
 #include <algorithm>
@@ -81,7 +81,8 @@ class limits_probe {
  private:
   using v = simd<float>;
   static constexpr bool dots = has_dots<float, bfloat16>;
-  /// Chains that run at the same time: two units with a latency of 4 to 6 need 12 or a few more, as a tile has with AVX-512.
+  /// Chains that run at the same time: two units with a latency of 4 to 6 need 12, or a few more where there are registers for
+  /// them, as a tile has with AVX-512.
   static constexpr int chains = std::max(12, 2 * tile_rows);
   static constexpr index_t step = index_t{8} * v::width;
   static constexpr int chunk = 20'000;

@@ -116,8 +116,8 @@ class activations {
   Acc* sums_of(const tile_block& tiles, index_t tile, index_t panels, Acc* sums) const {
     return sums + (tokens_.first(tile) - tokens_.first(tiles.begin)) * width * panels;
   }
-  /// at(n): tile n of the block, its activations from depth k on to the end of their chunk, and its sums of one panel. Every
-  /// tile of every chunk is asked for, so that a look-up for each would be seen.
+  /// at(n): tile n of the block, its activations from depth k on, where their chunk begins, and its sums of one panel. Asked
+  /// for every tile of every chunk, where in_chunk and its divisions would cost time.
   template <class ByDots>
   auto rows_by_tile(const tile_block& tiles, index_t k, ByDots dots, Acc* sums) const {
     return [this, first_tile = tiles.begin, first = tokens_.first(tiles.begin), left = at(tiles, tiles.begin, k, dots),

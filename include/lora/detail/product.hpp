@@ -274,9 +274,9 @@ class product {
     const bool full = first.rows == tile_rows;
     if (full)
       multiply_rows<true, false, tile_rows, 2, Acc, T, true>(
-          first.sums, width, first.left, first.left_stride, W, 0, depth,
-          first_share(next, panel_size<T>(depth, width) * static_cast<index_t>(sizeof(T)), tiles.count(),
-                      pieces(depth, depth_group<T>)),
+          first.sums, fixed<width>(), first.left, fixed<tile_rows>(), W, 0, depth,
+          share_of(next, pieces(panel_size<T>(depth, width) * static_cast<index_t>(sizeof(T)), tiles.count()), 0,
+                   pieces(depth, depth_group<T>)),
           chunk);
     else
       widen_chunk(W, depth, chunk);

@@ -47,7 +47,7 @@ class rank_product {
       most_panels = std::max(most_panels, pieces(tokens_.parts()[p].rank, width));
     const bool pairs = runs * most_panels >= 2 * threads_;  // else a thread would have none
     // As many as leave two tasks for each thread; single rows as many as are multiplied together, if that leaves one.
-    const index_t fewest = runs >= singles * threads_ ? singles : 1;
+    const index_t fewest = runs >= singles * threads_ && all_single(first, first + runs) ? singles : 1;
     const index_t together = std::clamp<index_t>(runs * most_panels / (2 * threads_), fewest, most_runs);
     team.for_each(pieces(runs, together) * most_panels, [&](index_t task) {
       const index_t begin = first + task / most_panels * together, end = std::min(begin + together, first + runs);
@@ -123,6 +123,11 @@ class rank_product {
       if (run_at(r + n).rows != 1 || !alike(n)) return false;
     return true;
   }
+  bool all_single(index_t begin, index_t end) const {
+    for (index_t r = begin; r < end; ++r)
+      if (tokens_.run_at(r).rows != 1) return false;
+    return true;
+  }
   /// The next runs by part: ranks of one panel, of one format and width. More ranks are left to pairs of panels.
   bool shrink_together(index_t r, index_t end) const {
     const auto run_at = [&](index_t k) -> const detail::run& { return tokens_.run_by_part(k); };
@@ -191,7 +196,7 @@ class rank_product {
   void multiply_runs(const tile_block& tiles, index_t begin, index_t end, const F* A, index_t next_panel, Acc* sums) const {
     constexpr index_t panel_width = std::min(Vectors, 2) * simd<Acc>::width;
     constexpr int most_rows = Vectors == 4 ? paired_rows : tile_rows;
-    const index_t step = X_.chunk_of(tiles), sums_stride = std::max(Vectors / 2, 1) * panel_width;
+    const index_t step = X_.chunk_of(tiles);
     X_.template with_dots<F>([&](auto dots) {
       for (index_t k = 0; k < in_; k += step) {
         const index_t depth = std::min(step, in_ - k);
@@ -210,8 +215,9 @@ class rank_product {
           }
         for (index_t n = 0; n < end - begin; ++n) {
           const auto to = rows_of_run(n);
-          multiply<true, Vectors, Acc, F, most_rows, dots()>(to.rows, to.sums, sums_stride, to.left, to.left_stride, right,
-                                                             next_panel, depth, ahead_of<Vectors, Acc>(right));
+          multiply<true, Vectors, Acc, F, most_rows, dots()>(to.rows, to.sums, std::max(Vectors / 2, 1) * panel_width,
+                                                             to.left, to.left_stride, right, next_panel, depth,
+                                                             ahead_of<Vectors, Acc>(right));
         }
       }
     });

@@ -157,7 +157,7 @@ template <index_t Stride>
 using fixed = std::integral_constant<index_t, Stride>;
 
 /// Accumulators in memory, row i at sums + i * sums_stride, continued by `depth` steps; Dots: left holds pairs. A stride is an
-/// index_t or a `fixed` one.
+/// integer or a `fixed` one.
 template <bool Fetch, bool Dots, int Rows, int Vectors, class Acc, class T, bool Keep = false, class S, class L>
 void multiply_rows(Acc* sums, S sums_stride, const Acc* left, L left_stride, const T* right, index_t next_panel,
                    index_t depth, fetching fetch = {}, Acc* kept = nullptr) {
@@ -193,8 +193,8 @@ void multiply(int rows, Acc* sums, index_t sums_stride, const Acc* left, index_t
                                                      fetch);
 }
 
-/// Rows of a tile that meet a panel, as wide as it: row i's element k is left[k * left_stride + i]. All rows of a full tile are
-/// neighbours.
+/// Rows of a tile that meet a panel: row i's element k is left[k * left_stride + i], its sums begin i times the panel's width
+/// behind `sums`. Where rows is tile_rows, left_stride is, too.
 template <class Acc>
 struct some_rows {
   int rows;
@@ -203,10 +203,10 @@ struct some_rows {
   index_t left_stride;
 };
 
-/// What the first of `count` tiles fetches of the next chunk, `bytes` at `next`, in so many steps. The others go on from there.
+/// What tile n fetches of the next chunk at `next`, `share` bytes of it in so many steps.
 template <class N>
-fetching first_share(const N* next, index_t bytes, index_t count, index_t steps) {
-  return {reinterpret_cast<std::uintptr_t>(next), pieces(bytes, count * steps)};
+fetching share_of(const N* next, index_t share, index_t n, index_t steps) {
+  return {reinterpret_cast<std::uintptr_t>(next) + static_cast<std::uintptr_t>(n * share), pieces(share, steps)};
 }
 
 /// Rows of several tiles, at(first) ... at(count - 1), by one chunk of a panel. Each fetches its share of the next chunk,
@@ -214,10 +214,8 @@ fetching first_share(const N* next, index_t bytes, index_t count, index_t steps)
 template <class Acc, int Vectors, bool Dots, class R, class N, class At>
 void multiply_all(index_t first, index_t count, const At& at, const R* right, index_t depth, const N* next) {
   constexpr index_t row = std::min(Vectors, 2) * simd<Acc>::width;
-  const index_t steps = pieces(depth, depth_group<R>);
-  fetching fetch = first_share(next, depth * row * static_cast<index_t>(sizeof(N)), count, steps);
-  const index_t share = steps * fetch.step;
-  fetch.next += static_cast<std::uintptr_t>(first * share);
+  const index_t share = pieces(depth * row * static_cast<index_t>(sizeof(N)), count);
+  fetching fetch = share_of(next, share, first, pieces(depth, depth_group<R>));
   for (index_t n = first; n < count; ++n, fetch.next += static_cast<std::uintptr_t>(share)) {
     const some_rows<Acc> to = at(n);
     if (to.rows == tile_rows)
