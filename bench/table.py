@@ -213,14 +213,11 @@ def bars(records):
     yield "merged way, 64 tokens: x oneDNN", *speedup("speedup_vs_onednn", of_tokens(panels, 64)), 1.05, 1
     yield "merged way, 64 tokens: % of limit", of_tokens(panels, 64), share, 90, 1
     yield "merged way, 1 to 8 tokens: % of limit", of_tokens(panels, 1, 2, 4, 8), share, 90, 1
-    yield ("unmerged, large layers, 1, 64, 512 tokens: points over 1.1 rho", of_tokens(large, 1, 64, 512),
-           lambda row: over(row) - 110 * rho(row), 1, -1)
-    yield ("unmerged, large layers, 2 to 16 tokens: points over 1.2 rho", of_tokens(large, 2, 4, 8, 16),
-           lambda row: over(row) - 120 * rho(row), 2, -1)
-    yield ("unmerged, large layers, U in bfloat16, 1, 64, 512 tokens: points over 1.1 rho", of_tokens(rounded, 1, 64, 512),
-           lambda row: over(row) - 110 * rho(row), 1, -1)
-    yield ("unmerged, large layers, U in bfloat16, 2 to 16 tokens: points over 1.2 rho", of_tokens(rounded, 2, 4, 8, 16),
-           lambda row: over(row) - 120 * rho(row), 2, -1)
+    for what, rows in (("unmerged, large layers", large), ("unmerged, large layers, U in bfloat16", rounded)):
+        yield (f"{what}, 1, 64, 512 tokens: points over 1.1 rho", of_tokens(rows, 1, 64, 512),
+               lambda row: over(row) - 110 * rho(row), 1, -1)
+        yield (f"{what}, 2 to 16 tokens: points over 1.2 rho", of_tokens(rows, 2, 4, 8, 16),
+               lambda row: over(row) - 120 * rho(row), 2, -1)
     yield "unmerged, 768 and 1024: points over rho", small, lambda row: over(row) - 100 * rho(row), 3, -1
     yield ("two and four adapters over one of all ranks, %", [row for row in ways if row["adapters"] > 1],
            lambda row: 100 * row["over_stacked"], 1, -1)

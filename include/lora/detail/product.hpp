@@ -244,9 +244,9 @@ class product {
           for (index_t t = tiles.begin; t < tiles.end; ++t) {
             const index_t rows = tokens_.rows(t);
             const T* const from = right + c * next_panel + d * width;
-            multiply<true, 2, Acc, T, tile_rows, dots()>(static_cast<int>(rows),
-                                                         X_.sums_of(tiles, t, count, sums) + c * width, count * width,
-                                                         left_of(t) + (dots() ? d / 2 : d) * rows, rows, from, 0,
+            const Acc* const left = left_of(t) + (dots() ? d / 2 : d) * rows;
+            Acc* const to = X_.sums_of(tiles, t, count, sums) + c * width;
+            multiply<true, 2, Acc, T, tile_rows, dots()>(static_cast<int>(rows), to, count * width, left, rows, from, 0,
                                                          std::min(step, depth - d), ahead_of<2, Acc>(from, ahead));
           }
     });
