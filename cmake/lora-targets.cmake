@@ -63,24 +63,34 @@ add_library(lora::io ALIAS lora_io)
 set_target_properties(lora_io PROPERTIES EXPORT_NAME io)
 target_link_libraries(lora_io INTERFACE lora_lora)
 target_sources(lora_io INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DIR}/include" FILES
+  include/lora/io/detail/embedding_names.hpp
   include/lora/io/detail/input_file.hpp
   include/lora/io/detail/json.hpp
   include/lora/io/detail/json_text.hpp
   include/lora/io/detail/json_tree.hpp
   include/lora/io/detail/module_pattern.hpp
+  include/lora/io/detail/name_tables.hpp
   include/lora/io/detail/output_file.hpp
   include/lora/io/detail/pattern.hpp
+  include/lora/io/detail/peft_directory.hpp
   include/lora/io/detail/peft_keys.hpp
+  include/lora/io/detail/peft_metadata.hpp
   include/lora/io/detail/peft_modules.hpp
+  include/lora/io/detail/peft_name_meanings.hpp
+  include/lora/io/detail/peft_version.hpp
   include/lora/io/detail/safetensors_header.hpp
   include/lora/io/detail/text.hpp
+  include/lora/io/detail/wrapper_names.hpp
   include/lora/io/dtype.hpp
   include/lora/io/format_error.hpp
   include/lora/io/peft.hpp
   include/lora/io/peft_config.hpp
   include/lora/io/peft_convert.hpp
   include/lora/io/peft_entry.hpp
+  include/lora/io/peft_entry_parts.hpp
   include/lora/io/peft_inventory.hpp
+  include/lora/io/peft_patterns.hpp
+  include/lora/io/peft_replacement.hpp
   include/lora/io/peft_verbs.hpp
   include/lora/io/peft_write.hpp
   include/lora/io/safetensors.hpp

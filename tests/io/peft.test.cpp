@@ -468,9 +468,9 @@ TEST_CASE("tensors that are not plain factors are refused by what they are", "[p
       {"m.lokr_w1", "LoKr"},
       {"m.hada_w1_a", "LoHa"},
       {"w_a_000", "not a file that PEFT wrote"},
-      {"lora_A.weight", "base model"},
+      {"lora_A.weight", "under the name of an adapter"},
       {".lora_A.weight", ""},
-      {"m.lora_C.weight", "base model"},
+      {"m.lora_C.weight", "a part of an adapter under a name that PEFT does not write"},
       {"", "not a file"}};
   for (const auto& [name, says] : rows) {
     INFO(name);
@@ -1024,7 +1024,8 @@ TEST_CASE("replicated layers share a weight, except where they do not", "[peft][
 }
 
 TEST_CASE("a module that target_modules does not select is not PEFT's to load", "[peft][variants]") {
-  file_refused(config("\"target_modules\":[\"q\"]"), small(), {"m.lora_A.weight", "target_modules", "PEFT would ignore"});
+  auto two = small().add(prefix + "q.lora_A.weight", {2, 4}).add(prefix + "q.lora_B.weight", {3, 2});
+  file_refused(config("\"target_modules\":[\"q\"]"), two, {"m.lora_A.weight", "target_modules", "PEFT would ignore"});
   CHECK_NOTHROW(assemble(config("\"target_modules\":[\"m\"]"), small()));
   CHECK_NOTHROW(assemble(config("\"target_modules\":\"all-linear\""), small()));
   CHECK_NOTHROW(assemble(config("\"target_modules\":\"m\""), small()));
@@ -1034,13 +1035,13 @@ TEST_CASE("a module that target_modules does not select is not PEFT's to load", 
 TEST_CASE("lenient follows PEFT and lists what it let pass", "[peft][variants]") {
   const peft::read_options lenient{.lenient = true};
   auto more = small().add(prefix + "n.lora_A.weight", {2, 4}).add(prefix + "n.lora_B.weight", {3, 2});
-  more.add(prefix + "x.unknown", {2}).add(prefix + "m.lora_magnitude_vector", {3});
+  more.add(prefix + "x.lora_alpha", {}).add(prefix + "m.lora_magnitude_vector", {3});
   const auto file = assemble(config("\"target_modules\":[\"m\"],\"later\":1"), more, lenient);
   CHECK(file.names() == std::vector<std::string>{"m"});
   CHECK(file.at("m").magnitude().empty());
   CHECK(file.ignored_keys() == std::vector<std::string>{"later"});
   REQUIRE(file.passed_over().size() == 3);
-  CHECK(has(file.passed_over()[0], "x.unknown"));
+  CHECK(has(file.passed_over()[0], "x.lora_alpha"));
   CHECK(has(file.passed_over()[1] + file.passed_over()[2], "lora_magnitude_vector"));
   CHECK(has(file.passed_over()[1] + file.passed_over()[2], "\"n\""));
   const auto zero = assemble(config(), small().add(prefix + "n.lora_A.weight", {2, 4}), lenient);

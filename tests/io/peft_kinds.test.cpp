@@ -106,8 +106,25 @@ TEST_CASE("a range may make scaled entries, and may be empty", "[peft][ranges]")
   const std::vector<peft::entry<float>> none;
   std::vector<float> values(12, 1.0F);
   const lora::tensor_view<float, 3> stack(values, {1, 3, 4});
-  CHECK_THROWS_WITH(lora::merge(stack, none), Catch::Contains("no entry is given"));
-  CHECK_THROWS_WITH(lora::merge(W, none), Catch::Contains("no entry is given"));
+  // Nothing to do is done, by every verb.
+  const Eigen::MatrixXf before = W, x = Eigen::MatrixXf::Ones(4, 2);
+  Eigen::MatrixXf y = Eigen::MatrixXf::Constant(3, 2, 7), looked_up(4, 1);
+  Eigen::VectorXf bias = Eigen::VectorXf::Ones(3);
+  CHECK(lora::merge(stack, none).became_nonfinite == 0);
+  CHECK(lora::merge(W, none).became_nonfinite == 0);
+  lora::unmerge(W, none);
+  lora::merge(W, bias, none);
+  lora::merge_checked(W, none);
+  CHECK(lora::merged(W, none) == before);
+  lora::apply(x, y, none);
+  lora::rows(before, std::vector<int>{2}, looked_up, none);
+  lora::apply_through([](const auto&) { return Eigen::MatrixXf(2, 2); }, y, none);
+  lora::merge(W, lora::attach(W, none));
+  CHECK(W == before);
+  CHECK(bias == Eigen::VectorXf::Ones(3));
+  CHECK(y == Eigen::MatrixXf::Constant(3, 2, 7));
+  CHECK(looked_up.transpose() == before.row(2));
+  CHECK(values == std::vector<float>(12, 1.0F));
 }
 
 // ---- nothing is dropped

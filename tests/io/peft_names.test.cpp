@@ -224,7 +224,8 @@ TEST_CASE("without target_modules, target_parameters adapt no module", "[peft][n
   CHECK(assemble_with(parameters + R"(,"target_modules":["q"])", tensors).size() == 2);
   CHECK_FALSE(peft::matches_target(parse(parameters), "q"));
   // What is excluded is excluded, also where PEFT would choose the targets.
-  refused_with(R"("exclude_modules":["q"])", pairs({"q"}), {"q.lora_A.weight", "PEFT would ignore"});
+  refused_with(R"("exclude_modules":["q"])", pairs({"q"}),
+               {"q.lora_A.weight", "exclude_modules [\"q\"]", "PEFT finds no module"});
 }
 
 TEST_CASE("an unknown key of use_bdlora is listed", "[peft][names]") {

@@ -146,13 +146,13 @@ TEST_CASE("every difference of two entries is seen", "[peft][write]") {
   given.experts = {made(2, 3)};
   given.bias = given.magnitude = {1, 2, 3, 4};
   given.diagonal = {1, 0};
-  given.kernel = {3};
   given.shared_with = "m.k";
-  const auto seen = [&](const auto& change) {
-    parts other = given;
+  const auto differ = [](const parts& one, const auto& change) {
+    parts other = one;
     change(other);
-    return peft::write_detail::difference(peft::entry<float>(given), peft::entry<float>(other));
+    return peft::write_detail::difference(peft::entry<float>(one), peft::entry<float>(other));
   };
+  const auto seen = [&](const auto& change) { return differ(given, change); };
   const auto scaled_to = [](double s) {
     return [s](parts& p) {
       const auto& l = p.experts.front();
@@ -161,8 +161,10 @@ TEST_CASE("every difference of two entries is seen", "[peft][write]") {
   };
   CHECK(seen([](parts&) {}).empty());
   CHECK(seen([](parts& p) { p.kind = peft::entry_kind::embedding; }) == "kind: embedding for linear");
-  CHECK(seen([](parts& p) { p.experts.push_back(p.experts.front()); }) == "number of experts");
-  CHECK(seen([](parts& p) { p.experts.front() = made(3, 4.5); }) == "factors");
+  CHECK(seen([](parts& p) {
+          p.experts.front() = made(3, 4.5);
+          p.diagonal.push_back(0);
+        }) == "factors");
   CHECK(seen([](parts& p) {
           p.experts.front() = {matrix::Constant(2, 5, 0.5F), p.experts.front().lora_B(), {.alpha = 3}};
         }) == "factors");
@@ -176,9 +178,24 @@ TEST_CASE("every difference of two entries is seen", "[peft][write]") {
   CHECK(seen([](parts& p) { p.diagonal[1] = -0.0F; }) == "diagonal");
   CHECK(seen([](parts& p) { p.fan_in_fan_out = true; }) == "fan_in_fan_out");
   CHECK(seen([](parts& p) { p.change = peft::base_change::olora; }) == "change of the base");
-  CHECK(seen([](parts& p) { p.kernel = {1}; }) == "kernel or groups");
-  CHECK(seen([](parts& p) { p.groups = 2; }) == "kernel or groups");
   CHECK(seen([](parts& p) { p.shared_with.clear(); }) == "module whose weight it shares");
+
+  parts stack = given;
+  stack.kind = peft::entry_kind::parameter;
+  stack.experts = {made(2, 3), made(2, 3)};
+  CHECK(differ(stack, [](parts& p) { p.experts.push_back(p.experts.front()); }) == "number of experts");
+  CHECK(differ(stack, [](parts& p) { p.stored_transposed = true; }) == "orientation of slices");
+
+  parts kernel = given;  // of 5 inputs
+  kernel.kind = peft::entry_kind::convolution;
+  kernel.in_channels = 5;
+  kernel.kernel = {1};
+  CHECK(differ(kernel, [](parts&) {}).empty());
+  CHECK(differ(kernel, [](parts& p) {
+          p.in_channels = 1;
+          p.kernel = {5};
+        }) == "kernel or groups");
+  CHECK(differ(kernel, [](parts& p) { p.groups = 2; }) == "kernel or groups");
 }
 
 TEST_CASE("every difference of two files is seen", "[peft][write]") {
@@ -260,7 +277,7 @@ TEST_CASE("a file that was read with options is the same for a reader without th
   from.write("adapter_model.safetensors", build::file()
                                               .add("base_model.model.m.q.lora_A.weight", {2, 5})
                                               .add("base_model.model.m.q.lora_B.weight", {4, 2})
-                                              .add("base_model.model.stray", {1})
+                                              .add("base_model.model.stray.lora_alpha", {})
                                               .text());
   const auto passed = peft::read(from.path(), {.ignore_keys = {"newer"}, .lenient = true});
   CHECK(test::mentions(test::refusal<lora::value_error>([&] { peft::write(to.path(), passed); }), {"stray", "lost"}));

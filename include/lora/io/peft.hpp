@@ -28,42 +28,52 @@
 #include <utility>
 #include <vector>
 
+#include "lora/io/detail/peft_directory.hpp"
 #include "lora/io/detail/peft_keys.hpp"
+#include "lora/io/detail/peft_metadata.hpp"
 #include "lora/io/detail/peft_modules.hpp"
+#include "lora/io/detail/peft_version.hpp"
 #include "lora/io/format_error.hpp"
 #include "lora/io/peft_config.hpp"
 #include "lora/io/peft_entry.hpp"
+#include "lora/io/peft_replacement.hpp"
 #include "lora/io/peft_verbs.hpp"
 #include "lora/io/safetensors.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::peft {
 
-/// A tensor of the file that replaces one of the base: values, not a difference. Owns its bytes.
-struct replacement {
-  enum class reason {
-    saved_module,  ///< of modules_to_save: the whole module is another
-    bias,          ///< a trained bias (bias = "all" or "lora_only")
-    embedding,     ///< an embedding's weight, saved because it was adapted or resized
-    unused_copy,   ///< written by PEFT beside the value that counts; not to be applied
-  };
-  std::string name;  ///< of the base's tensor
-  std::string key;   ///< in the file, without base_model.model.
-  reason why;
-  safetensors::dtype dtype;
-  std::vector<std::uint64_t> shape;
-  std::vector<std::byte> bytes;
-
-  bool applies() const { return why != reason::unused_copy; }
-  /// The values, widened exactly. Throws value_error for a dtype whose values T does not hold.
-  template <scalar T>
-  std::vector<T> values() const {
-    std::vector<T> result;
-    if (!safetensors::widen_to(dtype, bytes, result))
-      lora::detail::raise_value("peft::replacement::values",
-                                key + " is " + std::string(name_of(dtype)) + ", whose values this type does not hold");
-    return result;
+/// For adapter_file::renamed: names that begin with one prefix get another; the others stay.
+///   file.renamed(peft::moved_prefix{"language_model.model.", "model.language_model."})
+struct moved_prefix {
+  std::string from, to;
+  std::string operator()(const std::string& name) const {
+    return name.starts_with(from) ? to + name.substr(from.size()) : name;
   }
 };
+
+namespace read_detail {
+
+template <scalar T, class Rename>
+entry<T> renamed_entry(const entry<T>& e, const Rename& rename) {
+  entry_parts<T> parts = e.parts();
+  const std::string old = parts.name;
+  parts.name = rename(parts.name);
+  parts.base_name = rename(parts.base_name);
+  if (!parts.shared_with.empty()) parts.shared_with = rename(parts.shared_with);
+  if (parts.path == old) {
+    parts.path = parts.name;
+    return entry<T>(std::move(parts));
+  }
+  // PEFT's path is that of the module around it, and PEFT's own modules.
+  const auto module = io_detail::without_last_segment(old);
+  if (io_detail::last_segment(old) != io_detail::last_segment(parts.name) || !parts.path.starts_with(module))
+    lora::detail::raise_value("peft::adapter_file::renamed",
+                              io_detail::in_quotes(old) + " keeps its last part, which is not the module's own name");
+  parts.path = std::string(io_detail::without_last_segment(parts.name)) + parts.path.substr(module.size());
+  return entry<T>(std::move(parts));
+}
+
+}  // namespace read_detail
 
 /// The adapters of one file by module name, in byte order of the names, and everything else that the file changes. Immutable.
 template <scalar T>
@@ -75,7 +85,7 @@ class adapter_file {
     std::vector<replacement> replacements = {};
     row_map token_rows = {};
     std::map<std::string, safetensors::dtype, std::less<>> row_dtypes = {};  ///< in which the rows were stored
-    std::vector<std::string> left_out = {}, passed_over = {};
+    std::vector<std::string> left_out = {}, passed_over = {}, unused_patterns = {}, notes = {};
     bool prefixed = true;
     read_options options = {};
   };
@@ -121,14 +131,52 @@ class adapter_file {
   const std::vector<std::string>& ignored_keys() const { return config_.ignored_keys; }
   /// Tensors of whole modules that were left out (see read_options::leave_out_saved_modules).
   const std::vector<std::string>& left_out() const { return more_.left_out; }
+  /// What a reader should know and no part above says: settings without effect or said twice, trained files beside this one.
+  const std::vector<std::string>& notes() const { return more_.notes; }
+  /// Keys of rank_pattern and alpha_pattern from which no module of the file takes its value, in words.
+  const std::vector<std::string>& unused_patterns() const { return more_.unused_patterns; }
   /// What read_options::lenient let pass, in words.
   const std::vector<std::string>& passed_over() const { return more_.passed_over; }
   /// Whether the file's names begin with base_model.model.
   bool prefixed() const { return more_.prefixed; }
+
+  /// The same file with rename(name) in place of the name of every module, parameter and replaced tensor: for a base whose
+  /// modules have moved since the adapter was trained. The file's own target_modules has been evaluated before; what is written
+  /// names the new modules. Throws value_error for two names that become one, and for a new name of another last part where PEFT
+  /// derives names from it (parameters, attentions).
+  template <class Rename>
+  adapter_file renamed(const Rename& rename) const {
+    rest more = more_;
+    more.options.select_by_tensors = true;
+    entry_map entries;
+    for (const auto& [name, e] : entries_) {
+      auto moved = read_detail::renamed_entry(e, rename);
+      std::string key = moved.name();
+      if (!entries.emplace(std::move(key), std::move(moved)).second) refuse_twice(name);
+    }
+    std::set<std::string> replaced;
+    for (auto& each : more.replacements) {
+      each.name = rename(each.name);
+      each.key = rename(each.key);
+      if (each.applies() && !replaced.insert(each.name).second) refuse_twice(each.name);
+    }
+    more.token_rows.clear();
+    more.row_dtypes.clear();
+    for (const auto& [name, rows] : more_.token_rows) {
+      std::string moved = rename(name);
+      more.row_dtypes.emplace(moved, row_dtype(name));
+      if (!more.token_rows.emplace(std::move(moved), rows).second) refuse_twice(name);
+    }
+    return {config_, std::move(entries), std::move(more)};
+  }
   /// What its reader was told beyond the files.
   const read_options& options() const { return more_.options; }
 
  private:
+  [[noreturn]] static void refuse_twice(const std::string& name) {
+    lora::detail::raise_value("peft::adapter_file::renamed", io_detail::in_quotes(name) + " gets a name that another has");
+  }
+
   peft::config config_;
   entry_map entries_;
   rest more_;
@@ -143,19 +191,19 @@ class assembler {
   assembler(const config& c, const safetensors::file& tensors, const read_options& options)
       : config_(c), tensors_(tensors), options_(options), keys_(c, tensors, options), modules_(c, keys_, tensors, options) {}
 
-  adapter_file<T> run() {
-    for (const auto& [path, t] : keys_.modules()) add(path, t);
+  /// `notes` is what the caller knows beyond the tensors.
+  adapter_file<T> run(std::vector<std::string> notes) {
+    add_modules();
     for (const auto& each : keys_.replacing()) add_replacement(each);
     for (const auto& [module, t] : keys_.token_rows()) add_rows(module, *t);
-    if (entries_.empty() && more_.token_rows.empty())
-      lora::detail::raise(
-          format_error({.path = tensors_.name(),
-                        .expected = "tensors named ...lora_A.weight and ...lora_B.weight",
-                        .found = "none",
-                        .hint = "save the adapter again with save_pretrained of the PEFT model, not of its base"}));
-    check_all_rows();
     more_.left_out = keys_.left_out();
     more_.passed_over.insert(more_.passed_over.begin(), keys_.passed_over().begin(), keys_.passed_over().end());
+    if (entries_.empty() && more_.token_rows.empty()) refuse_nothing();
+    check_all_rows();
+    more_.notes = std::move(notes);
+    for (auto& each : io_detail::differences_of_metadata(config_, tensors_)) more_.notes.push_back(std::move(each));
+    note_unused(config_.rank_pattern, used_ranks_, "rank_pattern");
+    note_unused(config_.alpha_pattern, used_alphas_, "alpha_pattern");
     more_.prefixed = keys_.prefixed();
     more_.options = options_;
     return {config_, std::move(entries_), std::move(more_)};
@@ -164,9 +212,55 @@ class assembler {
  private:
   using matrix = lora::detail::row_major_matrix<T>;
 
-  void add(const std::string& path, const io_detail::module_tensors& t) {
-    const auto what = modules_.identify(path, t);
-    if (!modules_.would_load(what)) {
+  [[noreturn]] void refuse_nothing() const {
+    const auto& passed = more_.passed_over;
+    const std::string which =
+        passed.empty() ? ""
+                       : ", after passing over " + std::to_string(passed.size()) + ", the first of them " + passed.front();
+    lora::detail::raise(format_error(
+        {.path = tensors_.name(),
+         .expected = "tensors named ...lora_A.weight and ...lora_B.weight",
+         .found = tensors_.size() == 0 ? "none: the file holds no tensor at all" : "none" + which,
+         .hint = tensors_.size() == 0
+                     ? "nothing was saved: the model had no adapter, or another process held it"
+                     : (passed.empty() ? "save the adapter again with save_pretrained of the PEFT model, not of its base"
+                                       : "")}));
+  }
+
+  // ---- modules
+  struct found_module {
+    const std::string* path;
+    const io_detail::module_tensors* tensors;
+    io_detail::adapted what;
+    bool loads;
+  };
+  void add_modules() {
+    std::vector<found_module> all;
+    for (const auto& [path, t] : keys_.modules()) {
+      auto what = modules_.identify(path, t);
+      const bool loads = modules_.would_load(what);
+      all.push_back({&path, &t, std::move(what), loads});
+    }
+    if (!all.empty() && std::none_of(all.begin(), all.end(), [](const auto& m) { return m.loads; }))
+      refuse_selection(*all.front().tensors->any(), all.size());
+    for (const auto& each : all) add(each);
+  }
+  /// PEFT stops where target_modules selects nothing.
+  [[noreturn]] void refuse_selection(const safetensors::entry& first, std::size_t count) const {
+    const auto& excluded = config_.exclude_modules;
+    const bool excludes = excluded.expression.has_value() || excluded.names.has_value();
+    refuse(first, "an adapter of a module that target_modules selects",
+           "target_modules " + config_.target_modules.text() +
+               (excludes ? " without exclude_modules " + excluded.text() : std::string()) + ", which selects none of the " +
+               std::to_string(count) + " modules that the file has adapters for",
+           "PEFT finds no module either, and stops: correct the config, or read with read_options::select_by_tensors, which "
+           "takes the modules that the tensors name");
+  }
+
+  void add(const found_module& m) {
+    const auto& [path, tensors, what, loads] = m;
+    const auto& t = *tensors;
+    if (!loads) {
       if (!options_.lenient)
         refuse(*t.any(), "an adapter of a module that target_modules selects", "one that it does not",
                "PEFT would ignore this tensor; read_options::lenient does too");
@@ -174,20 +268,39 @@ class assembler {
       return;
     }
     if (t.A == nullptr)
-      refuse(*t.any(), "a tensor " + path + suffix(t, 'A') + " beside it", "none", "the file is incomplete");
+      refuse(*t.any(), "a tensor " + *path + suffix(t, 'A') + " beside it", "none", "the file is incomplete");
     if (t.B == nullptr) {
       if (!options_.lenient)
-        refuse(*t.A, "a tensor " + path + suffix(t, 'B') + " beside it", "none", "the file is incomplete");
+        refuse(*t.A, "a tensor " + *path + suffix(t, 'B') + " beside it", "none", "the file is incomplete");
       more_.passed_over.push_back("module " + io_detail::in_quotes(what.name) + ": no lora_B, which PEFT takes as zero");
       return;
     }
-    auto parts = factors_of(path, what, t);
+    check_no_placeholder(t);
+    auto parts = factors_of(*path, what, t);
     add_extras(parts, t);
     auto base = modules_.in_base(what.name, *t.A);
     parts.base_name = base.name;
     if (base.shared) parts.shared_with = std::move(base.name);
+    used_ranks_.insert(config_.rank_pattern.look_up(what.looked_up).fits);
+    used_alphas_.insert(config_.alpha_pattern.look_up(what.looked_up).fits);
     if (entries_.contains(what.name)) refuse(*t.A, "one adapter for " + io_detail::in_quotes(what.name), "two");
     entries_.emplace(what.name, entry<T>(std::move(parts)));
+  }
+  /// A module of empty factors among others that are whole: no sharded save, which leaves all of them empty.
+  void check_no_placeholder(const io_detail::module_tensors& t) const {
+    if (!t.A->bytes.empty() || !t.B->bytes.empty()) return;
+    const bool others = std::any_of(tensors_.begin(), tensors_.end(), [](const auto& each) { return !each.bytes.empty(); });
+    if (others)
+      refuse(*t.A, "values", t.A->text(),
+             "an empty placeholder, where other modules have their factors: the writer saved nothing for this one (it fused "
+             "the projection away, or did not gather its parts)");
+  }
+  template <class Table, class Used>
+  void note_unused(const Table& table, const Used& used, const std::string& key) {
+    for (const auto& row : table.rows())
+      if (!used.contains(&row))
+        more_.unused_patterns.push_back(key + " " + io_detail::in_quotes(row.key) +
+                                        ": no module of the file takes its value from it");
   }
   static std::string suffix(const io_detail::module_tensors& t, char factor) {
     return t.embedding ? std::string(".lora_embedding_") + factor : std::string(".lora_") + factor + ".weight";
@@ -202,9 +315,7 @@ class assembler {
     parts.scale = config_.scaling_of(what.looked_up);
     parts.dtype_A = t.A->dtype;
     parts.dtype_B = t.B->dtype;
-    parts.fan_in_fan_out = what.kind == entry_kind::linear      ? config_.fan_in_fan_out
-                           : what.kind == entry_kind::parameter ? options_.parameters_in_out
-                                                                : false;
+    parts.fan_in_fan_out = what.kind == entry_kind::linear && config_.fan_in_fan_out;
     parts.twice = what.kind == entry_kind::attention_out && options_.attention_out_proj_twice;
     const index_t rank = config_.rank_of(what.looked_up);
     if (what.kind == entry_kind::convolution)
@@ -216,7 +327,8 @@ class assembler {
     return parts;
   }
 
-  lora::adapter<T> adapter_of(const entry_parts<T>& parts, const matrix& A, const matrix& B, index_t rank) const {
+  template <class M, class N>
+  lora::adapter<T> adapter_of(const entry_parts<T>& parts, const M& A, const N& B, index_t rank) const {
     const double s = resolve(parts.scale, rank);
     return {A, B, {.alpha = parts.twice ? 2 * s : s, .rule = scaling_rule::fixed}};
   }
@@ -227,7 +339,7 @@ class assembler {
     choose_packing(parts, *t.A);
     const auto r = static_cast<std::uint64_t>(rank);
     const auto blocks = static_cast<std::uint64_t>(parts.blocks);
-    if (t.A->shape[0] != r) refuse_rank(*t.A, rank, "first");
+    if (t.A->shape[0] != r) refuse_rank(*t.A, rank, "first", is_flat_stack(t, r) ? flat_stack_hint : nullptr);
     const bool packed_B = parts.packed == packed_factor::B;
     if (t.B->shape[1] != (packed_B ? r / blocks : r)) refuse_rank(*t.B, rank, "second");
     matrix A = widened(*t.A), B = widened(*t.B);
@@ -278,6 +390,7 @@ class assembler {
     const auto& B = t.B->shape;
     check_not_empty(*t.A);
     check_not_empty(*t.B);
+    check_no_stack(t, rank);
     const auto r = static_cast<std::uint64_t>(rank);
     if (A.size() < 3 || A.size() > 5) refuse(*t.A, "the kernel of a convolution, of 3 to 5 dimensions", t.A->text());
     if (A[0] != r) refuse_rank(*t.A, rank, "first");
@@ -297,8 +410,10 @@ class assembler {
         adapter_of(parts, lora_A, parts.groups == 1 ? lora_B : spread(*t.B, lora_B, parts.groups), rank));
   }
 
-  /// A has the ranks of the experts one after the other, expert by expert; B the experts of each rank, rank by rank.
+  /// A has the ranks of the experts one after the other, expert by expert; B the experts of each rank, rank by rank, or as the
+  /// config says.
   void experts(entry_parts<T>& parts, const io_detail::module_tensors& t, index_t rank) {
+    check_no_stack(t, rank);
     check_matrix(*t.A);
     check_matrix(*t.B);
     const auto r = static_cast<std::uint64_t>(rank);
@@ -306,14 +421,81 @@ class assembler {
     if (t.B->shape[1] != t.A->shape[0])
       refuse(*t.B, "as many columns as lora_A has rows, " + std::to_string(t.A->shape[0]), t.B->text());
     const auto count = static_cast<index_t>(t.A->shape[0] / r);
+    choose_orientation(parts, t, count);
+    const bool grouped = columns_of(parts, t, count) == expert_columns::grouped_by_expert;
     const matrix A = widened(*t.A), B = widened(*t.B);
     parts.experts.reserve(static_cast<std::size_t>(count));
     for (index_t e = 0; e < count; ++e) {
       matrix of_expert(B.rows(), rank);
-      for (index_t k = 0; k < rank; ++k) of_expert.col(k) = B.col(k * count + e);
-      parts.experts.push_back(adapter_of(parts, A.middleRows(e * rank, rank), of_expert, rank));
+      for (index_t k = 0; k < rank; ++k) of_expert.col(k) = B.col(grouped ? e * rank + k : k * count + e);
+      const auto rows = A.middleRows(e * rank, rank);
+      if (parts.stored_transposed)
+        parts.experts.push_back(adapter_of(parts, of_expert.transpose(), rows.transpose(), rank));
+      else
+        parts.experts.push_back(adapter_of(parts, rows, of_expert, rank));
     }
   }
+
+  /// Whether slices take B A or its transpose: what the caller says, else B A. Files of PEFT before 0.19.1 have the transpose,
+  /// and a square stack fits either way.
+  void choose_orientation(entry_parts<T>& parts, const io_detail::module_tensors& t, index_t count) const {
+    const auto before = io_detail::comes_before(config_.peft_version, {0, 19, 1});
+    const bool in_doubt = before.value_or(true);
+    if (options_.parameters_in_out) {
+      // For one expert the tensors may be those of a matrix, which never is transposed.
+      parts.stored_transposed = in_doubt && *options_.parameters_in_out && count > 1;
+      parts.fan_in_fan_out = *options_.parameters_in_out && !parts.stored_transposed;
+      return;
+    }
+    if (!in_doubt || t.A->shape[1] != t.B->shape[0]) return;
+    parts.orientation_unsaid = count == 1;
+    if (count > 1)
+      refuse(
+          *t.A, "to know whether the square slices of " + io_detail::in_quotes(parts.name) + " take B A or its transpose",
+          config_.peft_version.empty() ? "no peft_version in the config"
+                                       : "peft_version " + io_detail::in_quotes(config_.peft_version),
+          "PEFT before 0.19.1 saved stacks of experts transposed, and later versions load such a file without a word: read "
+          "with read_options::parameters_in_out = true for the transpose (what PEFT 0.17 and 0.18 trained), or false for B A");
+  }
+
+  expert_columns columns_of(const entry_parts<T>& parts, const io_detail::module_tensors& t, index_t count) const {
+    expert_layout said;
+    for (const auto& [name, layout] : config_.expert_layouts) {
+      if (!name.empty() && !config_detail::is_or_ends_with(parts.name, name)) continue;
+      if (layout.lora_B) said.lora_B = layout.lora_B;
+      if (layout.experts) said.experts = layout.experts;
+    }
+    if (said.experts && *said.experts != static_cast<std::uint64_t>(count))
+      refuse(*t.A, std::to_string(*said.experts) + " experts, as num_experts in the config says",
+             std::to_string(count) + " in " + t.A->text());
+    const auto& option = options_.experts_grouped_b;
+    if (!option) return said.lora_B.value_or(expert_columns::rank_major);
+    const auto wanted = *option ? expert_columns::grouped_by_expert : expert_columns::rank_major;
+    if (said.lora_B.value_or(wanted) != wanted)
+      refuse(*t.B, "lora_B_layout in the config as read_options::experts_grouped_b says", "the other order",
+             "the option is for files that do not say it");
+    return wanted;
+  }
+
+  /// Factors of all experts in one tensor of three dimensions: how other trainers save them.
+  void check_no_stack(const io_detail::module_tensors& t, index_t rank) const {
+    const auto &A = t.A->shape, &B = t.B->shape;
+    if (A.size() != 3 || B.size() != 3) return;
+    const auto r = static_cast<std::uint64_t>(rank);
+    const bool kernel = A[0] == r && B[2] == 1;
+    const bool leading = A[1] == r && B[2] == r && (A[0] == B[0] || A[0] == 1 || B[0] == 1);
+    const bool trailing = A[1] == r && B[1] == r && A[0] == B[2];
+    if (kernel || (!leading && !trailing)) return;
+    refuse(*t.A, "two dimensions", t.A->text() + " beside lora_B " + t.B->text() + ", a stack of experts",
+           "other trainers save the factors of all experts so; PEFT cannot load them, and they are not read yet: PEFT has "
+           "[rank * experts, in] and [out, rank * experts] under target_parameters");
+  }
+  bool is_flat_stack(const io_detail::module_tensors& t, std::uint64_t rank) const {
+    return t.A->shape[0] % rank == 0 && t.A->shape[0] == t.B->shape[1];
+  }
+  static constexpr const char* flat_stack_hint =
+      "these may be several experts' factors: name the parameter in target_parameters, as PEFT does; or the config and the "
+      "tensors do not belong together, or rank_pattern lacks this module";
 
   // ---- what a module has beside factors
   void add_extras(entry_parts<T>& parts, const io_detail::module_tensors& t) {
@@ -362,6 +544,7 @@ class assembler {
       more_.passed_over.push_back("tensor " + io_detail::in_quotes(tensor->name) + ": the config does not ask for it");
       return;
     }
+    check_not_empty(*tensor);
     std::uint64_t elements = 1;
     for (const auto extent : tensor->shape) elements *= extent;  // cannot overflow: the reader counted the bytes
     if (elements != size) refuse(*tensor, std::to_string(size) + " values", tensor->text());
@@ -372,17 +555,17 @@ class assembler {
 
   void add_replacement(const io_detail::replacing_tensor& each) {
     const auto& t = *each.tensor;
-    replacement result{modules_.in_base(each.name, t).name,
-                       std::string(keys_.prefixed() ? t.name.substr(io_detail::peft_keys::prefix.size()) : t.name),
-                       static_cast<replacement::reason>(each.why),
-                       t.dtype,
-                       {t.shape.begin(), t.shape.end()},
-                       {t.bytes.begin(), t.bytes.end()}};
-    more_.replacements.push_back(std::move(result));
+    more_.replacements.push_back({modules_.in_base(each.name, t).name,
+                                  std::string(keys_.bare(t)),
+                                  each.why,
+                                  t.dtype,
+                                  {t.shape.begin(), t.shape.end()},
+                                  {t.bytes.begin(), t.bytes.end()}});
   }
 
+  /// Rows of no token are no values, and right.
   void add_rows(const std::string& module, const safetensors::entry& t) {
-    check_matrix(t);
+    if (t.shape.size() != 2 || t.shape[0] != 0) check_matrix(t);
     const std::vector<index_t>* ids = nullptr;
     for (const auto& [name, numbers] : config_.trainable_tokens) {
       if (!name.empty() && !config_detail::is_or_ends_with(module, name)) continue;
@@ -426,9 +609,7 @@ class assembler {
 
   // ---- tensors
   void check_not_empty(const safetensors::entry& t) const {
-    if (t.bytes.empty())
-      refuse(t, "values", t.text(),
-             "an empty tensor: saved from a sharded model (DeepSpeed ZeRO-3) without gathering its parts");
+    if (t.bytes.empty()) io_detail::refuse_empty(tensors_, t);
   }
   void check_matrix(const safetensors::entry& t) const {
     check_not_empty(t);
@@ -446,12 +627,15 @@ class assembler {
     check_holds(t);
     const auto values = tensors_.template copy<T>(t.name);
     const auto rows = static_cast<index_t>(t.shape[0]);
+    if (rows == 0) return matrix(0, static_cast<index_t>(t.shape.back()));
     return Eigen::Map<const matrix>(values.data(), rows, static_cast<index_t>(values.size()) / rows);
   }
 
-  [[noreturn]] void refuse_rank(const safetensors::entry& t, index_t rank, const char* dimension) const {
+  [[noreturn]] void refuse_rank(const safetensors::entry& t, index_t rank, const char* dimension,
+                                const char* hint = nullptr) const {
     refuse(t, "rank " + std::to_string(rank) + ", as the config says for this module, as its " + dimension + " dimension",
-           t.text(), "the config and the tensors do not belong together, or rank_pattern lacks this module");
+           t.text(),
+           hint != nullptr ? hint : "the config and the tensors do not belong together, or rank_pattern lacks this module");
   }
   [[noreturn]] void refuse(const safetensors::entry& t, std::string expected, std::string found,
                            std::string hint = "") const {
@@ -465,20 +649,23 @@ class assembler {
   io_detail::peft_modules modules_;
   typename adapter_file<T>::entry_map entries_;
   typename adapter_file<T>::rest more_;
+  std::set<const typename pattern_table<index_t>::row*> used_ranks_;
+  std::set<const typename pattern_table<double>::row*> used_alphas_;
 };
 
-/// Where an adapter's file lies, or a format_error that says what is there instead.
-inline std::filesystem::path file_in(const std::filesystem::path& directory, const char* name, const char* other,
-                                     const char* hint_for_other) {
-  std::error_code failure;
-  const auto path = directory / name;
-  if (std::filesystem::exists(path, failure)) return path;
-  const bool is_file = std::filesystem::is_regular_file(directory, failure);
-  const bool has_other = std::filesystem::exists(directory / other, failure);
-  lora::detail::raise(format_error({.path = path.string(),
-                                    .expected = "an adapter's directory with " + std::string(name),
-                                    .found = is_file ? "a file in place of the directory" : "no such file",
-                                    .hint = has_other ? hint_for_other : ""}));
+/// The config of a file that stands alone, out of its metadata.
+inline config config_in(const safetensors::file& tensors, const read_options& options) {
+  const auto found = io_detail::configs_in_metadata(tensors);
+  if (found.size() == 1) return parse_config(found.front(), tensors.name() + " (metadata)", options);
+  lora::detail::raise(format_error(
+      {.path = tensors.name(),
+       .expected = "an adapter's directory, or a file whose metadata holds the config",
+       .found =
+           found.empty() ? "a file in place of the directory" : "the configs of " + std::to_string(found.size()) + " models",
+       .hint = found.empty()
+                   ? "PEFT saves adapter_config.json beside the weights; without it the scaling is not known: pass the "
+                     "directory with both"
+                   : "give each model's adapter a file of its own"}));
 }
 
 }  // namespace read_detail
@@ -486,21 +673,30 @@ inline std::filesystem::path file_in(const std::filesystem::path& directory, con
 /// The adapters that a config and the tensors beside it describe; for parts that did not come from one directory.
 template <scalar T = float>
 adapter_file<T> assemble(const config& c, const safetensors::file& tensors, const read_options& options = {}) {
-  return read_detail::assembler<T>(c, tensors, options).run();
+  return read_detail::assembler<T>(c, tensors, options).run({});
 }
 
-/// Reads a directory; see the top of this file. T is float, double, or a 16-bit type when the file holds that type.
+/// Reads a directory, or a single file whose metadata holds the whole config (as diffusers writes it); see the top of this file.
+/// T is float, double, or a 16-bit type when the file holds that type.
 template <scalar T = float>
-adapter_file<T> read(const std::filesystem::path& directory, const read_options& options = {}) {
+adapter_file<T> read(const std::filesystem::path& path, const read_options& options = {}) {
+  std::error_code failure;
+  if (std::filesystem::is_regular_file(path, failure)) {
+    const auto tensors = safetensors::read(path);
+    return assemble<T>(read_detail::config_in(tensors, options), tensors, options);
+  }
+  const io_detail::peft_directory directory(path);
+  if (!directory.has(directory.config_name)) {
+    if (!directory.has(directory.weights_name)) directory.refuse_config();
+    const auto tensors = safetensors::read(directory.weights());
+    if (io_detail::configs_in_metadata(tensors).empty()) directory.refuse_config();
+    return assemble<T>(read_detail::config_in(tensors, options), tensors, options);
+  }
   // The config first: it says why a file of another kind is refused, also where its weights are missing.
-  const auto c = read_config(read_detail::file_in(directory, "adapter_config.json", "adapter_model.safetensors",
-                                                  "PEFT saves adapter_config.json beside the weights; without it the "
-                                                  "scaling is not known"),
-                             options);
-  const auto tensors = safetensors::read(read_detail::file_in(
-      directory, "adapter_model.safetensors", "adapter_model.bin",
-      "adapter_model.bin is a PyTorch file, which can run code when loaded: convert it to safetensors"));
-  return assemble<T>(c, tensors, options);
+  const auto c = read_config(directory.config(), options);
+  if (!directory.has(directory.weights_name)) directory.refuse_weights();
+  const auto tensors = safetensors::read(directory.weights());
+  return read_detail::assembler<T>(c, tensors, options).run(directory.trained_files());
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::peft

@@ -20,75 +20,23 @@
 #include "lora/io/detail/input_file.hpp"
 #include "lora/io/detail/json_tree.hpp"
 #include "lora/io/detail/module_pattern.hpp"
+#include "lora/io/detail/name_tables.hpp"
 #include "lora/io/format_error.hpp"
+#include "lora/io/peft_patterns.hpp"
 #include "lora/scaling.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::peft {
-
-/// rank_pattern and alpha_pattern: values under keys that are regular expressions for the end of a module's name. The
-/// first key in the order of the file that fits wins.
-template <class V>
-class pattern_table {
- public:
-  struct row {
-    std::string key;
-    V value;
-    io_detail::module_pattern pattern;
-  };
-
-  /// Throws value_error when the key is a pattern that is not supported.
-  void add(std::string key, V value) {
-    const std::string quoted = io_detail::in_quotes(key);
-    const std::string fault = try_add(std::move(key), std::move(value));
-    if (!fault.empty()) lora::detail::raise_value("peft::pattern_table", "the pattern " + quoted + " has " + fault);
-  }
-  /// Adds the key, or says what is wrong with it.
-  std::string try_add(std::string key, V value) {
-    io_detail::module_pattern pattern(key);
-    if (std::string fault = pattern.fault(); !fault.empty()) return fault;
-    if (pattern.cost() > most_cost - cost_) return "more steps than the patterns of a table may have together";
-    cost_ += pattern.cost();
-    rows_.push_back({std::move(key), std::move(value), std::move(pattern)});
-    return "";
-  }
-
-  /// The first key that fits a module, or before it one whose answer depends on tables of Unicode that are not here.
-  struct answer {
-    const row* fits = nullptr;
-    const row* unicode = nullptr;
-  };
-  answer look_up(std::string_view module) const {
-    for (const auto& each : rows_) {
-      const auto verdict = each.pattern.match(module);
-      if (verdict == io_detail::pattern::verdict::yes) return {.fits = &each};
-      if (verdict == io_detail::pattern::verdict::not_ascii) return {.unicode = &each};
-    }
-    return {};
-  }
-  /// What the first fitting key says of a module (its name without base_model.model.); nothing when none fits. Throws
-  /// value_error where the answer depends on tables of Unicode.
-  std::optional<V> find(std::string_view module) const {
-    const answer found = look_up(module);
-    if (found.unicode != nullptr) lora::detail::raise_value("peft", io_detail::unicode_text(found.unicode->key, module));
-    return found.fits == nullptr ? std::nullopt : std::optional<V>(found.fits->value);
-  }
-  const std::vector<row>& rows() const { return rows_; }
-  bool empty() const { return rows_.empty(); }
-  /// An upper bound for the work of a look-up per character of a name.
-  std::size_t cost() const { return cost_; }
-
- private:
-  // Of steps in memory: 64 MiB.
-  static constexpr std::size_t most_cost = std::size_t{1} << 22;
-
-  std::vector<row> rows_;
-  std::size_t cost_ = 0;
-};
 
 /// target_modules or exclude_modules: nothing, one regular expression for the whole name, or names and ends of names.
 struct module_selection {
   std::optional<std::string> expression = {};
   std::optional<std::vector<std::string>> names = {};
+
+  /// As it stands in a message; long lists are shortened.
+  std::string text() const {
+    if (expression) return io_detail::in_quotes(*expression);
+    return names ? "[" + io_detail::listed(*names) + "]" : "null";
+  }
 };
 
 /// Which of the base's biases the adapter's file holds.
@@ -110,6 +58,16 @@ struct block_diagonal {
   bool strict = true;  ///< a module in neither list is an error
 };
 
+/// How the columns of a stack's lora_B are ordered: PEFT has the experts of rank 0, then those of rank 1. Another writer has the
+/// ranks of expert 0, then those of expert 1, and says so in lora_B_layout.
+enum class expert_columns { rank_major, grouped_by_expert };
+
+/// What a config says of the stacks of one parameter.
+struct expert_layout {
+  std::optional<expert_columns> lora_B = {};
+  std::optional<std::uint64_t> experts = {};
+};
+
 /// The config, with PEFT's defaults for keys that are absent.
 struct config {
   std::string path;  ///< for messages
@@ -128,13 +86,16 @@ struct config {
   bool use_dora = false, lora_bias = false, ensure_weight_tying = false;
   base_change change = base_change::none;
   std::optional<block_diagonal> bd;
+  /// lora_B_layout and unsloth_fused_expert_lora, by the parameter's name or its last segments; under "" for all stacks.
+  std::map<std::string, expert_layout> expert_layouts;
   /// [begin, end) of the base's layers, one behind the other.
   std::vector<std::pair<std::uint64_t, std::uint64_t>> layer_replication;
   /// Rows of embeddings by the module's name, or under "" for the input embedding.
   std::map<std::string, std::vector<index_t>> trainable_tokens;
   std::string task_type, base_model_name_or_path, revision, peft_version;
   std::string init_lora_weights = "true";
-  std::vector<std::string> ignored_keys;  ///< not known here: without a value that asks for something, or vouched for
+  /// Unknown keys that were ignored: their value is null, false or empty, or the caller listed them in ignore_keys.
+  std::vector<std::string> ignored_keys;
   /// The keys as they were read, for writing them back; null for a config that was not read.
   std::shared_ptr<const io_detail::json_node> source;
 
@@ -143,6 +104,20 @@ struct config {
   lora::scaling scaling_of(std::string_view module) const {
     return {.alpha = alpha_pattern.find(module).value_or(lora_alpha), .rule = rule};
   }
+  /// The modules that PEFT saves whole: modules_to_save, and the heads that it adds for task_type.
+  std::vector<std::string> saved_modules() const {
+    auto result = modules_to_save;
+    if (task_type == "SEQ_CLS" || task_type == "TOKEN_CLS") result.insert(result.end(), {"classifier", "score"});
+    if (task_type == "QUESTION_ANS") result.emplace_back("qa_outputs");
+    return result;
+  }
+};
+
+/// What to do with names that a wrapper of the training program has changed (_orig_mod., module., _fsdp_wrapped_module. ...).
+enum class wrapper_names {
+  refuse,  ///< an error that names the wrapper; with read_options::lenient as `strip`
+  strip,   ///< read under the names without them
+  keep,    ///< a base whose own modules are called so
 };
 
 /// What a caller knows beyond the files, and how strict to be.
@@ -156,14 +131,27 @@ struct read_options {
   /// adapter_file::left_out(); without them the model is not the one that was trained.
   bool leave_out_saved_modules = false;
   /// Follow PEFT where it passes over things: unknown config keys, tensors that it would not use, a missing lora_B (which is
-  /// zero then). adapter_file::ignored_keys() lists the keys and passed_over() the rest. What PEFT refuses, and what would be
-  /// random, stays an error.
+  /// zero then). adapter_file::ignored_keys() lists the keys and passed_over() the rest. A tensor under a base tensor's own
+  /// name is none of these: PEFT loads it, and replacements() has it as `unasked`. What PEFT refuses, and what would be random,
+  /// stays an error.
   bool lenient = false;
+  /// Take every module that the file has an adapter for, whatever target_modules says. vLLM, diffusers and ComfyUI do so; PEFT
+  /// adapts the modules of target_modules alone.
+  bool select_by_tensors = false;
+  wrapper_names wrappers = wrapper_names::refuse;
   /// target_parameters: the names of a module's parameters in the order in which the module registers them, for modules
-  /// with more than one adapted parameter. Their names are not in the file, only their nesting, which follows that order.
+  /// with more than one adapted parameter. Their names are not in the file, only their nesting, which follows that order. Where
+  /// the file has fewer adapters than target_parameters names, list those that it has.
   std::vector<std::string> parameter_order = {};
-  /// target_parameters: whether the base stores them as [expert, in, out] (a module with is_transposed).
-  bool parameters_in_out = false;
+  /// target_parameters: whether each slice of a stack takes the transpose of B A. It follows from the base and the writer:
+  ///   written by PEFT      base [expert, out, in]    base [expert, in, out] (is_transposed)
+  ///   0.19.1 and later     false                     true
+  ///   0.19.0               true                      false
+  ///   0.17, 0.18           true                      true
+  /// Not said: false, as PEFT 0.21 reads every file; a square stack of a file before 0.19.1, or of no stated version, is refused.
+  std::optional<bool> parameters_in_out = {};
+  /// target_parameters: whether the columns of a stack's lora_B are grouped by expert, for a file without lora_B_layout.
+  std::optional<bool> experts_grouped_b = {};
   /// PEFT up to 0.21 adds the delta of an attention's out_proj twice, also while it trains. True: the same function, W + 2 D.
   bool attention_out_proj_twice = false;
 };
@@ -230,6 +218,8 @@ inline constexpr std::array known_keys = std::to_array<known_key>({
     {"enable_lora", meaning::refused},
     {"use_bdlora", meaning::handled},
     {"kasa_config", meaning::handled},
+    {"lora_B_layout", meaning::handled},
+    {"unsloth_fused_expert_lora", meaning::handled},
     {"arrow_config", meaning::refused_also_empty},
 });
 
@@ -244,8 +234,22 @@ inline std::string reason_of(std::string_view key) {
 }
 
 /// Initializations that leave the base as it is, so that the stored factors are the whole adapter. pissa and olora change the
-/// base in a way that can be computed again; the others (pissa_niter_N, corda, loftq, lora_ga) depend on random numbers or data.
+/// base in a way that can be computed again; the others depend on random numbers or data.
 inline constexpr std::array<std::string_view, 6> harmless_inits{"true", "false", "gaussian", "eva", "orthogonal", "mica"};
+inline constexpr std::array<std::string_view, 2> computable_inits{"pissa", "olora"};
+inline constexpr std::array<std::string_view, 3> random_inits{"corda", "loftq", "lora_ga"};
+/// Those that PEFT compares in lower case.
+inline constexpr std::array<std::string_view, 3> caseless_inits{"gaussian", "olora", "mica"};
+
+inline std::string lower_case(std::string text) {
+  std::transform(text.begin(), text.end(), text.begin(),
+                 [](char x) { return x >= 'A' && x <= 'Z' ? static_cast<char>(x - 'A' + 'a') : x; });
+  return text;
+}
+template <class List>
+bool is_in(const List& list, std::string_view name) {
+  return std::find(list.begin(), list.end(), name) != list.end();
+}
 
 inline constexpr std::array<std::string_view, 6> task_types{"SEQ_CLS",   "SEQ_2_SEQ_LM", "CAUSAL_LM",
                                                             "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION"};
@@ -382,6 +386,7 @@ class reader {
     read_bias();
     read_init();
     read_block_diagonal();
+    read_expert_layouts();
     read_layer_replication();
     read_tokens();
     if (result_.use_dora && result_.lora_bias)
@@ -404,15 +409,28 @@ class reader {
     const auto* init = value_of("init_lora_weights");
     if (init == nullptr || init->kind == json_kind::null) return;
     result_.init_lora_weights = init->kind == json_kind::string ? init->string : init->text();
-    const std::string& name = result_.init_lora_weights;
-    if (std::find(harmless_inits.begin(), harmless_inits.end(), name) != harmless_inits.end()) return;
-    if (name != "pissa" && name != "olora")
-      refuse(
-          *init, "init_lora_weights", "an initialization that leaves the base as it is, pissa or olora", init->text(),
-          "PEFT also changes the base when it loads this adapter, in a way that the files do not determine (random numbers, "
-          "data): convert it with path_initial_model_for_weight_conversion of save_pretrained");
+    std::string name = result_.init_lora_weights;
+    if (is_in(caseless_inits, lower_case(name))) name = lower_case(name);
+    if (is_in(harmless_inits, name)) return;
+    if (!is_in(computable_inits, name)) refuse_init(*init, name);
     if (result_.change != base_change::none) refuse(*init, "init_lora_weights", "true beside kasa_config", init->text(), "");
     result_.change = name == "pissa" ? base_change::pissa : base_change::olora;
+  }
+  [[noreturn]] void refuse_init(const json_node& init, const std::string& name) const {
+    const char* expected = "an initialization that leaves the base as it is, pissa or olora";
+    const auto is_random = [](std::string_view text) {
+      return is_in(random_inits, text) || text.starts_with("pissa_niter_");
+    };
+    if (is_random(name))
+      refuse(init, "init_lora_weights", expected, init.text(),
+             "PEFT also changes the base when it loads this adapter, in a way that the files do not determine (random "
+             "numbers, data): convert it with path_initial_model_for_weight_conversion of save_pretrained");
+    const auto lowered = lower_case(name);
+    const bool known = is_in(harmless_inits, lowered) || is_in(computable_inits, lowered) || is_random(lowered);
+    refuse(init, "init_lora_weights", expected, init.text(),
+           known ? "PEFT knows " + in_quotes(lowered) +
+                       " in lower case only, and refuses this spelling: write the one that is meant"
+                 : "PEFT knows no such initialization: write true if the base was left as it is");
   }
 
   void read_block_diagonal() {
@@ -439,6 +457,63 @@ class reader {
       }
     }
     result_.bd = std::move(result);
+  }
+
+  // ---- the order of a stack's columns, which must be said alike in every place
+  void read_expert_layouts() {
+    if (const auto* all = value_of("lora_B_layout"); all != nullptr && all->kind != json_kind::null)
+      result_.expert_layouts[""].lora_B = columns(*all);
+    const char* key = "unsloth_fused_expert_lora";
+    const auto* fused = value_of(key);
+    if (fused == nullptr || is_off(*fused)) return;
+    if (fused->kind != json_kind::object) refuse(*fused, key, "an object or null", fused->text(), "");
+    for (const auto& item : fused->items) {
+      if (item.key == "parameters") {
+        if (item.kind != json_kind::object) refuse(item, key, "parameters as an object", item.text(), "");
+        for (const auto& parameter : item.items) read_expert_layout(parameter, parameter.key);
+      } else if (!read_layout_key(item, result_.expert_layouts[""])) {
+        check_unknown(std::string(key) + "." + item.key, item);
+      }
+    }
+    const auto all = result_.expert_layouts[""];
+    for (const auto& [name, layout] : result_.expert_layouts)
+      if (all.lora_B && layout.lora_B && all.lora_B != layout.lora_B)
+        refuse(*fused, key, "the lora_B_layout that the config says for all stacks", "another for " + in_quotes(name),
+               one_layout);
+  }
+  static constexpr const char* one_layout = "find out in which order the columns were trained, and write it in both places";
+  void read_expert_layout(const json_node& of, const std::string& name) {
+    const char* key = "unsloth_fused_expert_lora";
+    if (of.kind != json_kind::object) refuse(of, key, "an object for " + in_quotes(name), of.text(), "");
+    auto& layout = result_.expert_layouts[name];
+    for (const auto& item : of.items)
+      if (!read_layout_key(item, layout)) check_unknown(std::string(key) + ".parameters." + name + "." + item.key, item);
+  }
+  /// Whether the key is one of a layout.
+  bool read_layout_key(const json_node& item, expert_layout& layout) {
+    const char* key = "unsloth_fused_expert_lora";
+    if (item.kind == json_kind::null)
+      return item.key == "lora_A_layout" || item.key == "lora_B_layout" || item.key == "num_experts";
+    if (item.key == "lora_A_layout") {
+      if (item.kind != json_kind::string || item.string != "grouped_by_expert")
+        refuse(item, key, "lora_A_layout \"grouped_by_expert\", as PEFT has it", item.text(), "");
+    } else if (item.key == "lora_B_layout") {
+      const auto order = columns(item);
+      if (layout.lora_B.value_or(order) != order)
+        refuse(item, key, "the same lora_B_layout in every place", item.text(), one_layout);
+      layout.lora_B = order;
+    } else if (item.key == "num_experts") {
+      layout.experts = static_cast<std::uint64_t>(positive(item, key, "a number of experts"));
+    } else {
+      return false;
+    }
+    return true;
+  }
+  expert_columns columns(const json_node& value) const {
+    if (value.kind == json_kind::string && value.string == "rank_major") return expert_columns::rank_major;
+    if (value.kind == json_kind::string && value.string == "grouped_by_expert") return expert_columns::grouped_by_expert;
+    refuse(value, "lora_B_layout", "\"rank_major\" (PEFT's) or \"grouped_by_expert\"", value.text(),
+           "it says in which order the columns of lora_B go over ranks and experts");
   }
 
   void read_layer_replication() {
@@ -502,9 +577,9 @@ class reader {
       if (item.key == key) return &item;
     return nullptr;
   }
-  index_t positive(const json_node& value, const char* key) const {
+  index_t positive(const json_node& value, const char* key, const char* what = "a rank") const {
     if (value.kind != json_kind::unsigned_integer || value.unsigned_integer == 0 || value.unsigned_integer > 0x7fffffffu)
-      refuse(value, key, "a rank above 0, as an integer", value.text(), "");
+      refuse(value, key, std::string(what) + " above 0, as an integer", value.text(), "");
     return static_cast<index_t>(value.unsigned_integer);
   }
   double finite(const json_node& value, const char* key) const {
@@ -583,7 +658,14 @@ inline config parse_config(std::string_view text, const std::string& path, const
 
 /// Reads a config file of at most 16 MiB. Throws format_error.
 inline config read_config(const std::filesystem::path& path, const read_options& options = {}) {
-  return parse_config(io_detail::read_text(path, 16u << 20), path.string(), options);
+  const auto text = io_detail::read_text(path, 16u << 20);
+  if (text.starts_with("version https://git-lfs"))
+    lora::detail::raise(format_error({.path = path.string(),
+                                      .offset = 0,
+                                      .expected = "a JSON object",
+                                      .found = "a Git LFS pointer",
+                                      .hint = "fetch the file itself with git lfs pull"}));
+  return parse_config(text, path.string(), options);
 }
 
 namespace config_detail {
@@ -592,10 +674,6 @@ namespace config_detail {
 inline bool is_or_ends_with(std::string_view module, std::string_view name) {
   if (module == name) return true;
   return module.size() > name.size() && module[module.size() - name.size() - 1] == '.' && module.ends_with(name);
-}
-
-inline bool any_fits(const std::vector<std::string>& names, std::string_view module) {
-  return std::any_of(names.begin(), names.end(), [&](const auto& name) { return is_or_ends_with(module, name); });
 }
 
 /// Whether it holds for the path, or for one that the path lies in.
@@ -656,8 +734,8 @@ class target_rule {
  public:
   explicit target_rule(const config& c)
       : config_(c),
-        target_(expression_of(c.target_modules)),
-        exclude_(expression_of(c.exclude_modules)),
+        target_(c.target_modules),
+        exclude_(c.exclude_modules),
         saved_(compiled(c.modules_to_save)),
         containers_(compiled(c.layers_pattern)) {}
 
@@ -669,7 +747,7 @@ class target_rule {
   answer decide(std::string_view module) const {
     answer excluded = fits(config_.exclude_modules, exclude_, module, "exclude_modules");
     if (!excluded.selected) {
-      excluded.excluded_unicode = exclude_->fault().empty();
+      excluded.excluded_unicode = exclude_.expression->fault().empty();
       return excluded;
     }
     const auto is_saved = [&](std::string_view path) { return any_matches(saved_, path); };
@@ -680,47 +758,43 @@ class target_rule {
       if (!config_.target_parameters.empty()) return {false};
       return {{}, "target_modules is null: PEFT then chooses by the base's architecture"};
     }
-    if (target.expression && is_all_linear(*target.expression))
+    if (target.expression && lower_case(*target.expression) == "all-linear")
       return {{}, "target_modules is \"all-linear\": a name does not tell a module's type"};
     answer result = fits(target, target_, module, "target_modules");
-    if (target.names && *result.selected) result.selected = is_named(module) || in_layers(module);
+    if (target.names && *result.selected) result.selected = target_.names.contains(module) || in_layers(module);
     return result;
   }
 
   /// An upper bound for the work of decide().
   double work(std::string_view module) const {
     const auto size = [](const auto& list) { return static_cast<double>(list.size()); };
-    const auto of = [&](const module_selection& s, const std::optional<io_detail::pattern>& p) {
-      return (p ? static_cast<double>(p->cost()) * size(module) : 0) + (s.names ? size(*s.names) : 0);
+    const auto of = [&](const compiled_selection& s) {
+      return (s.expression ? static_cast<double>(s.expression->cost()) * size(module) : 0) + s.names.work(module);
     };
     const auto depth = 1 + static_cast<double>(std::count(module.begin(), module.end(), '.'));
-    return of(config_.target_modules, target_) + of(config_.exclude_modules, exclude_) + size(config_.layers_to_transform) +
-           depth * (size(saved_) + size(containers_));
+    return of(target_) + of(exclude_) + size(config_.layers_to_transform) + depth * size(saved_) +
+           size(module) * size(containers_);
   }
 
  private:
-  static std::optional<io_detail::pattern> expression_of(const module_selection& selection) {
-    if (!selection.expression || selection.expression->empty()) return std::nullopt;
-    return io_detail::pattern(*selection.expression);
-  }
-  static bool is_all_linear(std::string text) {
-    std::transform(text.begin(), text.end(), text.begin(),
-                   [](char x) { return x >= 'A' && x <= 'Z' ? static_cast<char>(x - 'A' + 'a') : x; });
-    return text == "all-linear";
-  }
-  static answer fits(const module_selection& selection, const std::optional<io_detail::pattern>& expression,
-                     std::string_view module, const char* key) {
-    if (!expression) return {selection.names && any_fits(*selection.names, module)};
+  struct compiled_selection {
+    std::optional<io_detail::pattern> expression;
+    io_detail::path_endings names;
+
+    explicit compiled_selection(const module_selection& s) : names(s.names.value_or(std::vector<std::string>{})) {
+      if (s.expression && !s.expression->empty()) expression.emplace(*s.expression);
+    }
+  };
+  static answer fits(const module_selection& selection, const compiled_selection& compiled, std::string_view module,
+                     const char* key) {
+    const auto& expression = compiled.expression;
+    if (!expression) return {compiled.names.select(module)};
     if (!expression->fault().empty())
       return {{}, std::string(key) + " " + in_quotes(*selection.expression) + " is not supported: " + expression->fault()};
     const auto verdict = expression->matches_all(io_detail::code_points(module));
     if (verdict == io_detail::pattern::verdict::not_ascii)
       return {{}, io_detail::unicode_text(*selection.expression, module)};
     return {verdict == io_detail::pattern::verdict::yes};
-  }
-  bool is_named(std::string_view module) const {
-    const auto& names = *config_.target_modules.names;
-    return std::find(names.begin(), names.end(), module) != names.end();
   }
   bool in_layers(std::string_view module) const {
     if (config_.layers_to_transform.empty()) return true;
@@ -730,7 +804,7 @@ class target_rule {
   }
 
   const config& config_;
-  std::optional<io_detail::pattern> target_, exclude_;
+  compiled_selection target_, exclude_;
   patterns saved_, containers_;
 };
 

@@ -13,71 +13,19 @@
 #include <vector>
 
 #include "lora/adapter.hpp"
-#include "lora/io/dtype.hpp"
-#include "lora/io/peft_config.hpp"
+#include "lora/io/peft_entry_parts.hpp"
 #include "lora/scaled.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::peft {
-
-enum class entry_kind {
-  linear,         ///< a Linear or Conv1D module: <name>.weight, out x in (in x out with fan_in_fan_out)
-  embedding,      ///< <name>.weight, vocabulary x features: the delta weight is its transpose
-  convolution,    ///< <name>.weight, out x in/groups x kernel, flattened to out x (in * kernel)
-  attention_in,   ///< in_proj of a MultiheadAttention: <name>_weight, 3 E x E
-  attention_out,  ///< out_proj of a MultiheadAttention
-  parameter,      ///< a bare parameter, also a stack of experts: <name>, [experts,] out x in (or in x out)
-};
-
-inline const char* name_of(entry_kind kind) {
-  switch (kind) {
-    case entry_kind::linear: return "linear";
-    case entry_kind::embedding: return "embedding";
-    case entry_kind::convolution: return "convolution";
-    case entry_kind::attention_in: return "attention in_proj";
-    case entry_kind::attention_out: return "attention out_proj";
-    case entry_kind::parameter: return "parameter";
-  }
-  return "";
-}
-
-/// One of the two projections of an attention that PEFT adapts inside torch's MultiheadAttention.
-inline bool is_attention(entry_kind kind) { return kind == entry_kind::attention_in || kind == entry_kind::attention_out; }
-
-/// Which factor of BD-LoRA is stored as its blocks.
-enum class packed_factor { none, A, B };
-
-/// What an entry consists of; fields that do not apply stay as they are.
-template <scalar T>
-struct entry_parts {
-  std::string name;  ///< of the module, or of the parameter
-  std::string path;  ///< PEFT's key before .lora_A: the name, with base_layer where wrappers are nested
-  entry_kind kind = entry_kind::linear;
-  /// One, or one for each expert.
-  std::vector<lora::adapter<T>> experts;
-  lora::scaling scale{.alpha = 1, .rule = scaling_rule::fixed};  ///< as the config has it
-  bool fan_in_fan_out = false;                                   ///< the base stores in x out; of a parameter: a stack
-  std::vector<T> bias = {};                                      ///< of lora_B
-  std::vector<T> magnitude = {};                                 ///< of DoRA
-  std::vector<T> diagonal = {};                                  ///< of KaSA, between B and A
-  base_change change = base_change::none;
-  std::vector<index_t> kernel = {};  ///< of a convolution
-  index_t in_channels = 0;           ///< of a convolution: of lora_A, which sees all of them
-  index_t groups = 1;                ///< of a convolution
-  packed_factor packed = packed_factor::none;
-  index_t blocks = 1;
-  bool twice = false;            ///< read_options::attention_out_proj_twice
-  std::string base_name = {};    ///< the name in the base, where layer_replication gives it another; empty: the name
-  std::string shared_with = {};  ///< the base's module, when replicated layers share its weight
-  safetensors::dtype dtype_A = safetensors::dtype_of<T>(), dtype_B = dtype_A, dtype_bias = dtype_A,
-                     dtype_magnitude = dtype_A, dtype_diagonal = dtype_A;
-};
 
 /// Owns what it holds; immutable.
 template <scalar T>
 class entry {
  public:
+  /// Throws value_error or shape_error for parts that do not belong together: values of another number than outputs or ranks,
+  /// experts of different shapes, a kernel that is not lora_A's, a dtype that holds no factor.
   explicit entry(entry_parts<T> parts) : p_(std::move(parts)) {
-    if (p_.experts.empty()) lora::detail::raise_value("peft::entry", "an entry needs an adapter");
+    entry_detail::invariant<T>(p_).check();
     if (p_.path.empty()) p_.path = p_.name;
     if (p_.base_name.empty()) p_.base_name = p_.name;
   }

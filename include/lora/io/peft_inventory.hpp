@@ -14,6 +14,7 @@
 #include <array>
 #include <charconv>
 #include <cmath>
+#include <cstddef>
 #include <string>
 #include <utility>
 #include <vector>
@@ -37,6 +38,7 @@ struct inventory {
   std::vector<inventory_row> modules;
   std::vector<std::string> replaced;  ///< the base's tensors that the file replaces, wholly or in rows
   std::vector<std::string> not_used;  ///< tensors and config keys that play no part, with the reason
+  std::vector<std::string> notes;     ///< adapter_file::notes(), and modules with values that are not finite
   double norm = 0;                    ///< of all deltas together: sqrt(sum of squares)
 
   /// A table for people, one line a module.
@@ -67,6 +69,7 @@ struct inventory {
             number(row.scaling), row.dtype, number(row.norm), row.more});
     for (const auto& name : replaced) result += "replaces  " + name + "\n";
     for (const auto& name : not_used) result += "not used  " + name + "\n";
+    for (const auto& note : notes) result += "note      " + note + "\n";
     return result;
   }
 };
@@ -74,11 +77,21 @@ struct inventory {
 namespace inventory_detail {
 
 template <class M>
-Eigen::MatrixXd gram(const M& m) {
+Eigen::MatrixXd widened(const M& m) {
   Eigen::MatrixXd wide(m.rows(), m.cols());
   for (index_t j = 0; j < m.cols(); ++j)
     for (index_t i = 0; i < m.rows(); ++i) wide(i, j) = lora::detail::widen<double>(m(i, j));
-  return m.rows() > m.cols() ? Eigen::MatrixXd(wide.transpose() * wide) : Eigen::MatrixXd(wide * wide.transpose());
+  return wide;
+}
+template <class M>
+Eigen::MatrixXd gram_of_columns(const M& m) {
+  const auto wide = widened(m);
+  return wide.transpose() * wide;
+}
+template <class M>
+Eigen::MatrixXd gram_of_rows(const M& m) {
+  const auto wide = widened(m);
+  return wide * wide.transpose();
 }
 
 /// |s B A|^2 = s^2 trace((B^T B)(A A^T)); where the rank is above a dimension the smaller product is formed instead.
@@ -86,19 +99,27 @@ template <scalar T>
 double squared_norm(const adapter<T>& l) {
   const auto A = as_matrix(l.lora_A());
   const auto B = as_matrix(l.lora_B());
-  double sum = 0;
-  if (A.rows() <= A.cols() && B.cols() <= B.rows()) {
-    sum = gram(B).cwiseProduct(gram(A)).sum();
-  } else {
-    for (index_t i = 0; i < B.rows(); ++i)
-      for (index_t j = 0; j < A.cols(); ++j) {
-        double element = 0;
-        for (index_t k = 0; k < A.rows(); ++k)
-          element += lora::detail::widen<double>(B(i, k)) * lora::detail::widen<double>(A(k, j));
-        sum += element * element;
-      }
-  }
+  const bool thin = A.rows() <= A.cols() && B.cols() <= B.rows();
+  const double sum = thin ? gram_of_columns(B).cwiseProduct(gram_of_rows(A)).sum() : (widened(B) * widened(A)).squaredNorm();
   return l.scaling() * l.scaling() * std::max(sum, 0.0);
+}
+
+/// "12 of 14 values are not finite", or nothing.
+template <scalar T>
+std::string nonfinite_values(const entry<T>& e) {
+  std::size_t count = 0, total = 0;
+  const auto look = [&](const T* values, index_t size) {
+    total += static_cast<std::size_t>(size);
+    count += static_cast<std::size_t>(std::count_if(values, values + size, [](T v) { return !lora::detail::is_finite(v); }));
+  };
+  for (const auto& l : e.parts().experts) {
+    look(l.lora_A().data(), l.lora_A().size());
+    look(l.lora_B().data(), l.lora_B().size());
+  }
+  for (const auto* values : {&e.parts().bias, &e.parts().magnitude, &e.parts().diagonal})
+    look(values->data(), static_cast<index_t>(values->size()));
+  if (count == 0) return {};
+  return std::to_string(count) + " of " + std::to_string(total) + " values are not finite";
 }
 
 }  // namespace inventory_detail
@@ -111,13 +132,18 @@ inventory inventory_of(const adapter_file<T>& file) {
     double squares = 0;
     for (const auto& l : e.parts().experts) squares += inventory_detail::squared_norm(l);
     total += squares;
+    if (const auto bad = inventory_detail::nonfinite_values(e); !bad.empty())
+      result.notes.push_back(io_detail::printable(name) + ": " + bad);
     result.modules.push_back({name, e.weight_name(), e.kind(), e.rank(), e.out_features(), e.in_features(), e.experts(),
                               e.scaling(), std::string(name_of(e.parts().dtype_A)), std::sqrt(squares), e.what_else()});
   }
   result.norm = std::sqrt(total);
+  result.notes.insert(result.notes.end(), file.notes().begin(), file.notes().end());
   for (const auto& each : file.replacements()) {
     if (each.applies())
-      result.replaced.push_back(io_detail::printable(each.name));
+      result.replaced.push_back(io_detail::printable(each.name) + (each.why == replacement::reason::unasked
+                                                                       ? ", if the base has it: the config does not ask"
+                                                                       : ""));
     else
       result.not_used.push_back(io_detail::printable(each.key) + ": a copy that PEFT writes beside the value that counts");
   }
@@ -125,6 +151,7 @@ inventory inventory_of(const adapter_file<T>& file) {
     result.replaced.push_back(io_detail::printable(name) + ".weight, " + std::to_string(rows.ids().size()) + " rows");
   for (const auto& name : file.left_out()) result.not_used.push_back(io_detail::printable(name) + ": left out as asked");
   for (const auto& what : file.passed_over()) result.not_used.push_back(what);
+  for (const auto& key : file.unused_patterns()) result.not_used.push_back(key);
   for (const auto& key : file.ignored_keys()) result.not_used.push_back("config key " + io_detail::in_quotes(key));
   return result;
 }

@@ -27,11 +27,13 @@
 #include <vector>
 
 #include "lora/dora.hpp"
+#include "lora/io/detail/embedding_names.hpp"
 #include "lora/io/peft_entry.hpp"
 #include "lora/merge.hpp"
 #include "lora/rows.hpp"
 #include "lora/tensor_view.hpp"
 #include "lora/through.hpp"
+#include "lora/workspace.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
 namespace peft {
@@ -158,10 +160,10 @@ bool stored_in_out(const entry<T>& e, given base) {
   return e.fan_in_fan_out() || e.kind() == entry_kind::embedding;
 }
 
-/// Throws value_error when there are no entries, or when they disagree on how one weight is stored.
+/// Throws value_error when the entries disagree on how one weight is stored. Without an entry: as out x in.
 template <class T>
 bool common_orientation(const char* operation, const list<T>& all, given base) {
-  if (all.empty()) refuse(operation, "no entry is given");
+  if (all.empty()) return false;
   const auto& first = all.front().of();
   for (const auto& each : all)
     if (stored_in_out(each.of(), base) != stored_in_out(first, base))
@@ -169,6 +171,16 @@ bool common_orientation(const char* operation, const list<T>& all, given base) {
                             " and " + each.name() +
                             "; one weight is stored one way: read them with read_options::fan_in_fan_out");
   return stored_in_out(first, base);
+}
+
+/// A hint where only the size of the vocabulary differs: heads and embeddings of a model whose tokens were extended.
+template <class T>
+std::string resized_vocabulary(index_t stored_rows, index_t stored_cols, index_t rows, index_t cols, const entry<T>& e) {
+  const bool embeds = e.kind() == entry_kind::embedding || io_detail::is_embedding_name(e.name());
+  if (!embeds || stored_cols != cols || stored_rows == rows) return {};
+  return "; the columns fit and the rows are tokens: the vocabulary was resized before the adapter was trained, so resize "
+         "the base to " +
+         std::to_string(rows) + " rows first (its new rows may lie in a file beside the adapter)";
 }
 
 /// Throws shape_error, with a way out when W only fits the other way round.
@@ -187,9 +199,11 @@ void check_shape(const char* operation, index_t stored_rows, index_t stored_cols
                     : "; it fits transposed: this base stores in x out (fan_in_fan_out, as GPT-2 does) and the config does "
                       "not say so: read with {.fan_in_fan_out = true}";
   if (stored_rows == cols && stored_cols == rows && e.kind() == entry_kind::parameter)
-    what += base == given::stack ? "; it fits transposed: read with read_options::parameters_in_out the other way"
-                                 : "; it fits transposed: if this is a slice of a stack of experts, pass the stack";
-  lora::detail::raise_shape(operation, what);
+    what += base == given::stack
+                ? "; it fits transposed: a base may store [expert, in, out] (is_transposed), and PEFT before "
+                  "0.19.1 saved stacks transposed: read with read_options::parameters_in_out the other way"
+                : "; it fits transposed: if this is a slice of a stack of experts, pass the stack";
+  lora::detail::raise_shape(operation, what + resized_vocabulary(stored_rows, stored_cols, rows, cols, e));
 }
 
 template <class T>
@@ -277,24 +291,44 @@ merge_report merge_into(const char* operation, double sign, const View& stored, 
 }
 
 template <class View, class T>
-merge_report merge_stack(const View& stack, const list<T>& all) {
-  const bool swapped = common_orientation("merge", all, given::stack);
+void check_stack(const View& stack, const list<T>& all) {
   check_one_weight("merge", all);
   check_no_bias("merge", all);
   check_no_magnitude("merge", all, "its norms are those of a matrix, not of a stack: use merge(W, entry)");
-  for (const auto& e : all) {
-    if (e.of().experts() != stack.extent(0))
-      lora::detail::raise_shape("merge", e.name() + " is for " + std::to_string(e.of().experts()) +
+  for (const auto& each : all) {
+    const auto& e = each.of();
+    if (e.experts() != stack.extent(0))
+      lora::detail::raise_shape("merge", e.name() + " is for " + std::to_string(e.experts()) +
                                              " experts and the stack has " + std::to_string(stack.extent(0)));
-    if (stack.extent(0) > 0) check_shape("merge", stack.extent(1), stack.extent(2), e.of(), given::stack);
+    if (e.parts().orientation_unsaid)
+      refuse("merge", e.name() +
+                          " does not say whether its square slice is B A or the transpose, as PEFT before 0.19.1 had "
+                          "it: read with read_options::parameters_in_out = true (transposed) or false, or merge it "
+                          "into a matrix");
+    check_shape("merge", stack.extent(1), stack.extent(2), e, given::stack);
   }
+}
+
+/// Every check and every list comes first, and the workspace grows for the first slice only: later slices cannot throw.
+template <class View, class T>
+merge_report merge_stack(const View& stack, const list<T>& all) {
+  const bool swapped = common_orientation("merge", all, given::stack);
+  check_stack(stack, all);
+  if (all.empty()) return {};
+  std::vector<std::vector<core_adapter<T>>> of_experts(static_cast<std::size_t>(stack.extent(0)));
+  for (index_t k = 0; k < stack.extent(0); ++k)
+    for (const auto& e : all) {
+      auto& list = of_experts[static_cast<std::size_t>(k)];
+      list.push_back({e.weight(), e.of().expert(k)});
+      lora::detail::check_adapter("merge", list.back(), e.out_features(), e.in_features());
+    }
   merge_report report;
+  workspace space;
   for (index_t k = 0; k < stack.extent(0); ++k) {
-    std::vector<core_adapter<T>> of_expert;
-    for (const auto& e : all) of_expert.push_back({e.weight(), e.of().expert(k)});
     const auto slice = stack.slice(k).matrix();
+    const auto& list = of_experts[static_cast<std::size_t>(k)];
     report.became_nonfinite +=
-        (swapped ? lora::merge(slice.transpose(), of_expert) : lora::merge(slice, of_expert)).became_nonfinite;
+        (swapped ? lora::merge(space, slice.transpose(), list) : lora::merge(space, slice, list)).became_nonfinite;
   }
   return report;
 }

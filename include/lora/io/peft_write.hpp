@@ -13,7 +13,7 @@
 // changed gives the same tensors, byte for byte.
 // Before anything is written, the bytes are read back as lora::peft::read would read them, and must hold the same entries. Only
 // the read_options that no file can hold are taken over from the file, and whoever reads what was written needs them again:
-// parameter_order, parameters_in_out, attention_out_proj_twice, ignore_keys.
+// parameter_order, parameters_in_out, attention_out_proj_twice, ignore_keys, and wrappers = keep.
 //   writes   both files are complete beside the old ones, flushed and closed, before either takes its name, the weights first.
 //            A failure before that leaves the old adapter. Two names cannot be given at once: when the second cannot be given
 //            (the error says so), or the machine stops between the two, the new weights stand beside the old config.
@@ -121,7 +121,11 @@ class tensor_store {
       case safetensors::dtype::f32: put(float()); break;
       case safetensors::dtype::f64: put(double()); break;
       case safetensors::dtype::f16: put(float16()); break;
-      default: put(bfloat16()); break;
+      case safetensors::dtype::bf16: put(bfloat16()); break;
+      default:
+        lora::detail::raise_value("peft::write", io_detail::in_quotes(name) + " is to be stored as " +
+                                                     std::string(safetensors::name_of(dtype)) +
+                                                     ", which holds no such values");
     }
     tensors_.push_back({std::move(name), dtype, std::move(shape), {}});
   }
@@ -187,29 +191,46 @@ class entry_writer {
 
  private:
   matrix stored_A() const {
-    if (p_.kind == entry_kind::parameter) {
-      const auto& first = p_.experts.front();
-      matrix A(first.rank() * static_cast<index_t>(p_.experts.size()), first.in_features());
-      for (std::size_t e = 0; e < p_.experts.size(); ++e)
-        A.middleRows(static_cast<index_t>(e) * first.rank(), first.rank()) = p_.experts[e].lora_A();
-      return A;
-    }
+    if (p_.kind == entry_kind::parameter) return stored_ranks();
     const matrix& A = p_.experts.front().lora_A();
     return p_.packed == packed_factor::A ? gathered(A, p_.blocks) : A;
   }
   matrix stored_B() const {
-    if (p_.kind == entry_kind::parameter) {
-      const auto& first = p_.experts.front();
-      const auto count = static_cast<index_t>(p_.experts.size());
-      matrix B(first.out_features(), first.rank() * count);
-      for (index_t e = 0; e < count; ++e)
-        for (index_t k = 0; k < first.rank(); ++k)
-          B.col(k * count + e) = p_.experts[static_cast<std::size_t>(e)].lora_B().col(k);
-      return B;
-    }
+    if (p_.kind == entry_kind::parameter) return stored_columns();
     const matrix& B = p_.experts.front().lora_B();
     if (p_.packed == packed_factor::B) return gathered(B, p_.blocks);
     return p_.groups > 1 ? gathered(B, p_.groups) : B;
+  }
+  /// The ranks of the experts of a stack, expert by expert.
+  matrix stored_ranks() const {
+    const auto& first = p_.experts.front();
+    const index_t rank = first.rank();
+    matrix A(rank * static_cast<index_t>(p_.experts.size()),
+             p_.stored_transposed ? first.out_features() : first.in_features());
+    for (std::size_t e = 0; e < p_.experts.size(); ++e) {
+      auto rows = A.middleRows(static_cast<index_t>(e) * rank, rank);
+      if (p_.stored_transposed)
+        rows = p_.experts[e].lora_B().transpose();
+      else
+        rows = p_.experts[e].lora_A();
+    }
+    return A;
+  }
+  /// The experts of a stack, rank by rank.
+  matrix stored_columns() const {
+    const auto& first = p_.experts.front();
+    const auto count = static_cast<index_t>(p_.experts.size());
+    matrix B(p_.stored_transposed ? first.in_features() : first.out_features(), first.rank() * count);
+    for (index_t e = 0; e < count; ++e) {
+      const auto& l = p_.experts[static_cast<std::size_t>(e)];
+      for (index_t k = 0; k < first.rank(); ++k) {
+        if (p_.stored_transposed)
+          B.col(k * count + e) = l.lora_A().row(k).transpose();
+        else
+          B.col(k * count + e) = l.lora_B().col(k);
+      }
+    }
+    return B;
   }
 
   void add(const char* suffix, safetensors::dtype dtype, shape extents, const T* values, index_t count) {
@@ -301,6 +322,9 @@ class config_writer {
     else
       defaults();
     resolve_ranks();
+    resolve_targets();
+    for (const char* key : {"lora_B_layout", "unsloth_fused_expert_lora"})
+      if (const auto found = keys_.find(key); found != keys_.end()) as_rank_major(found->second, key);
     keys_["fan_in_fan_out"] = boolean(c_.fan_in_fan_out);  // a reader's option may have said otherwise than the file
     keys_["peft_type"] = text("LORA");
     keys_["inference_mode"] = boolean(true);
@@ -327,14 +351,30 @@ class config_writer {
     }
     keys_["use_dora"] = boolean(dora);
     keys_["lora_bias"] = boolean(bias);
-    std::set<std::string> targets;
-    for (const auto& [name, e] : file_) targets.insert(looked_up(e));
-    keys_["target_modules"] = list({targets.begin(), targets.end()});
+    keys_["target_modules"] = targets();
     if (file_.size() != 0) {
       const auto& first = file_.begin()->second;
       r_ = first.rank();
       alpha_ = alpha_for(first.scaling(), scaling_rule::standard, r_);
     }
+  }
+
+  json targets() const {
+    std::set<std::string> names;
+    for (const auto& [name, e] : file_)
+      if (e.kind() != entry_kind::parameter || c_.source == nullptr) names.insert(looked_up(e));
+    return list({names.begin(), names.end()});
+  }
+  /// Where the tensors chose the modules, or their names were changed, the config names what the file has.
+  void resolve_targets() {
+    if (!file_.options().select_by_tensors) return;
+    keys_["target_modules"] = targets();
+    for (const char* key : {"exclude_modules", "layers_to_transform", "layers_pattern"}) keys_[key] = json{};
+  }
+  /// Stacks are written in PEFT's order of columns, whatever they were read in.
+  static void as_rank_major(json& node, std::string_view key) {
+    if (key == "lora_B_layout" && node.kind == io_detail::json_kind::string) node.string = "rank_major";
+    for (auto& item : node.items) as_rank_major(item, item.key);
   }
 
   void resolve_ranks() {
@@ -388,6 +428,12 @@ void check(const adapter_file<T>& file) {
                                                  io_detail::printable(file.left_out().empty() ? file.passed_over().front()
                                                                                               : file.left_out().front()) +
                                                  ", which would be lost: read it strictly and whole");
+  for (const auto& each : file.replacements())
+    if (each.why == replacement::reason::unasked)
+      lora::detail::raise_value("peft::write",
+                                io_detail::in_quotes(each.key) +
+                                    " is a tensor of the base that no key of the config asks for, so that a strict "
+                                    "reader would refuse it: name its module in modules_to_save, and read again");
   for (const auto& [name, e] : file)
     if (e.change() != file.config().change && e.kind() == entry_kind::linear)
       lora::detail::raise_value("peft::write", name +
@@ -425,6 +471,8 @@ std::string difference(const entry<T>& given, const entry<T>& found) {
   if (a.change != b.change) return "change of the base";
   if (a.kernel != b.kernel || a.groups != b.groups) return "kernel or groups";
   if (a.shared_with != b.shared_with) return "module whose weight it shares";
+  if (a.stored_transposed != b.stored_transposed || a.orientation_unsaid != b.orientation_unsaid)
+    return "orientation of slices";
   return {};
 }
 
@@ -469,7 +517,9 @@ template <scalar T>
 void read_back(const adapter_file<T>& file, std::span<const std::byte> bytes, std::string_view text) {
   // As a reader would who knows no more than the files and what no file holds.
   const auto& given = file.options();
+  const bool keeps = given.wrappers == wrapper_names::keep;
   const read_options options{.ignore_keys = given.ignore_keys,
+                             .wrappers = keeps ? wrapper_names::keep : wrapper_names::refuse,
                              .parameter_order = given.parameter_order,
                              .parameters_in_out = given.parameters_in_out,
                              .attention_out_proj_twice = given.attention_out_proj_twice};

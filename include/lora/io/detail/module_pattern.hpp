@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A key of PEFT's rank_pattern or alpha_pattern: the regular expression (.*\.)?(KEY)$, matched from the beginning of a
-// module's name. Most keys are plain names; those are compared from the end, without an automaton.
+// module's name. Most keys are plain names, or whole names behind ^ as peft::write writes them. Both are compared as text,
+// without an automaton.
 #pragma once
 
 #include <algorithm>
@@ -9,6 +10,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <utility>
 
 #include "lora/io/detail/pattern.hpp"
 #include "lora/io/detail/text.hpp"
@@ -32,43 +34,80 @@ inline std::string unicode_text(std::string_view expression, std::string_view mo
          " depends on the Unicode class of a letter, which is not supported";
 }
 
+/// The name that a key fits alone: ^ and characters that stand for themselves, dots and other punctuation behind a backslash,
+/// perhaps a $ at the end. Nothing for any other key.
+inline std::optional<std::string> anchored_name(std::string_view key) {
+  if (!key.starts_with('^')) return std::nullopt;
+  key.remove_prefix(1);
+  if (key.ends_with('$') && !key.ends_with("\\$")) key.remove_suffix(1);
+  std::string name;
+  for (std::size_t k = 0; k < key.size(); ++k) {
+    const bool escaped = key[k] == '\\';
+    if (escaped && ++k == key.size()) return std::nullopt;
+    const bool letter = is_plain(key.substr(k, 1)) && key[k] != '.' && key[k] != '-' && key[k] != '_';
+    const bool punctuation = std::string_view("._-^$*+?{}[]\\|()").find(key[k]) != std::string_view::npos;
+    if (escaped ? !punctuation : !letter && key[k] != '-' && key[k] != '_') return std::nullopt;
+    name += key[k];
+  }
+  return name;
+}
+
 class module_pattern {
  public:
-  explicit module_pattern(std::string_view key) : key_(key) {
-    if (!is_plain(key)) compiled_ = pattern::at_end_of_path(key);
+  enum class form { plain, name, expression };
+
+  explicit module_pattern(std::string_view key) : text_(key) {
+    if (is_plain(key)) return;
+    form_ = form::expression;
+    if (auto name = anchored_name(key)) {
+      form_ = form::name;
+      text_ = std::move(*name);
+    } else {
+      compiled_ = pattern::at_end_of_path(key);
+    }
   }
 
   /// Empty when the key is supported.
   std::string fault() const { return compiled_ ? compiled_->fault() : ""; }
 
+  form what() const { return form_; }
+  /// The plain key, or the name behind ^.
+  const std::string& text() const { return text_; }
+
   pattern::verdict match(std::string_view module) const {
     if (compiled_) return compiled_->matches_beginning(code_points(module));
-    const bool fits = is_plain(module) ? plain_fits(module) : plain_fits_any(code_points(module));
-    return fits ? pattern::verdict::yes : pattern::verdict::no;
+    if (form_ == form::name) return verdict(is_name(module));
+    return verdict(is_plain(module) ? plain_fits(module) : plain_fits_any(code_points(module)));
   }
 
   /// An upper bound for the work of match() per character of a name.
   std::size_t cost() const { return compiled_ ? compiled_->cost() : 1; }
 
  private:
+  static pattern::verdict verdict(bool fits) { return fits ? pattern::verdict::yes : pattern::verdict::no; }
+  /// As Python has it: $ is also before a line end at the end.
+  bool is_name(std::string_view module) const {
+    return module == text_ || (module.ends_with('\n') && module.substr(0, module.size() - 1) == text_);
+  }
   template <class C>
   bool plain_fits(std::basic_string_view<C> module) const {
-    if (module.size() < key_.size()) return false;
-    const auto path = module.substr(0, module.size() - key_.size()), end = module.substr(path.size());
+    if (module.size() < text_.size()) return false;
+    const auto path = module.substr(0, module.size() - text_.size()), end = module.substr(path.size());
     if (!path.empty() && path.back() != '.') return false;
-    return std::equal(key_.begin(), key_.end(), end.begin(),
+    return std::equal(text_.begin(), text_.end(), end.begin(),
                       [](char k, C c) { return k == '.' ? c != '\n' : c == static_cast<C>(k); });
   }
   /// As Python has it: no dot is a line end, and $ is also before one at the end.
   bool plain_fits_any(std::u32string_view module) const {
     const auto fits = [&](std::u32string_view text) {
-      return plain_fits(text) && text.substr(0, text.size() - key_.size()).find(U'\n') == text.npos;
+      return plain_fits(text) && text.substr(0, text.size() - text_.size()).find(U'\n') == text.npos;
     };
     return fits(module) || (module.ends_with(U'\n') && fits(module.substr(0, module.size() - 1)));
   }
 
-  std::string key_;
-  std::optional<pattern> compiled_;  // none for a plain key
+  std::string text_;
+  form form_ = form::plain;
+  std::optional<pattern> compiled_;  // of an expression
 };
 
 }  // namespace lora::inline LORA_DETAIL_ABI::io_detail

@@ -14,8 +14,12 @@
 #include <utility>
 #include <vector>
 
+#include "lora/io/detail/embedding_names.hpp"
+#include "lora/io/detail/peft_name_meanings.hpp"
+#include "lora/io/detail/wrapper_names.hpp"
 #include "lora/io/format_error.hpp"
 #include "lora/io/peft_config.hpp"
+#include "lora/io/peft_replacement.hpp"
 #include "lora/io/safetensors.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
@@ -38,10 +42,9 @@ struct module_tensors {
 
 /// A tensor that replaces one of the base, under its name there.
 struct replacing_tensor {
-  enum class reason { saved_module, bias, embedding, unused_copy };
   const safetensors::entry* tensor;
   std::string name;
-  reason why;
+  peft::replacement::reason why;
 };
 
 /// Throws format_error about one tensor of a file.
@@ -53,6 +56,12 @@ struct replacing_tensor {
                               .expected = std::move(expected),
                               .found = std::move(found),
                               .hint = std::move(hint)}));
+}
+
+/// Throws format_error about a tensor without elements.
+[[noreturn]] inline void refuse_empty(const safetensors::file& tensors, const safetensors::entry& t) {
+  refuse_tensor(tensors, t, "values", t.text(),
+                "an empty tensor: saved from a sharded model (DeepSpeed ZeRO-3, FSDP) without gathering its parts");
 }
 
 /// Throws format_error when the config's patterns and lists take too many steps for the names of a file: both come from
@@ -67,53 +76,17 @@ inline void check_work(const peft::config& c, double steps) {
                               .hint = "use plain names, or fewer of them"}));
 }
 
-/// What a part of a tensor's name means when nothing in the file or its config explains it.
-struct name_meaning {
-  std::string_view part;
-  std::string_view what;
-};
-inline constexpr std::array peft_name_meanings = std::to_array<name_meaning>({
-    {".lora_E", "AdaLoRA, which is not supported"},
-    {".ranknum", "AdaLoRA, which is not supported"},
-    {".modules_to_save.", "a whole module that modules_to_save does not name"},
-    {".original_module.", "the base's own copy of a module that modules_to_save does not name"},
-    {".base_layer.", "a weight of the base under an adapter, which nothing in the config asks for"},
-    {".lora_A.bias", "a bias of lora_A, which PEFT does not have"},
-    {".lora_A.", "a factor under the name of an adapter: a state that was not saved with save_pretrained"},
-    {".lora_B.", "a factor under the name of an adapter: a state that was not saved with save_pretrained"},
-    {"lora_down", "a name of the kohya, diffusers or ComfyUI formats, which are not read yet"},
-    {"lora_up", "a name of the kohya, diffusers or ComfyUI formats, which are not read yet"},
-    {".lora.down", "a name of the diffusers format, which is not read yet"},
-    {".lora.up", "a name of the diffusers format, which is not read yet"},
-    {".lora_a", "a name of the MLX format, which is not read yet"},
-    {".lora_b", "a name of the MLX format, which is not read yet"},
-    {"lokr_", "a factor of LoKr, which is not supported"},
-    {"hada_", "a factor of LoHa, which is not supported"},
-});
-
-/// Names of embeddings whose weight PEFT saves with an adapter that changes or resizes them.
-inline constexpr std::array embedding_names =
-    std::to_array<std::string_view>({"embed_tokens", "lm_head", "wte", "embed_in", "embed_out", "word_embeddings", "shared",
-                                     "embeddings", "tok_embeddings"});
-
-/// The part of a path behind its last dot.
-inline std::string_view last_segment(std::string_view path) { return path.substr(path.rfind('.') + 1); }
-/// The part before it; empty without a dot.
-inline std::string_view without_last_segment(std::string_view path) {
-  const auto dot = path.rfind('.');
-  return dot == std::string_view::npos ? std::string_view{} : path.substr(0, dot);
-}
-
 class peft_keys {
  public:
   /// Throws format_error for the first tensor, in byte order of the names, that nothing explains; with lenient they are
   /// listed by passed_over() instead.
   peft_keys(const peft::config& config, const safetensors::file& tensors, const peft::read_options& options)
-      : config_(config), tensors_(tensors), options_(options) {
+      : config_(config), tensors_(tensors), options_(options), saved_modules_(config.saved_modules()) {
+    unwrap();
     for (const auto name : tensors.names()) place(tensors.at(name));
     double steps = 0;
     for (const auto* t : other_) steps += static_cast<double>(1 + std::count(t->name.begin(), t->name.end(), '.'));
-    check_work(config, steps * static_cast<double>(config.modules_to_save.size()));
+    check_work(config, steps * static_cast<double>(saved_modules_.size()));
     for (const auto* t : other_) place_other(*t);
     for (const auto& each : copies_) place_copy(each);
     std::sort(replacing_.begin(), replacing_.end(),
@@ -130,9 +103,16 @@ class peft_keys {
   /// Whether the file's names begin with base_model.model.
   bool prefixed() const { return prefixed_.value_or(true); }
 
-  static constexpr std::string_view prefix = "base_model.model.";
+  /// A tensor's name without wrappers and base_model.model.
+  std::string_view bare(const safetensors::entry& t) const {
+    const std::string_view name = whole(t);
+    return prefixed() ? name.substr(std::min(prefix.size(), name.size())) : name;
+  }
+
+  static constexpr std::string_view prefix = peft_prefix;
 
  private:
+  using reason = peft::replacement::reason;
   struct part {
     std::string_view suffix;
     const safetensors::entry* module_tensors::*where;
@@ -148,12 +128,38 @@ class peft_keys {
                                               {".lora_diag", &module_tensors::diagonal, false}}};
   static constexpr std::string_view token_suffix = ".token_adapter.trainable_tokens_delta";
 
-  std::string_view bare(const safetensors::entry& t) const {
-    return prefixed() ? t.name.substr(std::min(prefix.size(), t.name.size())) : t.name;
+  std::string_view whole(const safetensors::entry& t) const {
+    const auto found = unwrapped_.find(&t);
+    return found == unwrapped_.end() ? t.name : std::string_view(found->second);
+  }
+
+  /// Throws for names that carry a wrapper, or takes it off.
+  void unwrap() {
+    if (options_.wrappers == peft::wrapper_names::keep) return;
+    const bool strip = options_.lenient || options_.wrappers == peft::wrapper_names::strip;
+    const safetensors::entry *nested = nullptr, *single = nullptr, *wrapped = nullptr;
+    for (const auto name : tensors_.names()) {
+      const auto& t = tensors_.at(name);
+      (is_nested_peft(name) ? nested : single) = &t;
+      if (!wrapper_in(name)) continue;
+      if (wrapped == nullptr) wrapped = &t;
+      unwrapped_.emplace(&t, unwrapped_name(std::string(name)));
+    }
+    if (nested != nullptr && single != nullptr)
+      refuse_tensor(tensors_, *nested, "one adapter in a file", "two, of a PeftModel inside a PeftModel",
+                    "the config can be true of one of them only: unload or merge the inner one, or save each by itself");
+    if (wrapped != nullptr && !strip) refuse_wrapper(*wrapped);
+  }
+  [[noreturn]] void refuse_wrapper(const safetensors::entry& t) const {
+    const auto wrapper = *wrapper_in(t.name);
+    refuse_tensor(tensors_, t, "a name of the base's modules",
+                  in_quotes(wrapper.part) + " in it, left by " + std::string(wrapper.what),
+                  "no base has a weight of this name: save the unwrapped model, or read the tensor as " +
+                      in_quotes(whole(t)) + " with read_options::wrappers = wrapper_names::strip");
   }
 
   void place(const safetensors::entry& t) {
-    const bool prefixed = t.name.starts_with(prefix);
+    const bool prefixed = whole(t).starts_with(prefix);
     if (prefixed_.value_or(prefixed) != prefixed)
       refuse_tensor(tensors_, t, "all names with the prefix base_model.model., or none",
                     prefixed ? "both" : "a name without it",
@@ -175,7 +181,9 @@ class peft_keys {
       return;
     }
     if (name.ends_with(token_suffix)) {
-      token_rows_.emplace(name.substr(0, name.size() - token_suffix.size()), &t);
+      const auto embedding = name.substr(0, name.size() - token_suffix.size());
+      if (!token_rows_.emplace(embedding, &t).second)
+        refuse_tensor(tensors_, t, "the trained rows of " + in_quotes(embedding) + " once", "them twice");
       return;
     }
     other_.push_back(&t);
@@ -193,52 +201,62 @@ class peft_keys {
     }
     if (is_saved(module)) {
       saved_.emplace(name, &t);
-      if (!options_.leave_out_saved_modules)
-        return add_replacing(t, std::string(name), replacing_tensor::reason::saved_module);
+      if (!options_.leave_out_saved_modules) return add_replacing(t, std::string(name), reason::saved_module);
       left_out_.emplace_back(t.name);
       return;
     }
     const auto wrapped = inner == "base_layer" ? without_last_segment(module) : module;
-    if (leaf == "bias" && trains_bias_of(wrapped))
-      return add_replacing(t, without_wrappers(name), replacing_tensor::reason::bias);
+    if (leaf == "bias" && trains_bias_of(wrapped)) return add_replacing(t, without_wrappers(name), reason::bias);
     // PEFT saves all of such a module: also the bias, which is no reason to take a module for one that it saves.
     const bool beside_weight =
         leaf == "bias" && tensors_.find(std::string(without_last_segment(t.name)) + ".weight") != nullptr;
     if ((leaf == "weight" || beside_weight) && is_saved_embedding(wrapped))
-      return add_replacing(t, without_wrappers(name), replacing_tensor::reason::embedding);
-    if (options_.lenient) return pass_over(t);
-    refuse_unknown(t, name);
+      return add_replacing(t, without_wrappers(name), reason::embedding);
+    place_unasked(t, name);
+  }
+
+  /// PEFT loads a tensor under a base tensor's own name, whatever the config says.
+  void place_unasked(const safetensors::entry& t, std::string_view name) {
+    if (!options_.lenient) refuse_unknown(t, name);
+    if (!meaning_of(tensors_, t.name).empty()) return pass_over(t);
+    add_replacing(t, without_wrappers(name), reason::unasked);
   }
 
   /// Whether PEFT saves the module, or one that it lies in, whole: it takes every module whose name ends in an entry, also in
   /// the middle of a word.
   bool is_saved(std::string_view module) const {
     return peft::config_detail::any_on_the_way(module, [&](std::string_view path) {
-      return std::any_of(config_.modules_to_save.begin(), config_.modules_to_save.end(),
+      return std::any_of(saved_modules_.begin(), saved_modules_.end(),
                          [&](const auto& saved) { return path.ends_with(saved); });
     });
   }
-  /// The name in the base, which has no base_layer.
+  /// The name in the base, which has none of PEFT's own modules.
   static std::string without_wrappers(std::string_view name) {
     std::string result;
     for (const auto segment : peft::config_detail::segments(name))
-      if (segment != "base_layer") result += "." + std::string(segment);
-    return result.substr(1);
+      if (segment != "base_layer" && segment != "token_adapter") result += "." + std::string(segment);
+    return result.empty() ? result : result.substr(1);
   }
   void pass_over(const safetensors::entry& t) {
-    passed_over_.push_back("tensor " + in_quotes(t.name) + ": not a part of a LoRA adapter");
+    const auto meaning = meaning_of(tensors_, t.name);
+    passed_over_.push_back("tensor " + in_quotes(t.name) + ": " +
+                           (meaning.empty() ? "not a part of a LoRA adapter" : std::string(meaning)));
   }
 
   bool trains_bias_of(std::string_view module) const {
     if (config_.bias == peft::trained_biases::none) return false;
     return config_.bias == peft::trained_biases::all || modules_.find(module) != modules_.end();
   }
+  /// An embedding that has factors, or trained rows (x.token_adapter), or a name of one.
   bool is_saved_embedding(std::string_view module) const {
     const auto adapted = modules_.find(module);
     if (adapted != modules_.end() && adapted->second.embedding) return true;
-    return std::find(embedding_names.begin(), embedding_names.end(), last_segment(module)) != embedding_names.end();
+    if (last_segment(module) == "token_adapter" && !config_.trainable_tokens.empty()) return true;
+    return is_embedding_name(module);
   }
-  void add_replacing(const safetensors::entry& t, std::string name, replacing_tensor::reason why) {
+  /// No trained tensor is empty.
+  void add_replacing(const safetensors::entry& t, std::string name, reason why) {
+    if (t.bytes.empty()) refuse_empty(tensors_, t);
     replacing_.push_back({&t, std::move(name), why});
   }
 
@@ -279,33 +297,37 @@ class peft_keys {
         (t.dtype != other.dtype || !std::equal(t.bytes.begin(), t.bytes.end(), other.bytes.begin(), other.bytes.end())))
       refuse_tensor(tensors_, t, "the values of " + in_quotes(other.name) + ", of which it is a copy", "others",
                     "PEFT reads " + in_quotes(other.name) + ": remove the copy if that is the one that is meant");
-    add_replacing(t, saved->first, replacing_tensor::reason::unused_copy);
+    add_replacing(t, saved->first, reason::unused_copy);
   }
 
-  static const name_meaning* meaning_of(std::string_view name) {
-    const auto found = std::find_if(peft_name_meanings.begin(), peft_name_meanings.end(),
-                                    [&](const auto& m) { return name.find(m.part) != std::string_view::npos; });
-    return found == peft_name_meanings.end() ? nullptr : &*found;
-  }
   [[noreturn]] void refuse_unknown(const safetensors::entry& t, std::string_view name) const {
     const std::string expected = "a name that ends in lora_A.weight or lora_B.weight";
-    if (const auto* meaning = meaning_of(name)) refuse_tensor(tensors_, t, expected, std::string(meaning->what));
-    const bool of_base = name.ends_with(".weight") || name.ends_with(".bias");
-    std::string hint = of_base ? "a tensor of the base model, saved with the adapter without a word in the config "
-                                 "(modules_to_save, bias)"
-                               : "this is not a file that PEFT wrote for LoRA";
+    if (const auto meaning = meaning_of(tensors_, t.name); !meaning.empty())
+      refuse_tensor(tensors_, t, expected, std::string(meaning));
     // The first unknown name may say nothing where a later one tells what the file is.
     for (const auto* other : other_)
-      if (const auto* meaning = meaning_of(bare(*other))) {
-        hint = "the file has also " + in_quotes(other->name) + ": " + std::string(meaning->what);
-        break;
-      }
-    refuse_tensor(tensors_, t, expected, "another", std::move(hint));
+      if (const auto meaning = meaning_of(tensors_, other->name); !meaning.empty())
+        refuse_tensor(tensors_, t, expected, "another",
+                      "the file has also " + in_quotes(other->name) + ": " + std::string(meaning));
+    const std::string lenient =
+        "PEFT loads it where the base has a tensor of this name, and read_options::lenient gives it as "
+        "a replacement";
+    if (name.find(".base_layer.") != std::string_view::npos)
+      refuse_tensor(tensors_, t, expected, "a weight of the base under an adapter, which nothing in the config asks for",
+                    lenient);
+    const bool of_base = name.ends_with(".weight") || name.ends_with(".bias");
+    refuse_tensor(tensors_, t, expected, "another",
+                  of_base ? "a tensor of the base model, saved with the adapter without a word in the config "
+                            "(modules_to_save, bias, task_type): " +
+                                lenient
+                          : "this is not a file that PEFT wrote for LoRA");
   }
 
   const peft::config& config_;
   const safetensors::file& tensors_;
   const peft::read_options& options_;
+  std::vector<std::string> saved_modules_;
+  std::map<const safetensors::entry*, std::string> unwrapped_;  // names that carried a wrapper
   std::optional<bool> prefixed_;
   std::map<std::string, module_tensors, std::less<>> modules_;
   std::map<std::string, const safetensors::entry*, std::less<>> token_rows_;

@@ -57,7 +57,7 @@ class peft_modules {
   /// Whether PEFT would load the adapter of this module: its config must select it. True where a name does not decide it.
   /// Throws format_error where only tables of Unicode tell whether the module is excluded.
   bool would_load(const adapted& a) const {
-    if (a.kind == peft::entry_kind::parameter || config_.ensure_weight_tying) return true;
+    if (a.kind == peft::entry_kind::parameter || config_.ensure_weight_tying || options_.select_by_tensors) return true;
     const auto answer = rule_.decide(a.looked_up);
     if (answer.excluded_unicode) refuse_undecided("exclude_modules", *config_.exclude_modules.expression, a.looked_up);
     return answer.selected.value_or(true);
@@ -93,7 +93,8 @@ class peft_modules {
     if (!parameters.empty() && !selected(bare)) return parameter(bare, depth, parameters, t);
     if (depth != 0)
       refuse(t, "an adapter of a module",
-             "an adapter inside " + in_quotes(bare) + ", which is neither an attention nor named by target_parameters");
+             "an adapter inside " + in_quotes(bare) + ", which is neither an attention nor named by target_parameters",
+             "a PeftModel around a PeftModel saves so, too: each of its adapters needs a file of its own");
     if (t.embedding) return {peft::entry_kind::embedding, bare, bare};
     const auto* factor = t.A != nullptr ? t.A : t.B;
     const bool kernel = factor != nullptr && factor->shape.size() > 2;
@@ -114,11 +115,11 @@ class peft_modules {
   /// Steps that all look-ups may take.
   double work() const {
     const auto size = [](const auto& list) { return static_cast<double>(list.size()); };
-    const double patterns = static_cast<double>(config_.rank_pattern.cost() + config_.alpha_pattern.cost());
     const double blocks = config_.bd ? size(config_.bd->in_A) + size(config_.bd->in_B) : 0;
     double steps = size(keys_.token_rows()) * size(config_.trainable_tokens);
     for (const auto& [path, t] : keys_.modules())
-      steps += patterns * size(path) + rule_.work(path) + size(config_.target_parameters) + blocks;
+      steps += config_.rank_pattern.work(path) + config_.alpha_pattern.work(path) + rule_.work(path) +
+               size(config_.target_parameters) + blocks;
     return steps;
   }
 
@@ -166,9 +167,11 @@ class peft_modules {
                     const module_tensors& t) const {
     std::size_t wrappers = 0;
     for (std::string path = module; keys_.modules().contains(path); path += ".base_layer") ++wrappers;
-    if (names.size() != wrappers)
+    if (names.size() < wrappers || (names.size() > wrappers && listed_in_order(names).size() != wrappers))
       refuse(t, std::to_string(names.size()) + " adapters inside " + in_quotes(module) + ", for " + listed(names),
-             std::to_string(wrappers));
+             std::to_string(wrappers),
+             names.size() < wrappers ? "" : "list the parameters that the file has in read_options::parameter_order");
+    names = names.size() > wrappers ? listed_in_order(names) : names;
     if (names.size() > 1) names = in_order(module, std::move(names), t);
     std::string name = module + "." + names[names.size() - 1 - depth];
     return {peft::entry_kind::parameter, name, name};
@@ -176,14 +179,19 @@ class peft_modules {
 
   std::vector<std::string> in_order(const std::string& module, std::vector<std::string> names,
                                     const module_tensors& t) const {
-    const auto& order = options_.parameter_order;
-    std::vector<std::string> result;
-    for (const auto& each : order)
-      if (std::find(names.begin(), names.end(), each) != names.end()) result.push_back(each);
+    auto result = listed_in_order(names);
     if (result.size() != names.size())
       refuse(t, "to know in which order " + in_quotes(module) + " registers " + listed(names),
-             order.empty() ? "no order: it is in the model's code, not in the files" : "an order without all of them",
+             options_.parameter_order.empty() ? "no order: it is in the model's code, not in the files"
+                                              : "an order without all of them",
              "give it in read_options::parameter_order");
+    return result;
+  }
+  /// Those of the names that read_options::parameter_order lists, in its order.
+  std::vector<std::string> listed_in_order(const std::vector<std::string>& names) const {
+    std::vector<std::string> result;
+    for (const auto& each : options_.parameter_order)
+      if (std::find(names.begin(), names.end(), each) != names.end()) result.push_back(each);
     return result;
   }
 
