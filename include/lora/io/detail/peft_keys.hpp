@@ -320,7 +320,7 @@ class peft_keys {
                   of_base ? "a tensor of the base model, saved with the adapter without a word in the config "
                             "(modules_to_save, bias, task_type): " +
                                 lenient
-                          : "this is not a file that PEFT wrote for LoRA");
+                          : "this is not a file that PEFT wrote for LoRA, or it is a tensor of the base: " + lenient);
   }
 
   const peft::config& config_;
