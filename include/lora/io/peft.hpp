@@ -6,7 +6,9 @@
 //   const auto file = lora::peft::read("adapters/style");
 //   lora::merge(W, file.at("model.layers.0.self_attn.q_proj"));
 //   for (const auto& each : file.replacements()) ...              // tensors that replace ones of the base
-//   for (const auto& [embedding, rows] : file.token_rows()) ...   // trained rows of embeddings
+//   for (const auto& [embedding, rows] : file.token_rows()) ...   // trained rows of embeddings, into the replaced table
+//   for (const auto& note : file.notes()) ...                     // what else a user should know
+//   file.renamed(peft::moved_prefix{"model.", "language_model."}) // for a base whose modules have moved
 //
 // Names are the modules' without base_model.model. Each entry holds A [rank, in] and B [out, rank], widened exactly to T, the
 // scaling that PEFT would use (alpha / r or alpha / sqrt(r), with rank_pattern and alpha_pattern: the first key that fits wins)

@@ -123,7 +123,7 @@ enum class wrapper_names {
 /// What a caller knows beyond the files, and how strict to be.
 struct read_options {
   /// Whether the base stores its weights as [in, out] (GPT-2's Conv1D). PEFT corrects this word of the config when it sees
-  /// the base; a reader of files cannot.
+  /// the base; a reader of files cannot, and a square weight takes a wrong one without a word.
   std::optional<bool> fan_in_fan_out = {};
   /// Config keys that this version does not know and the caller vouches for: they do not change the arithmetic.
   std::vector<std::string> ignore_keys = {};

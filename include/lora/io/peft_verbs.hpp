@@ -10,8 +10,10 @@
 //   apply_through(down, y, e...)              a convolution's, through the caller's convolution (through.hpp)
 //   attach(W, e...)                           DoRA: norms computed once; the verbs of dora.hpp take the result
 //
-// Each e is an entry, scaled(w, entry), or a range of these (a run-time number of adapters), all of one scalar. A range may
-// make scaled ones as it is walked, but not entries: they must live somewhere.
+// A square W does not betray a wrong fan_in_fan_out (only a rectangular one "fits transposed"): before merging a file, compare
+// the shapes of all its entries with the base.
+// Each e is an entry, scaled(w, entry), or a range of these (a run-time number of adapters; with none nothing is done), all of
+// one scalar. A range may make scaled ones as it is walked, but not entries: they must live somewhere.
 // Arithmetic, rounding, bounds, cost and aliasing are those of the core's verbs on the entries' factors. Entries are taken in
 // the order given; with a magnitude among them that order matters (dora.hpp).
 //   throws   as those, and value_error for an entry that the verb cannot honour wholly: a bias without b, a magnitude in
