@@ -7,8 +7,8 @@ import struct
 import sys
 
 
-def tensors(shapes):
-    header, data = {}, b""
+def tensors(shapes, metadata):
+    header, data = {"__metadata__": metadata} if metadata else {}, b""
     for name, shape in shapes.items():
         size = 4
         for extent in shape:
@@ -34,10 +34,20 @@ def main(folder):
              ({"use_bdlora": {"nblocks": 2, "target_modules_bd_a": ["m"]}}, pair), ({"layer_replication": [[0, 1], [0, 1]]}, pair),
              ({"target_parameters": ["m.a", "m.b"]}, {**pair, p + "m.base_layer.lora_A.weight": [2, 2], p + "m.base_layer.lora_B.weight": [2, 2]}),
              ({}, {**pair, p + "m.base_layer.out_proj.lora_A.weight": [2, 2], p + "m.base_layer.out_proj.lora_B.weight": [2, 2]}),
-             ({"target_modules": "m|n", "exclude_modules": ["x"], "layers_to_transform": None}, pair)]
-    for k, (config, shapes) in enumerate(cases):
+             ({"target_modules": "m|n", "exclude_modules": ["x"], "layers_to_transform": None}, pair),
+             ({"target_parameters": ["m.a"], "peft_version": "0.18.1"}, {p + "m.lora_A.weight": [4, 2], p + "m.lora_B.weight": [2, 4]}),
+             ({"target_parameters": ["m.a"], "peft_version": "0.21.2", "lora_B_layout": "grouped_by_expert", "unsloth_fused_expert_lora":
+               {"lora_A_layout": "grouped_by_expert", "parameters": {"a": {"lora_B_layout": "grouped_by_expert", "num_experts": 2}}}},
+              {p + "m.lora_A.weight": [4, 3], p + "m.lora_B.weight": [2, 4]}),
+             ({}, {"_orig_mod." + name: shape for name, shape in pair.items()}),
+             ({"task_type": "SEQ_CLS"}, {**pair, p + "score.weight": [1], p + "norm.weight": [1]}),
+             ({"trainable_token_indices": [1]}, {**pair, p + "e.token_adapter.trainable_tokens_delta": [1, 2],
+                                                 p + "e.token_adapter.base_layer.weight": [3, 2]})]
+    metadata = {"lora_alpha": "64", "x": json.dumps({"t.peft_type": "LORA", "t.r": 2, "t.lora_alpha": 1})}
+    cases = [(config, shapes, {}) for config, shapes in cases] + [({}, pair, metadata)]
+    for k, (config, shapes, text_pairs) in enumerate(cases):
         text = json.dumps({"peft_type": "LORA", "r": 2, "lora_alpha": 6, **config}).encode()
-        (folder / f"seed{k:02d}").write_bytes(text + b"\0" + tensors(shapes))
+        (folder / f"seed{k:02d}").write_bytes(text + b"\0" + tensors(shapes, text_pairs))
 
 
 main(pathlib.Path(sys.argv[1]))

@@ -54,17 +54,31 @@ inline void write(const lora::peft::adapter_file<double>& file) {
   }
 }
 
-/// A config up to the first NUL byte, tensors behind it; strict and lenient. What is accepted is listed, written and read back.
+/// Strict, lenient, and with what a caller may know beyond the files.
+inline std::vector<lora::peft::read_options> peft_options() {
+  const std::vector<std::string> order{"a", "b"};
+  return {{.parameter_order = order},
+          {.lenient = true, .parameter_order = order},
+          {.select_by_tensors = true,
+           .wrappers = lora::peft::wrapper_names::strip,
+           .parameter_order = order,
+           .parameters_in_out = true,
+           .experts_grouped_b = true}};
+}
+
+/// A config up to the first NUL byte, tensors behind it. What is accepted is listed, renamed, written and read back.
 inline void peft(std::span<const std::byte> bytes) {
   const std::string_view text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
   const auto end = std::min(text.find('\0'), text.size());
-  const auto tensors = bytes.subspan(std::min(end + 1, bytes.size()));
-  for (const bool lenient : {false, true}) {
+  const auto content = bytes.subspan(std::min(end + 1, bytes.size()));
+  for (const auto& options : peft_options()) {
     try {
-      const lora::peft::read_options options{.lenient = lenient, .parameter_order = {"a", "b"}};
+      const auto tensors = st::parse(content, "tensors", {.tensors = 1000});
+      (void)lora::io_detail::configs_in_metadata(tensors);
       const auto c = lora::peft::parse_config(text.substr(0, end), "config", options);
-      const auto file = lora::peft::assemble<double>(c, st::parse(tensors, "tensors", {.tensors = 1000}), options);
+      const auto file = lora::peft::assemble<double>(c, tensors, options);
       trap_unless(!lora::peft::inventory_of(file).text().empty());
+      trap_unless(file.renamed([](const std::string& name) { return "x." + name; }).size() == file.size());
       if (!file.left_out().empty() || !file.passed_over().empty()) continue;
       write(file);
     } catch (const lora::format_error& e) {
