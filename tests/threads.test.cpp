@@ -8,10 +8,7 @@
 #include "lora/batch.hpp"
 #include "lora/linear.hpp"
 #include "support/catch.hpp"
-
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
+#include "support/openmp.hpp"
 
 namespace {
 
@@ -81,9 +78,7 @@ TEST_CASE("a thread of the caller's own that asks for one thread is serial", "[t
   const int here = lora::detail::threads_for(much);
   int in_own = 0, in_region = 0;
   at_once(1, [&](int) {
-#if defined(_OPENMP)
     omp_set_num_threads(1);
-#endif
     in_own = lora::detail::threads_for(much);
   });
 #if defined(_OPENMP)
@@ -92,12 +87,7 @@ TEST_CASE("a thread of the caller's own that asks for one thread is serial", "[t
 #endif
   in_region = lora::detail::threads_for(much);
   CHECK(in_own == 1);
-#if defined(_OPENMP)
   CHECK(in_region == 1);
   CHECK(here == omp_get_max_threads());
-#else
-  CHECK(in_region == 1);
-  CHECK(here == 1);
-#endif
   CHECK(lora::detail::threads_for(much) == here);  // the other thread's wish is its own
 }
