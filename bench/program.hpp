@@ -124,6 +124,8 @@ class table_reporter : public benchmark::BenchmarkReporter {
 
   bool ReportContext(const Context& context) override {
     PrintBasicContext(&GetErrorStream(), context);
+    // Debian's library is a debug build and warns of it.
+    GetErrorStream() << "Times are taken by this program: a DEBUG build of Google Benchmark does not change them.\n";
     std::printf("%s\n%s%-*s%*s", limits_.c_str(), legend_of(table_).c_str(), name_width, "", cell_width,
                 table_.time_heading);
     for (const column& c : table_.columns) std::printf("%*s", cell_width, c.heading);

@@ -33,7 +33,7 @@ inline constexpr const char* meaning_of_floor =
 inline constexpr const char* meaning_of_points = "overhead minus floor, in percentage points: what the library adds";
 inline constexpr const char* meaning_of_unsure = "1 where the interval is wider than one point in all (+-0.5)";
 inline constexpr const char* meaning_of_rounds = "how often the ways of the row were timed, in turns";
-inline constexpr const char* meaning_of_interval = "from, to: its 95 % interval";
+inline constexpr const char* meaning_of_interval = "and to: the ends of the 95 % interval of the figure before";
 
 inline table table_of_two_ways() {
   return {"call us",
@@ -62,10 +62,10 @@ inline table table_of_merge() {
           {{"panels_us", "panels us", 1, 1, "the same into a packed_weight"},
            {"share", "% of limit", 100, 1, "the time that the machine's limits allow over the time taken"},
            {"share_panels", "panels %", 100, 1, "the same of the packed_weight"},
-           {"speedup_vs_eigen", "x Eigen", 1, 2, "Eigen's time over ours (row-major), and its interval"},
+           {"speedup_vs_eigen", "x Eigen", 1, 2, "Eigen's time over ours (row-major)"},
            {"speedup_vs_eigen_lo", "from", 1, 2, meaning_of_interval},
            {"speedup_vs_eigen_hi", "to", 1, 2, ""},
-           {"speedup_vs_openblas", "x OpenBLAS", 1, 2, "OpenBLAS's time over ours (row-major), and its interval"},
+           {"speedup_vs_openblas", "x OpenBLAS", 1, 2, "OpenBLAS's time over ours (row-major)"},
            {"speedup_vs_openblas_lo", "from", 1, 2, ""},
            {"speedup_vs_openblas_hi", "to", 1, 2, ""},
            {"rounds", "rounds", 1, 0, meaning_of_rounds}}};
