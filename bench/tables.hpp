@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The columns that each program of this folder prints, and what they mean: printed above the table as its legend. The words
-// are those of README.md: a merged adapter is inside the weight, a mixed one is computed beside it in the same call.
+// The columns that each program of this folder prints, and what they mean: printed above the table
+// as its legend. The words are those of README.md: a merged adapter is inside the weight, a mixed
+// one is computed beside it in the same call.
 #pragma once
 
 #include <cstdio>

@@ -2,7 +2,8 @@
 # What this project's own programs are compiled with; users of lora::lora get none of it. lora_developer is
 # lora_developer_plain (io, warnings, OpenMP, sanitizers) for this machine's CPU.
 
-# nlohmann-json reads the tiny model of the examples and the cases of tests/golden. The library and the benchmarks need none.
+# nlohmann-json reads the tiny model of the examples and the cases of tests/golden. The library and
+# the benchmarks do not need it.
 if(LORA_BUILD_TESTS OR LORA_BUILD_EXAMPLES)
   find_package(nlohmann_json 3.10 QUIET)
   if(NOT nlohmann_json_FOUND)

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Two adapters on one layer, each merged (inside the weight) or mixed (computed beside it), in three formats of the weight: what
-// the states differ by, and what they may differ by. One layer, 96 x 160, 12 tokens; activations and factors in float.
+// Two adapters on one layer, each merged (inside the weight) or mixed (computed beside it), in three
+// formats of the weight: what the states differ by, and what they may differ by. One layer of
+// 96 x 160, 12 tokens; activations and factors in float.
 #include <cstdio>
 #include <random>
 

@@ -128,7 +128,8 @@ struct distance {
   bool is_rounding() const { return share <= 1; }
 };
 
-/// One layer's outputs by way 1 (capitals merged, german mixed), way 2 (both mixed) and both merged, compared.
+/// One layer's outputs by way 1 (capitals merged, german mixed), way 2 (both mixed) and way 3 (both
+/// merged), compared.
 struct comparison {
   distance one_two, one_merged, two_merged, exact;
 

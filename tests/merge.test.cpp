@@ -487,7 +487,8 @@ TEMPLATE_TEST_CASE("factors of bfloat16: what one of a pair of ranks does to a t
       const lora::adapter<bfloat16> l{A, test::matrix<bfloat16>::Constant(37, 4, bfloat16(256.0F)), {.alpha = 3}};
       lora::packed_weight<TestType> panels{W};
       CAPTURE(odd, value);
-      // 256 * 2^120 is infinite as a sum of dot products, and finite where s = 3/4 is folded into lora_B first.
+      // 256 * 2^120 is infinite as a sum of dot products, and finite where s = 3/4 is folded into
+      // lora_B first.
       const bool folded = lora::smallest_in_delta<float, lora::adapter<bfloat16>>() == 0;
       const bool finite = value == 0x1p120 && folded && !std::is_same_v<TestType, lora::float16>;
       CHECK(lora::merge(panels, l).became_nonfinite == (finite ? 0 : 37));

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Threads of the caller's own: what README.md's table of thread safety promises. Const calls of one object run at the same time
-// with the bits of a call alone, and a thread that asks OpenMP for one thread gets a serial call.
+// Threads of the caller's own: what README.md's table of thread safety promises. Const calls of one
+// object run at the same time with the bits of a call alone, and a thread that asks OpenMP for one
+// thread gets a serial call.
 #include <thread>
 #include <vector>
 

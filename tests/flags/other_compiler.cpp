@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a compiler without GNU extensions meets on a system without POSIX: vectors of one element, no attributes, no huge pages,
-// files written through streams. The standard library and Eigen are included before the names of compiler and system go.
+// What a compiler without GNU extensions meets on a system without POSIX: vectors of one element,
+// no attributes, no huge pages, files written through streams. The standard library and Eigen are
+// included before the names of compiler and system go.
 #include <Eigen/Core>
 #include <Eigen/SVD>
 #include <algorithm>

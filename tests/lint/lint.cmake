@@ -90,7 +90,7 @@ refuse_lines("${headers}" "#define EIGEN_" "Eigen is configured by the user alon
 refuse_lines("${headers}" "(^|[^_a-z])assert\\(" "checks stay in a release build")
 refuse_lines("${outside_detail}" "immintrin|arm_neon|#pragma omp|<omp\\.h>" "intrinsics and OpenMP belong in detail/")
 
-# --- Words: what a user reads has one word for each of the two ways, merged and mixed, and says once what PEFT calls it. ---
+# --- Words: what a user reads says merged and mixed, and once what PEFT calls the latter. ---
 files_of(seen "README.md" "docs/performance.md" "docs/pictures/*.svg" "bench/*" "examples/demo.cpp")
 foreach(file IN LISTS seen)
   file(STRINGS "${ROOT}/${file}" hits REGEX "[Uu]nmerged")

@@ -1,5 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# scripts/need-cmake with a cmake that only says its version: cmake -DROOT=... -DSCRATCH=... -P need_cmake.cmake
+# scripts/need-cmake with a cmake that only says its version: cmake -DROOT=... -DSCRATCH=... -P
+# need_cmake.cmake
 cmake_minimum_required(VERSION 3.24)
 set(work "${SCRATCH}/need_cmake")
 file(REMOVE_RECURSE "${work}")

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the benchmarks print above their figures: every column is explained, fits its place, and uses the words of README.md.
+// What the benchmarks print above their figures: every column is explained, fits its place, and
+// uses the words of README.md.
 #include "tables.hpp"
 
 #include <cstdio>
@@ -32,7 +33,8 @@ void check(const char* program, const lora_bench::table& t) {
     const std::string heading = c.heading;
     expect(static_cast<int>(heading.size()) < lora_bench::cell_width, name + ": no space before the heading " + heading);
     expect(counters.insert(c.counter).second, name + ": two columns of " + c.counter);
-    // An empty meaning continues: the other end of an interval, or a heading that was explained before.
+    // An empty meaning continues: the other end of an interval, or a heading that was explained
+    // before.
     expect(*c.meaning != '\0' || heading == "from" || heading == "to" || heading.starts_with("advise"),
            name + ": no meaning for " + heading);
     if (heading.starts_with("floor"))

@@ -1,6 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-# A machine without nlohmann-json configures the library and the benchmarks; tests and examples are refused with a sentence:
-# cmake -DROOT=... -DSCRATCH=... -DCXX=... -P without_json.cmake
+# A machine without nlohmann-json configures the library and the benchmarks; tests and examples are
+# refused with a sentence: cmake -DROOT=... -DSCRATCH=... -DCXX=... -P without_json.cmake
 cmake_minimum_required(VERSION 3.24)
 set(work "${SCRATCH}/without_json")
 function(configure tests examples bench expected)

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// OpenMP's two functions that tests use, also where the compiler has no OpenMP and every call is serial.
+// OpenMP's two functions that tests use, also where the compiler has no OpenMP and every call is
+// serial.
 #pragma once
 
 #if defined(_OPENMP)
