@@ -33,6 +33,7 @@
 #include "limits.hpp"
 #include "paired.hpp"
 #include "program.hpp"
+#include "tables.hpp"
 
 namespace {
 
@@ -163,18 +164,7 @@ void add_rows(lora_bench::session& session) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::vector<lora_bench::column> columns = {{"predicted_merge_us", "(pred.)", 1, 1},
-                                                   {"merged_us", "merged us", 1, 1},
-                                                   {"predicted_merged_us", "(pred.)", 1, 1},
-                                                   {"mixed_us", "mixed us", 1, 1},
-                                                   {"predicted_mixed_us", "(pred.)", 1, 1},
-                                                   {"tokens", "tokens", 1, 0},
-                                                   {"tokens_lo", "from", 1, 0},
-                                                   {"tokens_hi", "to", 1, 0},
-                                                   {"tokens_predicted", "(pred.)", 1, 0},
-                                                   {"regret", "regret %", 100, 1},
-                                                   {"rounds", "rounds", 1, 0}};
-  return lora_bench::run_program(argc, argv, columns, [](lora_bench::session& session) {
+  return lora_bench::run_program(argc, argv, lora_bench::table_of_break_even(), [](lora_bench::session& session) {
     add_rows<float>(session);
     add_rows<lora::bfloat16>(session);
     add_rows<lora::float16>(session);

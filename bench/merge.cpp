@@ -34,6 +34,7 @@
 #include "paired.hpp"
 #include "program.hpp"
 #include "rivals/merge.hpp"
+#include "tables.hpp"
 
 namespace {
 
@@ -151,13 +152,7 @@ void add_rows(lora_bench::session& session) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::vector<lora_bench::column> columns = {
-      {"panels_us", "panels us", 1, 1},          {"share", "share %", 100, 1},
-      {"share_panels", "panels %", 100, 1},      {"speedup_vs_eigen", "Eigen x", 1, 2},
-      {"speedup_vs_eigen_lo", "from", 1, 2},     {"speedup_vs_eigen_hi", "to", 1, 2},
-      {"speedup_vs_openblas", "OpenBL x", 1, 2}, {"speedup_vs_openblas_lo", "from", 1, 2},
-      {"speedup_vs_openblas_hi", "to", 1, 2},    {"rounds", "rounds", 1, 0}};
-  return lora_bench::run_program(argc, argv, columns, [](lora_bench::session& session) {
+  return lora_bench::run_program(argc, argv, lora_bench::table_of_merge(), [](lora_bench::session& session) {
     add_rows<float, float>(session);
     add_rows<lora::bfloat16, float>(session);
     add_rows<lora::bfloat16, lora::bfloat16>(session);

@@ -34,6 +34,7 @@
 #include "limits.hpp"
 #include "paired.hpp"
 #include "program.hpp"
+#include "tables.hpp"
 
 namespace {
 
@@ -151,18 +152,7 @@ void add_rows(lora_bench::session& session) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::vector<lora_bench::column> columns = {{"base_us", "base us", 1, 1},
-                                                   {"floor", "floor %", 100, 2},
-                                                   {"floor_bytes", "bytes %", 100, 2},
-                                                   {"overhead", "over %", 100, 2},
-                                                   {"overhead_lo", "from", 100, 2},
-                                                   {"overhead_hi", "to", 100, 2},
-                                                   {"points_above_floor", "points+", 1, 2},
-                                                   {"inconclusive", "unsure", 1, 0},
-                                                   {"share", "share %", 100, 1},
-                                                   {"share_mixed", "mixed %", 100, 1},
-                                                   {"rounds", "rounds", 1, 0}};
-  return lora_bench::run_program(argc, argv, columns, [](lora_bench::session& session) {
+  return lora_bench::run_program(argc, argv, lora_bench::table_of_mixed_batch(), [](lora_bench::session& session) {
     add_rows<float, float>(session);
     add_rows<lora::bfloat16, lora::bfloat16>(session);
     add_rows<lora::bfloat16, float>(session);

@@ -2,19 +2,21 @@
 # SPDX-License-Identifier: Apache-2.0
 """Pictures (SVG) from the benches' JSON: plot.py FOLDER OUTPUT_FOLDER
 
-latency.svg     time of a call against its tokens, merged and unmerged
-overhead.svg    unmerged over merged against the rank, with the floor
+latency.svg     time of a call against its tokens, with the adapter merged and mixed
+overhead.svg    mixed over merged against the rank, with the floor
 
-4096 x 4096, packed, one adapter, the most threads that were measured.
+4096 x 4096, packed, one adapter, the most threads that were measured. Below each picture stand the machine and the words.
 """
 
 import math
 import pathlib
+import re
 import sys
 from dataclasses import dataclass
 
 from records import read_folder
 
+WAYS = "merged: the adapter is inside W. mixed: it is computed beside W in the same call (PEFT: unmerged)."
 COLORS = {"float": "#2a6fb0", "bfloat16": "#c2571a", "floor": "#777777"}
 PANEL = dict(stored="panels", layer="4096x4096", adapters=1)
 # Factors of the base's format; bfloat16 with bfloat16 activations.
@@ -109,10 +111,18 @@ def stroke(points, color, width, dashed=False):
     return f'<polyline points="{path}" fill="none" stroke="{color}" stroke-width="{width}"{dashes}/>'
 
 
-def picture(charts):
-    """Charts beside each other, on white: the page may be dark."""
-    width, height = Chart.WIDTH * len(charts), Chart.HEIGHT
-    inner = "\n".join(f'<g transform="translate({Chart.WIDTH * k} 0)">\n{chart.svg()}\n</g>' for k, chart in enumerate(charts))
+def machine(records):
+    """What was measured on and when, and the build: two sentences from the programs' context."""
+    first = records.contexts[0]
+    build = re.sub(r" -.*?,", ",", first["build"].replace(", OpenMP", ""), count=1)  # without flags
+    return f"Measured on {first['cpu']}, {first['num_cpus']} cores, {first['date'][:10]}. Build: {build}."
+
+
+def picture(charts, caption):
+    """Charts side by side, on white because the page may be dark, and the lines of the caption below them."""
+    width, height = Chart.WIDTH * len(charts), Chart.HEIGHT + 16 * len(caption) + 8
+    inner = "\n".join([f'<g transform="translate({Chart.WIDTH * k} 0)">\n{chart.svg()}\n</g>' for k, chart in enumerate(charts)] +
+                      [text(12, Chart.HEIGHT + 14 + 16 * k, line, "start") for k, line in enumerate(caption)])
     return (f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" width="{width}" height="{height}" '
             f'font-family="sans-serif" font-size="12" fill="#222222">\n<rect width="{width}" height="{height}" fill="white"/>\n'
             f"{inner}\n</svg>\n")
@@ -131,7 +141,7 @@ def latency(records, threads):
     for base in FORMATS:
         rows = sorted(rows_of(records, threads, base, rank=16), key=lambda row: row["tokens"])
         lines.append(Line(f"{base}, merged", [(row["tokens"], row["merged_us"] / 1e3) for row in rows], COLORS[base]))
-        lines.append(Line(f"{base}, unmerged, r = 16", [(row["tokens"], row.us / 1e3) for row in rows], COLORS[base], True))
+        lines.append(Line(f"{base}, mixed, r = 16", [(row["tokens"], row.us / 1e3) for row in rows], COLORS[base], True))
     return Chart(f"4096 x 4096, {threads_text(threads)}", "tokens", "ms a call", lines, log_y=True)
 
 
@@ -143,7 +153,13 @@ def overhead(records, threads, tokens):
         lines.append(Line(base, points, COLORS[base]))
     lines.append(Line("floor", [(row["rank"], 100 * row["floor"]) for row in rows], COLORS["floor"], True))
     return Chart(f"{tokens} token{'s' if tokens > 1 else ''}, 4096 x 4096, {threads_text(threads)}", "rank",
-                 "unmerged over merged, %", lines, log_y=False)
+                 "mixed over merged, %", lines, log_y=False)
+
+
+def halves(sentences):
+    """Two lines of two sentences, for a picture of one chart."""
+    first, rest = sentences.split(". ", 1)
+    return [first + ".", rest]
 
 
 def threads_text(threads):
@@ -155,8 +171,14 @@ def main():
     folder = pathlib.Path(sys.argv[2])
     folder.mkdir(parents=True, exist_ok=True)
     threads = records.threads()[-1]
-    (folder / "latency.svg").write_text(picture([latency(records, threads)]))
-    (folder / "overhead.svg").write_text(picture([overhead(records, threads, tokens) for tokens in (1, 64)]))
+    (folder / "latency.svg").write_text(picture(
+        [latency(records, threads)],
+        [*halves(machine(records)), *halves(WAYS), "r is the adapter's rank. W comes from memory, not from a cache."]))
+    (folder / "overhead.svg").write_text(picture(
+        [overhead(records, threads, tokens) for tokens in (1, 64)],
+        [machine(records), WAYS,
+         "floor: what the adapter's FLOPs or bytes, whichever take longer, cost at least: here r (in + out) / (in out). "
+         "Bars: 95 % intervals."]))
 
 
 if __name__ == "__main__":

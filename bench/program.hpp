@@ -26,16 +26,9 @@
 #include "limits.hpp"
 #include "paired.hpp"
 #include "rivals/versions.hpp"
+#include "tables.hpp"
 
 namespace lora_bench {
-
-/// One counter in the printed table: value * scale with so many decimals.
-struct column {
-  const char* counter;
-  const char* heading;
-  double scale;
-  int decimals;
-};
 
 /// A series, and the machine's limits when each of its rounds began.
 struct measurement {
@@ -127,13 +120,15 @@ inline void count_overhead(benchmark::State& state, const estimate& ratio, doubl
 
 class table_reporter : public benchmark::BenchmarkReporter {
  public:
-  table_reporter(std::string heading, std::vector<column> columns)
-      : heading_(std::move(heading)), columns_(std::move(columns)) {}
+  table_reporter(std::string limits, table t) : limits_(std::move(limits)), table_(std::move(t)) {}
 
   bool ReportContext(const Context& context) override {
     PrintBasicContext(&GetErrorStream(), context);
-    std::printf("%s\n%-*s%12s", heading_.c_str(), name_width, "", "time us");
-    for (const column& c : columns_) std::printf("%*s", cell_width, c.heading);
+    // Debian's library is a debug build and warns of it.
+    GetErrorStream() << "Times are taken by this program: a DEBUG build of Google Benchmark does not change them.\n";
+    std::printf("%s\n%s%-*s%*s", limits_.c_str(), legend_of(table_).c_str(), name_width, "", cell_width,
+                table_.time_heading);
+    for (const column& c : table_.columns) std::printf("%*s", cell_width, c.heading);
     std::printf("\n");
     return true;
   }
@@ -149,8 +144,8 @@ class table_reporter : public benchmark::BenchmarkReporter {
         std::printf("  %s\n", failure.c_str());
         continue;
       }
-      std::printf("%12.1f", run.GetAdjustedRealTime() * 1e6 / benchmark::GetTimeUnitMultiplier(run.time_unit));
-      for (const column& c : columns_) {
+      std::printf("%*.1f", cell_width, run.GetAdjustedRealTime() * 1e6 / benchmark::GetTimeUnitMultiplier(run.time_unit));
+      for (const column& c : table_.columns) {
         const auto found = run.counters.find(c.counter);
         if (found == run.counters.end())
           std::printf("%*s", cell_width, "");
@@ -163,7 +158,7 @@ class table_reporter : public benchmark::BenchmarkReporter {
   }
 
  private:
-  static constexpr int name_width = 112, cell_width = 9;
+  static constexpr int name_width = 112;
 
   /// Google Benchmark 1.8 renamed the members that tell of an error.
   template <class R>
@@ -174,8 +169,8 @@ class table_reporter : public benchmark::BenchmarkReporter {
       return run.skip_message;
   }
 
-  std::string heading_;
-  std::vector<column> columns_;
+  std::string limits_;
+  table table_;
 };
 
 inline std::string build_text() {
@@ -228,7 +223,7 @@ inline void add_context(const session& s, const lora::limits& limits) {
 }
 
 /// Takes this project's own arguments out; false when one of them is wrong.
-inline bool read_arguments(int& argc, char** argv, session& s, bool& table) {
+inline bool read_arguments(int& argc, char** argv, session& s, bool& as_table) {
   int kept = 0;
   for (int k = 0; k < argc; ++k) {
     const std::string_view argument = argv[k];
@@ -243,7 +238,7 @@ inline bool read_arguments(int& argc, char** argv, session& s, bool& table) {
       }
       s.all_rows = rows == "all";
     } else {
-      if (argument.starts_with("--benchmark_format=")) table = false;
+      if (argument.starts_with("--benchmark_format=")) as_table = false;
       argv[kept++] = argv[k];
     }
   }
@@ -253,10 +248,10 @@ inline bool read_arguments(int& argc, char** argv, session& s, bool& table) {
 
 /// The main of a program: probes, registers, runs. register_rows(session&) registers the rows.
 template <class Register>
-int run_program(int argc, char** argv, const std::vector<column>& columns, const Register& register_rows) {
+int run_program(int argc, char** argv, const table& columns, const Register& register_rows) {
   session s;
-  bool table = true;
-  if (!read_arguments(argc, argv, s, table)) return 1;
+  bool as_table = true;
+  if (!read_arguments(argc, argv, s, as_table)) return 1;
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
 
@@ -265,11 +260,11 @@ int run_program(int argc, char** argv, const std::vector<column>& columns, const
   char heading[256];
   std::snprintf(
       heading, sizeof heading,
-      "limits of %d thread(s): %.0f GFLOP/s float multiply-add, %.0f by dot products, %.1f GB/s read, %.1f GB/s read + "
-      "write in place",
+      "limits of %d thread(s): %.0f GFLOP/s float multiply-add, %.0f by dot products of bfloat16, %.1f GB/s read, %.1f GB/s "
+      "read and written in place",
       s.probe.threads(), limits.flops / 1e9, limits.dot_flops / 1e9, limits.read / 1e9, limits.read_write / 1e9);
   register_rows(s);
-  if (table) {
+  if (as_table) {
     table_reporter reporter(heading, columns);
     benchmark::RunSpecifiedBenchmarks(&reporter);
   } else {

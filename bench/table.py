@@ -86,7 +86,7 @@ def base_products(records, threads):
                      at_each(threads, same, counter(onednn, 1, 2)),
                      at_each(threads, same, counter("speedup_vs_openblas", 1, 2)),
                      at_each(threads, same, counter("speedup_vs_eigen", 1, 2))])
-    return markdown(("stored", "format", "layer", "tokens", "time us", "% of limit", "x oneDNN", "x OpenBLAS", "x Eigen"),
+    return markdown(("stored", "format", "layer", "tokens", "call us", "% of limit", "x oneDNN", "x OpenBLAS", "x Eigen"),
                     rows)
 
 
@@ -124,7 +124,7 @@ def merges(records, threads):
              at_each(threads, same, counter("speedup_vs_openblas", 1, 2))]
             for (base, factors, layer, rank), same in
             grouped(records.select("merge"), "base", "factors", "layer", "rank").items()]
-    return markdown(("base", "factors", "layer", "rank", "time ms", "% of limit", "panels, %", "x Eigen", "x OpenBLAS"), rows)
+    return markdown(("base", "factors", "layer", "rank", "merge ms", "% of limit", "panels, %", "x Eigen", "x OpenBLAS"), rows)
 
 
 def mixed_batches(records, threads):
@@ -134,7 +134,7 @@ def mixed_batches(records, threads):
              if len(threads) == 1 else number(100 * same[0]["floor_bytes"], 1)]
             for (base, activations, layer, tokens, adapters, rank), same in
             grouped(records.select("mixed_batch"), "base", "activations", "layer", "tokens", "adapters", "rank").items()]
-    return markdown(("format", "layer", "tokens", "adapters", "rank", "time us", "over base, % (points above floor)", "floor %",
+    return markdown(("format", "layer", "tokens", "adapters", "rank", "mixed call us", "over base, % (points above floor)", "floor %",
                      "bytes of the adapters, %"), rows)
 
 
@@ -213,12 +213,12 @@ def bars(records):
     yield "merged way, 64 tokens: x oneDNN", *speedup("speedup_vs_onednn", of_tokens(panels, 64)), 1.05, 1
     yield "merged way, 64 tokens: % of limit", of_tokens(panels, 64), share, 90, 1
     yield "merged way, 1 to 8 tokens: % of limit", of_tokens(panels, 1, 2, 4, 8), share, 90, 1
-    for what, rows in (("unmerged, large layers", large), ("unmerged, large layers, U in bfloat16", rounded)):
+    for what, rows in (("mixed, large layers", large), ("mixed, large layers, U in bfloat16", rounded)):
         yield (f"{what}, 1, 64, 512 tokens: points over 1.1 rho", of_tokens(rows, 1, 64, 512),
                lambda row: over(row) - 110 * rho(row), 1, -1)
         yield (f"{what}, 2 to 16 tokens: points over 1.2 rho", of_tokens(rows, 2, 4, 8, 16),
                lambda row: over(row) - 120 * rho(row), 2, -1)
-    yield "unmerged, 768 and 1024: points over rho", small, lambda row: over(row) - 100 * rho(row), 3, -1
+    yield "mixed, 768 and 1024: points over rho", small, lambda row: over(row) - 100 * rho(row), 3, -1
     yield ("two and four adapters over one of all ranks, %", [row for row in ways if row["adapters"] > 1],
            lambda row: 100 * row["over_stacked"], 1, -1)
     for tokens, adapters, most in ((64, 8, 3.5), (64, 64, 12), (64, 0, 0.5), (8, 0, 0.5)):
@@ -257,9 +257,9 @@ def page(records):
         f"A cell with several figures has them for {of_threads} threads.",
         "## Bars", bar_table(records),
         "## The merged way: base products", base_products(records, threads),
-        "## Unmerged over merged", "Overhead in %, in brackets the points above the floor; ~ where the 95 % interval is wider "
+        "## Mixed over merged", "Overhead in %, in brackets the points above the floor; ~ where the 95 % interval is wider "
         "than one point.", two_ways(records, threads),
-        "The same with U = A x rounded to bfloat16 before B multiplies it (`lora::U_format::factors`).",
+        "The same with U = s lora_A x rounded to bfloat16 before lora_B multiplies it (`lora::U_format::factors`).",
         two_ways(records, threads, "rounded_U"),
         "## Several adapters against one", stacked(records, threads),
         "## Merging in place", merges(records, threads),

@@ -5,9 +5,9 @@
 //
 //   two_ways/stored:S/base:T/activations:X/factors:F/layer:IxO/tokens:N/rank:R/adapters:K
 //     merged    lora::forward(space, W', X, Y)                W' = W + sum of s B A, merged before
-//     unmerged  lora::forward(space, W, X, Y, adapters)       W untouched, K packed adapters of rank R on every token
+//     mixed     lora::forward(space, W, X, Y, adapters)       W untouched, K packed adapters of rank R on every token
 //     stacked   the same with one adapter of rank K R (K > 1)
-//   rounded_U/...   the same with U = A x rounded to the factors' format before B multiplies it (lora::U_format)
+//   rounded_U/...   the same with U = s A x rounded to the factors' format before B multiplies it (lora::U_format)
 //   base/stored:S/base:T/activations:X/layer:IxO/tokens:N
 //     lora::forward(space, W, X, Y) against each rival of rivals/product.hpp
 //
@@ -15,18 +15,18 @@
 // that the caller keeps row-major). Weights and adapters rotate on every call, over more than twice the last-level cache for
 // each way; the activations stay where the cache has them. Before a row is timed, all ways must agree.
 //
-// A row is one Google Benchmark iteration: a series of rounds (see paired.hpp). Its time is the median unmerged call, or our
+// A row is one Google Benchmark iteration: a series of rounds (see paired.hpp). Its time is the median mixed call, or our
 // base product (manual timing). Counters, as fractions where nothing else is said:
 //   floor           what the adapters' bytes and FLOPs must cost: max(FLOPs / FMA rate, bytes / read rate) with adapters over
 //                   the same without, minus 1. For factors of the base's format that is rho = R K (in + out) / (in out); for
 //                   wider ones more where the base is bound by memory: their bytes over the base's
-//   overhead        unmerged / merged - 1, the median of the rounds; overhead_lo, overhead_hi: its 95 % interval
+//   overhead        mixed / merged - 1, the median of the rounds; overhead_lo, overhead_hi: its 95 % interval
 //   points_above_floor  100 (overhead - floor)
 //   inconclusive    1 when the interval is wider than +-0.5 point
-//   over_stacked    unmerged with K adapters over one of rank K R, minus 1
+//   over_stacked    mixed with K adapters over one of rank K R, minus 1
 //   share           of the machine's limit, merged way: max(FLOPs / FMA rate, bytes of W / read rate) / time; where W and x
 //                   are bfloat16 and the build has dot products of it, their rate
-//   share_unmerged  the same with the factors' FLOPs and bytes, over the unmerged time
+//   share_mixed     the same with the factors' FLOPs and bytes, over the mixed time
 //   speedup_vs_R    R / ours, with R_us
 //   merged_us, rounds, limit_flops, limit_dot_flops, limit_read, limit_read_write
 // An interval tells the noise of this series; repeat rows that matter (--benchmark_repetitions=5). A quick look:
@@ -48,6 +48,7 @@
 #include "paired.hpp"
 #include "program.hpp"
 #include "rivals/product.hpp"
+#include "tables.hpp"
 
 namespace {
 
@@ -155,7 +156,7 @@ void two_ways(benchmark::State& state, lora_bench::session& session, const row& 
   ways[0]();
   const std::vector<X> from_merged = y;
   ways[1]();
-  if (!lora_bench::agree<T>(from_merged, y)) return session.fail(state, "merged and unmerged results differ");
+  if (!lora_bench::agree<T>(from_merged, y)) return session.fail(state, "merged and mixed results differ");
   ways = {run_merged, mixed_with(layers.apart)};  // the rotations in step again
   if (r.adapters > 1) ways.emplace_back(mixed_with(layers.stacked));
 
@@ -165,12 +166,12 @@ void two_ways(benchmark::State& state, lora_bench::session& session, const row& 
   const auto more = std::is_same_v<F, T> ? lora_bench::flops_of<T, X>(2 * factors * tokens)
                                          : lora_bench::flops{.multiply_adds = 2 * factors * tokens};
   const auto merged_limit = lora_bench::reading(work, r.layer.size() * sizeof(T));
-  const auto unmerged_limit = lora_bench::reading(work + more, r.layer.size() * sizeof(T) + factors * sizeof(F));
+  const auto mixed_limit = lora_bench::reading(work + more, r.layer.size() * sizeof(T) + factors * sizeof(F));
   const lora::limits limits = m.limits();
-  lora_bench::count_overhead(state, m.series.ratio(1, 0), unmerged_limit(limits) / merged_limit(limits) - 1);
+  lora_bench::count_overhead(state, m.series.ratio(1, 0), mixed_limit(limits) / merged_limit(limits) - 1);
   if (r.adapters > 1) lora_bench::count(state, "over_stacked", m.series.ratio(1, 2), -1);
   state.counters["share"] = m.share(0, merged_limit);
-  state.counters["share_unmerged"] = m.share(1, unmerged_limit);
+  state.counters["share_mixed"] = m.share(1, mixed_limit);
   state.counters["merged_us"] = m.series.time(0).median * 1e6;
 }
 
@@ -265,22 +266,7 @@ void add_base_products(lora_bench::session& session, bool wide) {
 }  // namespace
 
 int main(int argc, char** argv) {
-  const std::vector<lora_bench::column> columns = {{"merged_us", "merged us", 1, 1},
-                                                   {"floor", "floor %", 100, 2},
-                                                   {"overhead", "over %", 100, 2},
-                                                   {"overhead_lo", "from", 100, 2},
-                                                   {"overhead_hi", "to", 100, 2},
-                                                   {"points_above_floor", "points+", 1, 2},
-                                                   {"inconclusive", "unsure", 1, 0},
-                                                   {"over_stacked", "stack %", 100, 2},
-                                                   {"share", "share %", 100, 1},
-                                                   {"share_unmerged", "unm. %", 100, 1},
-                                                   {"speedup_vs_onednn", "oneDNN x", 1, 2},
-                                                   {"speedup_vs_onednn_plain", "(plain)", 1, 2},
-                                                   {"speedup_vs_openblas", "OpenBL x", 1, 2},
-                                                   {"speedup_vs_eigen", "Eigen x", 1, 2},
-                                                   {"rounds", "rounds", 1, 0}};
-  return lora_bench::run_program(argc, argv, columns, [](lora_bench::session& session) {
+  return lora_bench::run_program(argc, argv, lora_bench::table_of_two_ways(), [](lora_bench::session& session) {
     using lora::bfloat16, lora::float16, lora_bench::weight_panels, lora_bench::weight_rows;
     add_base_products<weight_panels, float, float>(session, true);
     add_base_products<weight_panels, bfloat16, bfloat16>(session, true);

@@ -1,10 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
 # What this project's own programs are compiled with; users of lora::lora get none of it. lora_developer is
 # lora_developer_plain (io, warnings, OpenMP, sanitizers) for this machine's CPU.
-find_package(nlohmann_json 3.10 QUIET)
-if(NOT nlohmann_json_FOUND)
-  message(FATAL_ERROR "The tests and examples of lora read JSON: install nlohmann-json (Debian: nlohmann-json3-dev), or "
-    "configure with -DLORA_BUILD_TESTS=OFF -DLORA_BUILD_EXAMPLES=OFF")
+
+# nlohmann-json reads the tiny model of the examples and the cases of tests/golden. The library and
+# the benchmarks do not need it.
+if(LORA_BUILD_TESTS OR LORA_BUILD_EXAMPLES)
+  find_package(nlohmann_json 3.10 QUIET)
+  if(NOT nlohmann_json_FOUND)
+    message(FATAL_ERROR "The tests and examples of lora read JSON: install nlohmann-json 3.10 (Debian: nlohmann-json3-dev), "
+      "or configure with -DLORA_BUILD_TESTS=OFF -DLORA_BUILD_EXAMPLES=OFF. The library and the benchmarks do not need it.")
+  endif()
 endif()
 if(NOT CMAKE_BUILD_TYPE AND NOT CMAKE_CONFIGURATION_TYPES)
   set(CMAKE_BUILD_TYPE Release CACHE STRING "" FORCE)
@@ -19,7 +24,10 @@ if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
 endif()
 
 add_library(lora_developer_plain INTERFACE)
-target_link_libraries(lora_developer_plain INTERFACE lora_io nlohmann_json::nlohmann_json lora_warnings)
+target_link_libraries(lora_developer_plain INTERFACE lora_io lora_warnings)
+if(nlohmann_json_FOUND)
+  target_link_libraries(lora_developer_plain INTERFACE nlohmann_json::nlohmann_json)
+endif()
 if(LORA_OPENMP)
   find_package(OpenMP COMPONENTS CXX)
   if(OpenMP_CXX_FOUND)

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// Merge an adapter into a weight, or mix it in beside: the same function.
+// Merge an adapter into a weight, or mix it into the output: the same function.
 #include <iostream>
 
 #include "lora/lora.hpp"

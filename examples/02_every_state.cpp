@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Two adapters on one layer, in every state of merging, in three formats of the weight: what the states differ by, and what they
-// may differ by. One layer, 96 x 160, 12 tokens; activations and factors in float.
+// Two adapters on one layer, each merged (inside the weight) or mixed (computed beside it), in three
+// formats of the weight: what the states differ by, and what they may differ by. One layer of
+// 96 x 160, 12 tokens; activations and factors in float.
 #include <cstdio>
 #include <random>
 
@@ -51,8 +52,8 @@ void show(const char* format, const layer& data) {
 
   const auto before = agreement::in_double(q.weight());
   const auto formats = agreement::formats_of<T, float, float>();
-  for (const state s : {state{"both beside", false, false}, state{"style merged, subject beside", true, false},
-                        state{"subject merged, style beside", false, true}, state{"both merged", true, true}}) {
+  for (const state s : {state{"both mixed", false, false}, state{"style merged, subject mixed", true, false},
+                        state{"subject merged, style mixed", false, true}, state{"both merged", true, true}}) {
     q.unmerge();
     if (s.style_merged) q.merge("style");
     if (s.subject_merged) q.merge("subject");
@@ -64,7 +65,7 @@ void show(const char* format, const layer& data) {
     (s.subject_merged ? where.merged : where.mixed).push_back(parts[1]);
     const Eigen::ArrayXXd bound = agreement::error_bound(W, {}, where, x, formats).array();
     const Eigen::ArrayXXd difference = (y.cast<double>() - exact).array().abs();
-    std::printf("%-9s %-29s %.0e   %s\n", format, s.name, difference.maxCoeff(),
+    std::printf("%-9s %-27s %.0e   %s\n", format, s.name, difference.maxCoeff(),
                 (difference <= bound).all() ? "within the bound" : "MORE THAN ROUNDING");
   }
   q.unmerge();

@@ -22,7 +22,7 @@ int main(int count, char** arguments) {
   model.attach("german", lora::peft::read(data / "adapters/german"));
   std::cout << "both               42 = " << answer("42") << '\n';
 
-  model.merge("capitals");  // into the weights; german stays beside them
+  model.merge("capitals");  // into the weights; german stays mixed
   std::cout << "capitals merged    42 = " << answer("42") << '\n';
 
   model.set_weight("german", 0.5);

@@ -1,14 +1,13 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Batches whose tokens have their own adapters: the right sum for each token, and the same bits whatever else is in it.
-#include <omp.h>
-
 #include <vector>
 
 #include "agreement.hpp"
 #include "lora/lora.hpp"
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
+#include "support/openmp.hpp"
 #include "support/random.hpp"
 #include "support/refused.hpp"
 

@@ -2,8 +2,6 @@
 //
 // packed_weight and packed_adapter hold every bit, and what is computed from panels has the bits of what is computed from
 // plain matrices: products, merges, and merges where infinities and NaN end the fast path.
-#include <omp.h>
-
 #include <cstring>
 #include <limits>
 #include <string>
@@ -17,6 +15,7 @@
 #include "support/allocations.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
+#include "support/openmp.hpp"
 #include "support/random.hpp"
 #include "support/refused.hpp"
 

@@ -2,8 +2,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """torch + PEFT on the shapes of the benches, beside our figures:  torch_peft.py FOLDER [--seconds=1]
 
-FOLDER holds the JSON of scripts/bench --record. For every thread count in it, times PEFT's Linear layer: merge, the merged and
-the unmerged forward, in turns, with weights that rotate over more than twice the last-level cache; prints one Markdown table.
+FOLDER holds the JSON of scripts/bench --record. For every thread count in it, times PEFT's Linear layer in turns: merge, the
+forward with the adapter merged, and with it mixed (PEFT: unmerged). Weights rotate over more than twice the last-level cache.
+Prints one Markdown table.
 Needs torch and peft, which nothing else here does:
 
     python3 -m venv build/python && build/python/bin/pip install -r bench/rivals/requirements.txt
@@ -50,12 +51,12 @@ def time_of(run):
 
 
 def turns(seconds, layers, x):
-    """Median seconds of merge, merged forward, unmerged forward; each round takes the next layer through all three."""
-    times = {"merge": [], "merged": [], "unmerged": []}
+    """Median seconds of merge, merged forward and mixed forward; each round takes the next layer through all three."""
+    times = {"merge": [], "merged": [], "mixed": []}
     spent = rounds = 0
     while rounds < 5 or (spent < seconds and rounds < 500):
         layer, other = layers[rounds % len(layers)], layers[(rounds + 1) % len(layers)]
-        once = {"unmerged": time_of(lambda: layer(x)), "merge": time_of(layer.merge)}
+        once = {"mixed": time_of(lambda: layer(x)), "merge": time_of(layer.merge)}
         time_of(lambda: other(x))  # passes another weight through the cache
         once["merged"] = time_of(lambda: layer(x))
         layer.unmerge()
@@ -68,13 +69,13 @@ def turns(seconds, layers, x):
 
 
 def ours_of(records, threads, dtype, layer, rank, tokens):
-    """Our merge, merged and unmerged calls in seconds, where they were measured."""
+    """Our merge, merged and mixed calls in seconds, where they were measured."""
     ways = [row for row in records.select("two_ways", stored="panels", base=dtype, activations=dtype, factors=dtype, layer=layer,
                                           rank=rank, tokens=tokens, adapters=1) if row.threads == threads]
     merges = [row for row in records.select("merge", base=dtype, factors=dtype, layer=layer, rank=rank) if row.threads == threads]
     found = {"merge": merges[0].us * 1e-6} if merges else {}
     if ways:
-        found |= {"merged": ways[0]["merged_us"] * 1e-6, "unmerged": ways[0].us * 1e-6}
+        found |= {"merged": ways[0]["merged_us"] * 1e-6, "mixed": ways[0].us * 1e-6}
     return found
 
 
@@ -89,8 +90,8 @@ def main():
     cache = int(records.contexts[0]["last_level_cache_bytes"])
     print(f"torch {torch.__version__}, {records.contexts[0]['cpu']}\n")
     heading = ["threads", "dtype", "layer", "rank", "tokens"]
-    heading += [f"{what}{unit}" for what in ("merge", "merged", "unmerged") for unit in (", PEFT ms", ", ours ms", ", x")]
-    heading += ["unmerged over merged, PEFT %", "ours %"]
+    heading += [f"{what}{unit}" for what in ("merge", "merged", "mixed") for unit in (", PEFT ms", ", ours ms", ", x")]
+    heading += ["mixed over merged, PEFT %", "ours %"]
     print(f"| {' | '.join(heading)} |\n|{'---|' * len(heading)}")
     with torch.inference_mode():
         for threads in records.threads():
@@ -101,10 +102,10 @@ def main():
                 for tokens in TOKENS:
                     theirs = turns(seconds, layers, torch.randn(tokens, inputs, dtype=DTYPES[dtype]))
                     ours = ours_of(records, threads, dtype, layer, rank, tokens)
-                    over = [f"{100 * (way['unmerged'] / way['merged'] - 1):.1f}" if "merged" in way else ""
+                    over = [f"{100 * (way['mixed'] / way['merged'] - 1):.1f}" if "merged" in way else ""
                             for way in (theirs, ours)]
                     row = [str(threads), dtype, layer, str(rank), str(tokens)]
-                    for name in ("merge", "merged", "unmerged"):
+                    for name in ("merge", "merged", "mixed"):
                         row += cells(theirs, ours, name)
                     print(f"| {' | '.join(row + over)} |", flush=True)
 

@@ -5,7 +5,8 @@
 // forward(W, x, y, batch)                 the same with adapters that differ from token to token (batch.hpp)
 // forward(space, ...)                     the same with scratch that the caller keeps (workspace.hpp)
 //
-// A layer with its adapters mixed in, unmerged, in one product: the ranks are R more steps of the base product's chains.
+// A layer with its adapters mixed (PEFT: unmerged), in one product: the ranks are R more steps of the
+// base product's chains.
 //   shapes   W out_features x in_features of any storage order or a packed_weight, x in_features x tokens, y out_features x
 //            tokens, b out_features. Tokens are columns (see apply.hpp); y's old content is not read.
 //   rounding once, to y's scalar. Each output is one chain of multiply-adds from zero over in_features, then over the
