@@ -70,6 +70,7 @@ target_sources(lora_io INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DI
   include/lora/io/detail/json_tree.hpp
   include/lora/io/detail/module_pattern.hpp
   include/lora/io/detail/name_tables.hpp
+  include/lora/io/detail/number_text.hpp
   include/lora/io/detail/output_file.hpp
   include/lora/io/detail/pattern.hpp
   include/lora/io/detail/peft_directory.hpp

@@ -13,10 +13,10 @@
 #include <cstring>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <utility>
 #include <vector>
 
+#include "lora/io/detail/number_text.hpp"
 #include "lora/io/format_error.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
@@ -328,9 +328,8 @@ class json_scanner {
     if (real || !fits || (result.kind == json_kind::negative_integer && !small)) result.kind = json_kind::real;
     result.number = static_cast<double>(result.unsigned_integer);
     if (result.kind != json_kind::unsigned_integer) {
-      const char* const first = source_.text.data() + begin;
-      const auto end = std::from_chars(first, source_.text.data() + at_, result.number);
-      if (end.ec != std::errc()) refuse("a number beyond the range of double", "");
+      if (!read_double(source_.text.substr(begin, at_ - begin), result.number))
+        refuse("a number beyond the range of double", "");
       result.unsigned_integer = 0;
     }
     result.string = source_.text.substr(begin, at_ - begin);

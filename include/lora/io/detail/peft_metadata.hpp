@@ -5,18 +5,17 @@
 #pragma once
 
 #include <algorithm>
-#include <charconv>
 #include <cstddef>
 #include <map>
 #include <optional>
 #include <string>
 #include <string_view>
-#include <system_error>
 #include <utility>
 #include <vector>
 
 #include "lora/io/detail/json_text.hpp"
 #include "lora/io/detail/json_tree.hpp"
+#include "lora/io/detail/number_text.hpp"
 #include "lora/io/peft_config.hpp"
 #include "lora/io/safetensors.hpp"
 
@@ -66,9 +65,7 @@ inline std::vector<std::string> configs_in_metadata(const safetensors::file& ten
 /// The number that a metadata text or a value in its JSON is.
 inline std::optional<double> number_in(std::string_view text) {
   double value = 0;
-  const auto parsed = std::from_chars(text.data(), text.data() + text.size(), value);
-  if (parsed.ec != std::errc() || parsed.ptr != text.data() + text.size()) return std::nullopt;
-  return value;
+  return read_double(text, value) ? std::optional<double>(value) : std::nullopt;
 }
 
 inline std::string number_text(double value) {
