@@ -63,16 +63,17 @@ add_library(lora::io ALIAS lora_io)
 set_target_properties(lora_io PROPERTIES EXPORT_NAME io)
 target_link_libraries(lora_io INTERFACE lora_lora)
 target_sources(lora_io INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DIR}/include" FILES
-  include/lora/io/detail/embedding_names.hpp
   include/lora/io/detail/input_file.hpp
   include/lora/io/detail/json.hpp
   include/lora/io/detail/json_text.hpp
   include/lora/io/detail/json_tree.hpp
+  include/lora/io/detail/module_path.hpp
   include/lora/io/detail/module_pattern.hpp
   include/lora/io/detail/name_tables.hpp
   include/lora/io/detail/number_text.hpp
   include/lora/io/detail/output_file.hpp
   include/lora/io/detail/pattern.hpp
+  include/lora/io/detail/peft_assembler.hpp
   include/lora/io/detail/peft_directory.hpp
   include/lora/io/detail/peft_keys.hpp
   include/lora/io/detail/peft_metadata.hpp
@@ -89,6 +90,7 @@ target_sources(lora_io INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DI
   include/lora/io/peft_convert.hpp
   include/lora/io/peft_entry.hpp
   include/lora/io/peft_entry_parts.hpp
+  include/lora/io/peft_file.hpp
   include/lora/io/peft_inventory.hpp
   include/lora/io/peft_patterns.hpp
   include/lora/io/peft_replacement.hpp

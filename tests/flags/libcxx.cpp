@@ -31,7 +31,9 @@ int main(int, char** arguments) {
   check(reads("0.1", 0.1) && reads("-2.5e-3", -2.5e-3) && reads("1e22", 1e22), "numbers");
   check(reads("2.2250738585072014e-308", 2.2250738585072014e-308) && reads("9007199254740993", 9007199254740992.0),
         "rounding");
-  check(refuses("1e999") && refuses("1x") && refuses("1 ") && refuses("") && refuses("x"), "what is no double");
+  check(reads("1e-310", 1e-310) && reads("0", 0) && reads("-0", 0), "small numbers");
+  for (const char* text : {"1e999", "1x", "1 ", " 1", "", "x", "nan", "inf", "+1", "0x10", "-", "."})
+    check(refuses(text), text);
   const auto file = lora::peft::read(arguments[1]);
   check(file.size() > 0 && file.begin()->second.scaling() == 2.5, "scaling");
   check(!lora::peft::inventory_of(file).text().empty(), "inventory");

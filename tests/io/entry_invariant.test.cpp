@@ -47,17 +47,14 @@ parts convolution() {
   return p;
 }
 
-/// What an entry of these parts is refused with.
+/// What an entry of these parts is refused with: a value_error, or a shape_error where it is about sizes.
 std::string refusal(parts p, const std::function<void(parts&)>& change) {
   change(p);
-  try {
-    (void)peft::entry<float>(std::move(p));
-  } catch (const lora::value_error& e) {
-    return e.what();
-  } catch (const lora::shape_error& e) {
-    return e.what();
-  }
-  return "(no exception)";
+  return test::refusal<lora::value_error>([&] { (void)peft::entry<float>(p); });
+}
+std::string size_refusal(parts p, const std::function<void(parts&)>& change) {
+  change(p);
+  return test::refusal<lora::shape_error>([&] { (void)peft::entry<float>(p); });
 }
 
 }  // namespace
@@ -79,18 +76,19 @@ TEST_CASE("values for another number of outputs or ranks are refused", "[peft][e
   for (const std::size_t count : {1U, 2U, 4U, 100U}) {
     const std::vector<float> values(count, 1.0F);
     INFO(count << " values");
-    CHECK(test::mentions(refusal(linear(), [&](parts& p) { p.bias = values; }), {"m.q", "in the bias", "3 outputs"}));
-    CHECK(test::mentions(refusal(linear(), [&](parts& p) { p.magnitude = values; }), {"m.q", "magnitudes", "3 outputs"}));
+    CHECK(test::mentions(size_refusal(linear(), [&](parts& p) { p.bias = values; }), {"m.q", "in the bias", "3 outputs"}));
+    CHECK(
+        test::mentions(size_refusal(linear(), [&](parts& p) { p.magnitude = values; }), {"m.q", "magnitudes", "3 outputs"}));
     if (count != 2)
-      CHECK(test::mentions(refusal(linear(), [&](parts& p) { p.diagonal = values; }), {"m.q", "diagonal", "2 ranks"}));
+      CHECK(test::mentions(size_refusal(linear(), [&](parts& p) { p.diagonal = values; }), {"m.q", "diagonal", "2 ranks"}));
   }
 }
 
 TEST_CASE("experts of one stack have one shape and one scaling", "[peft][entry]") {
   const auto with_last = [](lora::adapter<float> last) { return [last](parts& p) { p.experts.back() = last; }; };
-  CHECK(test::mentions(refusal(stack(3), with_last(factors(2, 4, 5))), {"expert 2", "4x5", "3x5", "one shape"}));
-  CHECK(test::mentions(refusal(stack(3), with_last(factors(2, 3, 6))), {"expert 2", "one shape"}));
-  CHECK(test::mentions(refusal(stack(3), with_last(factors(3, 3, 5))), {"expert 2", "rank 3", "one shape"}));
+  CHECK(test::mentions(size_refusal(stack(3), with_last(factors(2, 4, 5))), {"expert 2", "4x5", "3x5", "one shape"}));
+  CHECK(test::mentions(size_refusal(stack(3), with_last(factors(2, 3, 6))), {"expert 2", "one shape"}));
+  CHECK(test::mentions(size_refusal(stack(3), with_last(factors(3, 3, 5))), {"expert 2", "rank 3", "one shape"}));
   CHECK(test::mentions(refusal(stack(3), with_last(factors(2, 3, 5, 4))), {"different scalings"}));
   CHECK(test::mentions(refusal(linear(), [](parts& p) { p.experts.push_back(p.experts.front()); }),
                        {"linear", "only a parameter is a stack"}));
@@ -110,13 +108,13 @@ TEST_CASE("a dtype that holds no factor is refused", "[peft][entry]") {
 
 TEST_CASE("a kernel, groups and blocks fit the factors", "[peft][entry]") {
   const auto huge = std::numeric_limits<lora::index_t>::max();
-  CHECK(test::mentions(refusal(convolution(), [](parts& p) { p.kernel = {3, 2}; }), {"18 inputs", "12 columns"}));
-  CHECK(test::mentions(refusal(convolution(), [](parts& p) { p.in_channels = 4; }), {"16 inputs", "12 columns"}));
-  CHECK(test::mentions(refusal(convolution(), [](parts& p) { p.kernel = {}; }), {"one to three extents"}));
-  CHECK(test::mentions(refusal(convolution(), [&](parts& p) { p.kernel = {huge, 4}; }), {"extents of its kernel"}));
-  CHECK(test::mentions(refusal(convolution(), [](parts& p) { p.kernel = {-2, -2}; }), {"extents of its kernel"}));
-  CHECK(test::mentions(refusal(convolution(), [](parts& p) { p.groups = 3; }), {"3 groups do not divide"}));
-  CHECK(test::mentions(refusal(convolution(), [](parts& p) { p.groups = 0; }), {"0 groups do not divide"}));
+  CHECK(test::mentions(size_refusal(convolution(), [](parts& p) { p.kernel = {3, 2}; }), {"18 inputs", "12 columns"}));
+  CHECK(test::mentions(size_refusal(convolution(), [](parts& p) { p.in_channels = 4; }), {"16 inputs", "12 columns"}));
+  CHECK(test::mentions(size_refusal(convolution(), [](parts& p) { p.kernel = {}; }), {"one to three extents"}));
+  CHECK(test::mentions(size_refusal(convolution(), [&](parts& p) { p.kernel = {huge, 4}; }), {"extents of its kernel"}));
+  CHECK(test::mentions(size_refusal(convolution(), [](parts& p) { p.kernel = {-2, -2}; }), {"extents of its kernel"}));
+  CHECK(test::mentions(size_refusal(convolution(), [](parts& p) { p.groups = 3; }), {"3 groups do not divide"}));
+  CHECK(test::mentions(size_refusal(convolution(), [](parts& p) { p.groups = 0; }), {"0 groups do not divide"}));
   CHECK(test::mentions(refusal(linear(), [](parts& p) { p.kernel = {5}; }), {"for convolutions"}));
   CHECK(test::mentions(refusal(linear(), [](parts& p) { p.groups = 2; }), {"for convolutions"}));
   const auto packed = [](peft::packed_factor which, lora::index_t blocks) {
@@ -125,13 +123,13 @@ TEST_CASE("a kernel, groups and blocks fit the factors", "[peft][entry]") {
       p.blocks = blocks;
     };
   };
-  CHECK(test::mentions(refusal(linear(), packed(peft::packed_factor::A, 2)), {"2 blocks do not divide 2 and 5"}));
-  CHECK(test::mentions(refusal(linear(), packed(peft::packed_factor::B, 0)), {"0 blocks"}));
+  CHECK(test::mentions(size_refusal(linear(), packed(peft::packed_factor::A, 2)), {"2 blocks do not divide 2 and 5"}));
+  CHECK(test::mentions(size_refusal(linear(), packed(peft::packed_factor::B, 0)), {"0 blocks"}));
   CHECK(test::mentions(refusal(stack(1), packed(peft::packed_factor::A, 1)), {"for linear modules"}));
   CHECK(test::mentions(refusal(convolution(), [](parts& p) { p.fan_in_fan_out = true; }), {"fan_in_fan_out"}));
 }
 
-TEST_CASE("a stack is merged wholly or not at all", "[peft][entry]") {
+TEST_CASE("a stack that does not fit, or whose scaling overflows, is not touched", "[peft][entry]") {
   // Each strength is finite, and the product with the scaling is not.
   const peft::entry<float> e = [] {
     parts p = stack(3);
@@ -145,6 +143,11 @@ TEST_CASE("a stack is merged wholly or not at all", "[peft][entry]") {
   const lora::tensor_view<float, 3> two(values, {2, 3, 5});
   CHECK_THROWS_AS(lora::merge(two, peft::entry<float>(stack(3))), lora::shape_error);
   CHECK(values == std::vector<float>(45, 0.5F));
+}
+
+TEST_CASE("marks of one kind are refused for others", "[peft][entry]") {
+  CHECK(test::mentions(refusal(linear(), [](parts& p) { p.stored_transposed = true; }), {"for parameters"}));
+  CHECK(test::mentions(refusal(linear(), [](parts& p) { p.orientation_unsaid = true; }), {"for parameters"}));
 }
 
 TEST_CASE("rows of trained tokens are stored in a format that holds them", "[peft][entry]") {

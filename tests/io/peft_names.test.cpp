@@ -225,7 +225,7 @@ TEST_CASE("without target_modules, target_parameters adapt no module", "[peft][n
   CHECK_FALSE(peft::matches_target(parse(parameters), "q"));
   // What is excluded is excluded, also where PEFT would choose the targets.
   refused_with(R"("exclude_modules":["q"])", pairs({"q"}),
-               {"q.lora_A.weight", "exclude_modules [\"q\"]", "PEFT finds no module"});
+               {"q.lora_A.weight", "exclude_modules [\"q\"]", "PEFT loads none of these adapters"});
 }
 
 TEST_CASE("an unknown key of use_bdlora is listed", "[peft][names]") {

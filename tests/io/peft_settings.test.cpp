@@ -4,6 +4,8 @@
 // files; names of a base that has moved. Each gets a true sentence, and what can be read is.
 #include <cstddef>
 #include <filesystem>
+#include <map>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -60,7 +62,7 @@ TEST_CASE("target_modules that select nothing are quoted, strictly and leniently
     const std::string json = config("\"target_modules\":" + value);
     for (const auto& options : {peft::read_options{}, lenient})
       refused([&] { (void)assemble(json, named(module), options); },
-              {"target_modules", quoted, "none of the 1 modules", "PEFT finds no module either", "select_by_tensors"});
+              {"target_modules", quoted, "selects none of the 1 modules", "PEFT loads none of these", "select_by_tensors"});
     const auto file = assemble(json, named(module), by_tensors);
     CHECK(file.names() == std::vector<std::string>{module});
     // Written so that PEFT loads it, and read without the option.
@@ -71,7 +73,7 @@ TEST_CASE("target_modules that select nothing are quoted, strictly and leniently
   file_refused(config(R"("target_modules":["q_proj"],"exclude_modules":["q_proj"])"), named(module),
                {R"(["q_proj"] without exclude_modules ["q_proj"])"});
   const std::string layers = config(R"("target_modules":["q_proj"],"layers_to_transform":[7])");
-  file_refused(layers, named(module), {"none of the 1 modules"});
+  file_refused(layers, named(module), {"[\"q_proj\"] in layers_to_transform", "none of the 1 modules"});
   const build::directory dir;
   peft::write(dir.path(), assemble(layers, named(module), by_tensors));
   CHECK(peft::read(dir.path()).size() == 1);
@@ -161,21 +163,35 @@ TEST_CASE("looking up a key gives what trying all keys in order gives", "[peft][
                                          "l.7.q",  "y.l.1.q", "axq",   "ab.q", "",    "a",     "x", "b.x",
                                          "l.12.q", "z.a.b.q", "aq",    "a.",   "a.a", "q.q"};
   // Every order of two and three keys: the first that fits wins, whatever form it has.
+  // Names that are not plain take another way, with the same answers.
+  const std::vector<std::string> modules_and_more = [&] {
+    auto all = modules;
+    for (const char* name : {"q\n", "a.q\n", "\xC3\xA9.q", "x.\xC3\xA9", "a q", "b.a.q\n\n", "^"}) all.emplace_back(name);
+    return all;
+  }();
   for (const auto& first : keys)
     for (const auto& second : keys)
       for (const auto& third : {std::string("q"), std::string("^b\\.a\\.q"), std::string(".*")}) {
         peft::pattern_table<int> table;
         const std::vector<std::string> all{first, second, third};
         for (std::size_t k = 0; k < all.size(); ++k) table.add(all[k], static_cast<int>(k));
-        for (const auto& module : modules) {
+        for (const auto& module : modules_and_more) {
+          // The first key whose answer is not no: it fits, or only tables of Unicode tell.
+          using verdict = lora::io_detail::pattern::verdict;
           std::optional<int> want;
-          for (std::size_t k = 0; k < all.size() && !want; ++k)
-            if (lora::io_detail::pattern::at_end_of_path(all[k]).matches_beginning(lora::io_detail::code_points(module)) ==
-                lora::io_detail::pattern::verdict::yes)
-              want = static_cast<int>(k);
-          if (table.find(module) != want) {
+          verdict how = verdict::no;
+          for (std::size_t k = 0; k < all.size() && how == verdict::no; ++k) {
+            how = lora::io_detail::pattern::at_end_of_path(all[k]).matches_beginning(lora::io_detail::code_points(module));
+            if (how != verdict::no) want = static_cast<int>(k);
+          }
+          const auto found = table.look_up(module);
+          const auto* row = how == verdict::yes ? found.fits : found.unicode;
+          const auto* other = how == verdict::yes ? found.unicode : found.fits;
+          const std::optional<int> got = row == nullptr ? std::nullopt : std::optional<int>(row->value);
+          if (got != want || other != nullptr) {
             CAPTURE(first, second, third, module);
-            CHECK(table.find(module) == want);
+            CHECK(got == want);
+            CHECK(other == nullptr);
           }
         }
       }
@@ -214,6 +230,7 @@ TEST_CASE("metadata that says another alpha or rank is a note", "[peft][notes]")
     REQUIRE(found.size() == 1);
     CHECK(has(found[0], says));
     CHECK(has(found[0], "PEFT takes the config"));
+    CHECK(has(found[0], "other programs"));
   }
   CHECK(notes(R"({"lora_alpha":"a lot","x":"{not json","y":"[1,2]","z":"{\"lora_alpha\":\"64\"}"})").empty());
 }
@@ -244,6 +261,9 @@ TEST_CASE("a head for another vocabulary says so", "[peft][notes]") {
   for (const char* name : {"lm_head", "e"})
     CHECK_THROWS_WITH(lora::merge(W, file.at(name)),
                       Catch::Contains("vocabulary was resized") && Catch::Contains("to 9 rows"));
+  Eigen::MatrixXf larger = Eigen::MatrixXf::Zero(16, 4);
+  CHECK_THROWS_WITH(lora::merge(larger, file.at("lm_head")),
+                    Catch::Contains("larger vocabulary, or a padded one") && !Catch::Contains("resize the base"));
   Eigen::MatrixXf other = Eigen::MatrixXf::Zero(9, 5);
   CHECK_THROWS_WITH(lora::merge(other, file.at("lm_head")), !Catch::Contains("vocabulary"));
   CHECK(W.isZero());
@@ -290,15 +310,28 @@ TEST_CASE("a single file is read where its metadata holds the whole config", "[p
   const build::directory dir;
   const std::string json = R"({\"peft_type\": \"LORA\", \"r\": 2, \"lora_alpha\": 5, \"target_modules\": [\"q\"]})";
   const std::string component =
-      R"({\"transformer.peft_type\": \"LORA\", \"transformer.r\": 2, \"transformer.lora_alpha\": 5})";
-  for (const auto& text : {json, component}) {
-    const auto path = dir.write(
-        "one.safetensors", with_metadata(R"({"format":"pt","lora_adapter_metadata":")" + text + "\"}", "transformer.m.q"));
+      R"({\"transformer.peft_type\": \"LORA\", \"transformer.r\": 2, \"transformer.lora_alpha\": 5, )"
+      R"(\"transformer.alpha_pattern\": {\"^m\\\\.q\": 11}})";
+  const auto one = [&](const std::string& text, const std::string& whole) {
+    return dir.write("one.safetensors", with_metadata(R"({"format":"pt","lora_adapter_metadata":")" + text + "\"}", whole));
+  };
+  const auto check = [&](const std::filesystem::path& path) {
     const auto file = peft::read(path);
     CHECK(file.names() == std::vector<std::string>{"transformer.m.q"});
     CHECK(file.at("transformer.m.q").scaling() == 2.5);
     CHECK(file.notes().empty());
-  }
+  };
+  check(one(json, "transformer.m.q"));
+  // Twice the same config is one.
+  check(dir.write("one.safetensors", with_metadata("{\"x\":\"" + json + "\",\"y\":\"" + json + "\"}", "transformer.m.q")));
+  // A component's config knows the names inside the component.
+  const auto inside = peft::read(one(component, "transformer.m.q"));
+  CHECK(inside.names() == std::vector<std::string>{"m.q"});
+  CHECK(inside.at("m.q").scaling() == 5.5);  // by ^m\.q
+  peft::write(dir.path() / "written", inside);
+  CHECK(peft::read(dir.path() / "written").at("m.q").scaling() == 5.5);
+  refused([&] { (void)peft::read(one(component, "text_encoder.m.q")); },
+          {"text_encoder.m.q.lora_A.weight", "begins with \"transformer.\""});
   refused([&] { (void)peft::read(dir.write("one.safetensors", with_metadata(R"({"format":"pt"})"))); },
           {"one.safetensors", "a file in place of the directory", "scaling"});
   const std::string two = R"({\"a.peft_type\": \"LORA\", \"a.r\": 2, \"b.peft_type\": \"LORA\", \"b.r\": 4})";
@@ -310,6 +343,14 @@ TEST_CASE("a single file is read where its metadata holds the whole config", "[p
   // Beside no config, the same.
   dir.write("adapter_model.safetensors", with_metadata(R"({"lora_adapter_metadata":")" + json + "\"}"));
   CHECK(peft::read(dir.path()).at("m.q").scaling() == 2.5);
+}
+
+TEST_CASE("a directory is read whatever else lies in it", "[peft][directory]") {
+  const build::directory dir;
+  for (int k = 0; k < 5000; ++k) dir.write("a" + std::to_string(k), "");
+  dir.write("adapter_config.json", config());
+  dir.write("adapter_model.safetensors", named("m.q").text());
+  CHECK(peft::read(dir.path()).names() == std::vector<std::string>{"m.q"});
 }
 
 // ---- names of a base that has moved
@@ -345,10 +386,30 @@ TEST_CASE("PEFT's derived names are renamed with their module, and no two names 
   peft::write(dir.path(), file);
   CHECK(peft::read(dir.path()).names() == file.names());
 
+  // Tensors under PEFT's own modules, and their order.
+  auto tensors = named("old.q").add(prefix + "old.a.base_layer.bias", {3}).add(prefix + "old.b.bias", {3});
+  tensors.add(prefix + "old.embed_tokens.token_adapter.base_layer.weight", {3, 4});
+  tensors.add(prefix + "old.embed_tokens.token_adapter.trainable_tokens_delta", {1, 4});
+  const auto all = assemble(config(R"("bias":"all","trainable_token_indices":[1])"), tensors);
+  REQUIRE(all.replacements().size() == 3);
+  const std::map<std::string, std::string> names{{"old.q", "z.q"},
+                                                 {"old.a.bias", "z.a.bias"},
+                                                 {"old.b.bias", "c.b.bias"},
+                                                 {"old.embed_tokens.weight", "z.embed_tokens.weight"},
+                                                 {"old.embed_tokens", "z.embed_tokens"}};
+  const auto moved = all.renamed([&](const std::string& name) { return names.at(name); });
+  std::vector<std::string> keys;
+  for (const auto& each : moved.replacements()) keys.push_back(each.key);
+  CHECK(keys ==
+        std::vector<std::string>{"c.b.bias", "z.a.base_layer.bias", "z.embed_tokens.token_adapter.base_layer.weight"});
+  const build::directory moved_dir;
+  peft::write(moved_dir.path(), moved);
+  CHECK(peft::read(moved_dir.path()).replacements().size() == 3);
+
   const auto two = assemble(config(), named("m.k", named("m.q")));
   CHECK(test::mentions(
       test::refusal<lora::value_error>([&] { (void)two.renamed([](const auto&) { return std::string("z"); }); }),
-      {"renamed", "another has"}));
+      {"renamed", "gets a name that another"}));
   CHECK(test::mentions(
       test::refusal<lora::value_error>([&] { (void)file.renamed([](const auto& name) { return name + "_2"; }); }),
       {"new.b.a.in_proj", "keeps its last part"}));

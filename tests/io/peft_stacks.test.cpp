@@ -70,7 +70,8 @@ peft::adapter_file<float> again(const peft::adapter_file<float>& file, const pef
 // Values are small multiples of 1/8, so that every sum is exact and == compares them.
 
 TEST_CASE("a square stack of an old or unsaid version is refused until its orientation is said", "[peft][stacks]") {
-  for (const std::string version : {"0.17.0", "0.18.1", "0.19.0", "0.19.1.dev0", "0.19.1rc1", "", "unknown"}) {
+  for (const std::string version :
+       {"0.17.0", "0.18.1", "0.19.0", "0.19.1.dev0", "0.19.1rc1", "0.19.1a1", "0.19.1b2", "", "unknown"}) {
     INFO("peft_version " << version);
     refused([&] { (void)assemble(written_by(version), stack(4, 4)); },
             {"x.experts.lora_A.weight", "x.experts.w", version.empty() ? "no peft_version" : version, "transpose",
@@ -154,6 +155,7 @@ TEST_CASE("a stack of one expert may be a matrix, which never is transposed", "[
   const lora::tensor_view<float, 3> base(values, {1, 4, 4});
   CHECK_THROWS_WITH(lora::merge(base, e), Catch::Contains("before 0.19.1") && Catch::Contains("parameters_in_out"));
   CHECK(values == std::vector<float>(16, 0.0F));
+  CHECK(again(file, {}).at("x.experts.w").parts().orientation_unsaid);
   lora::merge(base, assemble(written_by("0.18.1"), one, {.parameters_in_out = true}).at("x.experts.w"));
   CHECK(Eigen::Map<const test::matrix<float>>(values.data(), 4, 4) == W.transpose());
 }
@@ -208,6 +210,23 @@ TEST_CASE("layouts that cannot be are refused", "[peft][stacks]") {
           {"x.experts.lora_B.weight", "experts_grouped_b"});
   refused([&] { (void)assemble(written_by("0.21.2", R"("unsloth_fused_expert_lora":{"later":1})"), stack(6, 4)); },
           {"unsloth_fused_expert_lora.later"});
+}
+
+TEST_CASE("a layout is for one stack of the file, and one layout is for a stack", "[peft][stacks]") {
+  const auto under = [](const std::string& names) {
+    return written_by("0.21.2", R"("unsloth_fused_expert_lora":{"parameters":{)" + names + "}}");
+  };
+  const std::string by_expert = R"(":{"lora_B_layout":"grouped_by_expert"})", major = R"(":{"lora_B_layout":"rank_major"})";
+  for (const std::string name : {"w", "experts.w", "x.experts.w", "base_model.model.x.experts.w"})
+    CHECK(merged(assemble(under("\"" + name + by_expert), stack(6, 4)).at("x.experts.w"), 6, 4)[1] ==
+          delta(6, 4, 1, grouped));
+  for (const std::string name : {"gate_up_proj", "experts", "v"})
+    refused([&] { (void)assemble(under("\"" + name + by_expert), stack(6, 4)); },
+            {"unsloth_fused_expert_lora", name, "scrambled"});
+  CHECK(assemble(under("\"other" + major), stack(6, 4)).size() == 1);
+  refused([&] { (void)assemble(under("\"w" + by_expert + ",\"experts.w" + major), stack(6, 4)); },
+          {"one layout for \"x.experts.w\"", "\"w\"", "\"experts.w\""});
+  refused([&] { (void)assemble(under("\"" + by_expert), stack(6, 4)); }, {"an empty one"});
 }
 
 TEST_CASE("a stack is written in PEFT's order of columns", "[peft][stacks]") {

@@ -50,7 +50,7 @@ TEST_CASE("a wrapper in a name is named, and stripped on request", "[peft][wrapp
       {prefix + "m._fsdp_wrapped_module._checkpoint_wrapped_module.q", "FSDP"},
       {prefix + "_checkpoint_wrapped_module.m.q", "activation checkpointing"},
       {"_forward_module." + prefix + "m.q", "Lightning"},
-      {"module._orig_mod." + prefix + "m._fsdp_wrapped_module.q", "torch.compile"},
+      {"module._orig_mod." + prefix + "m._fsdp_wrapped_module.q", "DataParallel"},
       {"transformer." + prefix + "m.q", "dict"},
       {"model." + prefix + "m.q", "PeftModel"},
       {prefix + prefix + "m.q", "a PeftModel inside a PeftModel"},
@@ -66,6 +66,8 @@ TEST_CASE("a wrapper in a name is named, and stripped on request", "[peft][wrapp
       CHECK(file.names() == std::vector<std::string>{"m.q"});
       CHECK(file.at("m.q").weight_name() == "m.q.weight");
       CHECK(file.passed_over().empty());
+      REQUIRE(file.notes().size() == 1);
+      CHECK(has(file.notes()[0], "was taken off 2 names; PEFT loads none"));
     }
   }
   const auto unprefixed = assemble(config(), named("module.m.q"), strip);
@@ -92,6 +94,13 @@ TEST_CASE("two adapters of nested PeftModels are no adapter", "[peft][wrappers]"
   file_refused(config(), inner, {"an adapter inside \"m.q\"", "a PeftModel around a PeftModel"});
 }
 
+TEST_CASE("a dict of several state dicts is no adapter", "[peft][wrappers]") {
+  for (const std::string& other : {prefix, "text_encoder." + prefix})
+    for (const auto& options : {peft::read_options{}, strip, lenient})
+      refused([&] { (void)assemble(config(), named("unet." + prefix + "m.q", named(other + "m.k")), options); },
+              {"one adapter in a file", "save each by itself"});
+}
+
 TEST_CASE("two names that become one are refused", "[peft][wrappers]") {
   const auto twice = named(prefix + "_orig_mod.m.q", named(prefix + "m.q"));
   refused([&] { (void)assemble(config(), twice, strip); }, {"one adapter for a module", "a second tensor"});
@@ -111,6 +120,11 @@ TEST_CASE("replacements and trained rows lose their wrapper, too, and are writte
   const build::directory dir;
   peft::write(dir.path(), file);
   CHECK(peft::read(dir.path()).names() == std::vector<std::string>{"m.q"});
+  // The order of keys is that of the names as they are written.
+  auto crossed = named("base_model.model.m.q").add(prefix + "_orig_mod.a.weight", {1}).add(prefix + "b.weight", {1});
+  const auto both = assemble(config(R"("modules_to_save":["a","b"])"), crossed, strip);
+  peft::write(dir.path(), both);
+  CHECK(peft::read(dir.path()).replacements().at(0).key == "a.weight");
   // A name that was kept needs the option again.
   const peft::read_options keep{.wrappers = peft::wrapper_names::keep};
   peft::write(dir.path(), assemble(config(), named(prefix + "module.q"), keep));
@@ -138,6 +152,34 @@ TEST_CASE("lenient gives a tensor of the base that no key explains", "[peft][bas
     const build::directory dir;
     CHECK(test::mentions(test::refusal<lora::value_error>([&] { peft::write(dir.path(), file); }),
                          {name.c_str(), "modules_to_save"}));
+  }
+}
+
+TEST_CASE("a name that PEFT's model does not have is passed over for what it is", "[peft][base]") {
+  // An adapted module's own weight is under base_layer there; another module's is not.
+  for (const auto& [name, why] : std::vector<std::pair<std::string, std::string>>{
+           {"m.q.weight", "the module is adapted"}, {"m.up.base_layer.weight", "the module has no adapter"}}) {
+    INFO(name);
+    const auto tensors = small().add(prefix + name, {2, 2});
+    file_refused(config(), tensors, {name, "PEFT drops it", why});
+    const auto file = assemble(config(), tensors, lenient);
+    CHECK(file.replacements().empty());
+    REQUIRE(file.passed_over().size() == 1);
+    CHECK(has(file.passed_over()[0], why));
+  }
+}
+
+TEST_CASE("names of the base that look like an adapter's are the base's", "[peft][base]") {
+  for (const std::string name : {"m.act.alpha", "m.alphabet.weight", "m.flora_embed.weight", "m.k.weight_scale",
+                                 "m.k.weight_packed", "m.proj_A.weight", "m.loralike.weight"}) {
+    INFO(name);
+    auto tensors = small().add(prefix + name, {2, 2});
+    if (name == "m.proj_A.weight") tensors.add(prefix + "m.proj_B.weight", {2, 3});
+    CHECK_FALSE(has(build::refusal([&] { (void)assemble(config(), tensors); }), "adapter under"));
+    const auto file = assemble(config(), tensors, lenient);
+    CHECK(file.passed_over().empty());
+    REQUIRE(file.replacements().size() >= 1);
+    CHECK(file.replacements()[0].why == reason::unasked);
   }
 }
 
@@ -169,8 +211,11 @@ TEST_CASE("the head of a task is saved without a word in modules_to_save", "[pef
     const auto [json, file] = with(task, name);
     file_refused(json, file, {name, "task_type"});
   }
-  // The head does not forbid an adapter of its own.
-  CHECK(assemble(config(R"("task_type":"SEQ_CLS")"), named(prefix + "classifier")).size() == 1);
+  // PEFT adapts no head that it saves, so it would not load an adapter of one.
+  const auto head = named(prefix + "classifier", small());
+  file_refused(config(R"("task_type":"SEQ_CLS","target_modules":["q","classifier"])"), head,
+               {"classifier", "PEFT would ignore"});
+  CHECK(assemble(config(R"("task_type":"CAUSAL_LM","target_modules":["q","classifier"])"), head).size() == 2);
 }
 
 TEST_CASE("a resized embedding lies under its token adapter", "[peft][base]") {
@@ -232,6 +277,10 @@ TEST_CASE("rows of no token are no values", "[peft][empty]") {
 }
 
 TEST_CASE("an empty module among whole ones is a placeholder", "[peft][empty]") {
+  // A whole head beside sharded factors tells nothing of them.
+  auto head = build::file().add(prefix + "m.q.lora_A.weight", {0}).add(prefix + "m.q.lora_B.weight", {0});
+  file_refused(config(R"("modules_to_save":["score"])"), head.add(prefix + "score.weight", {2, 4}),
+               {"m.q.lora_A.weight", "sharded"});
   auto tensors = small().add(prefix + "m.w3.lora_A.weight", {0});
   file_refused(config(), tensors.add(prefix + "m.w3.lora_B.weight", {0}), {"m.w3.lora_A.weight", "F32 [0]", "placeholder"});
   const auto all = build::file().add(prefix + "m.q.lora_A.weight", {0}).add(prefix + "m.q.lora_B.weight", {0});
@@ -257,7 +306,7 @@ TEST_CASE("a part of an adapter is never called a tensor of the base", "[peft][n
       {"n.lora_b", "MLX"},
       {"n.lora_embedding_A.default", "a name that PEFT does not write"},
       {"n.lora_route.weight", "a name that PEFT does not write"},
-      {"n.alpha", "kohya"},
+      {"lora_unet_n.alpha", "kohya"},
       {"n.dora_scale", "kohya"}};
   for (const auto& [name, says] : rows) {
     INFO(name);

@@ -19,6 +19,7 @@
 
 #include "lora/io/detail/input_file.hpp"
 #include "lora/io/detail/json_tree.hpp"
+#include "lora/io/detail/module_path.hpp"
 #include "lora/io/detail/module_pattern.hpp"
 #include "lora/io/detail/name_tables.hpp"
 #include "lora/io/format_error.hpp"
@@ -58,9 +59,11 @@ struct block_diagonal {
   bool strict = true;  ///< a module in neither list is an error
 };
 
-/// How the columns of a stack's lora_B are ordered: PEFT has the experts of rank 0, then those of rank 1. Another writer has the
-/// ranks of expert 0, then those of expert 1, and says so in lora_B_layout.
-enum class expert_columns { rank_major, grouped_by_expert };
+/// The order of lora_B's columns in a stack of E experts of rank r.
+enum class expert_columns {
+  rank_major,         ///< PEFT's: column k E + e
+  grouped_by_expert,  ///< another writer's, said in lora_B_layout: column e r + k
+};
 
 /// What a config says of the stacks of one parameter.
 struct expert_layout {
@@ -71,6 +74,9 @@ struct expert_layout {
 /// The config, with PEFT's defaults for keys that are absent.
 struct config {
   std::string path;  ///< for messages
+  /// Of a config in metadata that is one of several models': names of the file's tensors begin with it and a dot. Names of
+  /// modules, patterns and targets are those behind it.
+  std::string component = {};
   index_t r = 8;
   double lora_alpha = 8;
   scaling_rule rule = scaling_rule::standard;
@@ -113,7 +119,7 @@ struct config {
   }
 };
 
-/// What to do with names that a wrapper of the training program has changed (_orig_mod., module., _fsdp_wrapped_module. ...).
+/// How to read names that a training wrapper changed (_orig_mod., module., _fsdp_wrapped_module. ...).
 enum class wrapper_names {
   refuse,  ///< an error that names the wrapper; with read_options::lenient as `strip`
   strip,   ///< read under the names without them
@@ -163,7 +169,9 @@ bool matches_target(const config& c, std::string_view module);
 
 namespace config_detail {
 
+using io_detail::any_on_the_way;
 using io_detail::in_quotes;
+using io_detail::is_number;
 using io_detail::json_kind;
 using io_detail::json_node;
 
@@ -470,7 +478,7 @@ class reader {
     for (const auto& item : fused->items) {
       if (item.key == "parameters") {
         if (item.kind != json_kind::object) refuse(item, key, "parameters as an object", item.text(), "");
-        for (const auto& parameter : item.items) read_expert_layout(parameter, parameter.key);
+        for (const auto& parameter : item.items) read_expert_layout(parameter, bare_parameter(parameter));
       } else if (!read_layout_key(item, result_.expert_layouts[""])) {
         check_unknown(std::string(key) + "." + item.key, item);
       }
@@ -480,6 +488,14 @@ class reader {
       if (all.lora_B && layout.lora_B && all.lora_B != layout.lora_B)
         refuse(*fused, key, "the lora_B_layout that the config says for all stacks", "another for " + in_quotes(name),
                one_layout);
+      else if (all.experts && layout.experts && all.experts != layout.experts)
+        refuse(*fused, key, "the num_experts that the config says for all stacks", "another for " + in_quotes(name), "");
+  }
+  /// The key of a parameter, as its entry is called. An empty one would be that of all stacks.
+  std::string bare_parameter(const json_node& of) const {
+    constexpr std::string_view prefix = "base_model.model.";
+    if (of.key.empty()) refuse(of, "unsloth_fused_expert_lora", "the name of a parameter", "an empty one", "");
+    return of.key.starts_with(prefix) ? of.key.substr(prefix.size()) : of.key;
   }
   static constexpr const char* one_layout = "find out in which order the columns were trained, and write it in both places";
   void read_expert_layout(const json_node& of, const std::string& name) {
@@ -659,44 +675,16 @@ inline config parse_config(std::string_view text, const std::string& path, const
 /// Reads a config file of at most 16 MiB. Throws format_error.
 inline config read_config(const std::filesystem::path& path, const read_options& options = {}) {
   const auto text = io_detail::read_text(path, 16u << 20);
-  if (text.starts_with("version https://git-lfs"))
+  if (io_detail::is_git_lfs_pointer(text))
     lora::detail::raise(format_error({.path = path.string(),
                                       .offset = 0,
                                       .expected = "a JSON object",
                                       .found = "a Git LFS pointer",
-                                      .hint = "fetch the file itself with git lfs pull"}));
+                                      .hint = io_detail::git_lfs_hint}));
   return parse_config(text, path.string(), options);
 }
 
 namespace config_detail {
-
-/// The name itself, or its last segments.
-inline bool is_or_ends_with(std::string_view module, std::string_view name) {
-  if (module == name) return true;
-  return module.size() > name.size() && module[module.size() - name.size() - 1] == '.' && module.ends_with(name);
-}
-
-/// Whether it holds for the path, or for one that the path lies in.
-template <class Fits>
-bool any_on_the_way(std::string_view path, const Fits& fits) {
-  for (auto end = path.size(); end != std::string_view::npos && end != 0; end = path.rfind('.', end - 1))
-    if (fits(path.substr(0, end))) return true;
-  return false;
-}
-
-inline std::vector<std::string_view> segments(std::string_view module) {
-  std::vector<std::string_view> result;
-  for (std::size_t from = 0; from <= module.size();) {
-    const auto dot = std::min(module.find('.', from), module.size());
-    result.push_back(module.substr(from, dot - from));
-    from = dot + 1;
-  }
-  return result;
-}
-
-inline bool is_number(std::string_view text) {
-  return !text.empty() && std::all_of(text.begin(), text.end(), [](char c) { return c >= '0' && c <= '9'; });
-}
 
 /// "007" is layer 7, of any length.
 inline bool same_number(std::string_view text, std::uint64_t number) {
@@ -714,7 +702,7 @@ inline bool any_matches(const patterns& all, std::string_view module) {
 /// The layer number in a name: behind one of the containers, or without containers the first number that has two
 /// segments before and one behind it. Empty when there is none.
 inline std::string_view layer_number(std::string_view module, const patterns& containers) {
-  const auto parts = segments(module);
+  const auto parts = io_detail::segments(module);
   const auto before = [&](std::size_t k) {  // without the dot
     return module.substr(0, static_cast<std::size_t>(parts[k].data() - module.data()) - 1);
   };
@@ -736,7 +724,7 @@ class target_rule {
       : config_(c),
         target_(c.target_modules),
         exclude_(c.exclude_modules),
-        saved_(compiled(c.modules_to_save)),
+        saved_(compiled(c.saved_modules())),
         containers_(compiled(c.layers_pattern)) {}
 
   struct answer {

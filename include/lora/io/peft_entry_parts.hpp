@@ -110,6 +110,8 @@ class invariant {
                      std::to_string(rank()) + "; the experts of a stack have one shape");
       if (l.scaling() != p_.experts.front().scaling()) refuse("its experts have different scalings");
     }
+    if ((p_.stored_transposed || p_.orientation_unsaid) && p_.kind != kind::parameter)
+      refuse("the orientation of slices is for parameters");
     if (p_.fan_in_fan_out && p_.kind != kind::linear && p_.kind != kind::parameter)
       refuse("fan_in_fan_out is for linear modules and parameters");
   }

@@ -12,7 +12,7 @@
 //
 // A square W does not betray a wrong fan_in_fan_out (only a rectangular one "fits transposed"): before merging a file, compare
 // the shapes of all its entries with the base.
-// Each e is an entry, scaled(w, entry), or a range of these (a run-time number of adapters; with none nothing is done), all of
+// Each e is an entry, scaled(w, entry), or a range of these (a run-time number of adapters; with none, the verb does what it does for the base alone), all of
 // one scalar. A range may make scaled ones as it is walked, but not entries: they must live somewhere.
 // Arithmetic, rounding, bounds, cost and aliasing are those of the core's verbs on the entries' factors. Entries are taken in
 // the order given; with a magnitude among them that order matters (dora.hpp).
@@ -29,7 +29,7 @@
 #include <vector>
 
 #include "lora/dora.hpp"
-#include "lora/io/detail/embedding_names.hpp"
+#include "lora/io/detail/module_path.hpp"
 #include "lora/io/peft_entry.hpp"
 #include "lora/merge.hpp"
 #include "lora/rows.hpp"
@@ -175,14 +175,16 @@ bool common_orientation(const char* operation, const list<T>& all, given base) {
   return stored_in_out(first, base);
 }
 
-/// A hint where only the size of the vocabulary differs: heads and embeddings of a model whose tokens were extended.
+/// A hint where only the number of tokens differs.
 template <class T>
 std::string resized_vocabulary(index_t stored_rows, index_t stored_cols, index_t rows, index_t cols, const entry<T>& e) {
   const bool embeds = e.kind() == entry_kind::embedding || io_detail::is_embedding_name(e.name());
   if (!embeds || stored_cols != cols || stored_rows == rows) return {};
-  return "; the columns fit and the rows are tokens: the vocabulary was resized before the adapter was trained, so resize "
-         "the base to " +
-         std::to_string(rows) + " rows first (its new rows may lie in a file beside the adapter)";
+  const std::string tokens = "; the columns fit and the rows are tokens: ";
+  if (stored_rows > rows)
+    return tokens + "this base has a larger vocabulary, or a padded one, than the adapter was trained with";
+  return tokens + "the vocabulary was resized, probably, before the adapter was trained: resize the base to " +
+         std::to_string(rows) + " rows first (its new rows may be in a file beside the adapter)";
 }
 
 /// Throws shape_error, with a way out when W only fits the other way round.
@@ -260,11 +262,10 @@ void add_with_bias(const View& y, const list<T>& all, const Run& run) {
                                             (sums(i, j) + static_cast<Acc>(bias[static_cast<std::size_t>(i)])));
 }
 
-/// b := round(b + sign * sum of s * bias), for a bias that check_bias has seen.
-template <class View, class T>
-void add_bias(const View& bias, double sign, const list<T>& all) {
+/// b := round(b + sign * sum), for a bias that check_bias has seen.
+template <class View>
+void add_bias(const View& bias, double sign, const std::vector<double>& sum) {
   using value = typename View::value_type;
-  const auto sum = bias_sum(bias.size(), all);
   for (index_t k = 0; k < bias.size(); ++k) {
     value& element = bias.cols() == 1 ? bias(k, 0) : bias(0, k);
     element = lora::detail::narrow<value>(lora::detail::widen<double>(element) + sign * sum[static_cast<std::size_t>(k)]);
@@ -311,7 +312,8 @@ void check_stack(const View& stack, const list<T>& all) {
   }
 }
 
-/// Every check and every list comes first, and the workspace grows for the first slice only: later slices cannot throw.
+/// Every check and every list comes first. Experts have one shape and one scaling, so what the first slice does not throw (a
+/// scaling that is not finite, no memory for the workspace) no later one throws.
 template <class View, class T>
 merge_report merge_stack(const View& stack, const list<T>& all) {
   const bool swapped = common_orientation("merge", all, given::stack);
@@ -322,7 +324,6 @@ merge_report merge_stack(const View& stack, const list<T>& all) {
     for (const auto& e : all) {
       auto& list = of_experts[static_cast<std::size_t>(k)];
       list.push_back({e.weight(), e.of().expert(k)});
-      lora::detail::check_adapter("merge", list.back(), e.out_features(), e.in_features());
     }
   merge_report report;
   workspace space;
@@ -374,8 +375,9 @@ merge_report merge(M&& W, V&& bias, const E&... e) {
   const auto all = peft::entry_detail::list_of(e...);
   const auto b = detail::output_view(bias);
   peft::entry_detail::check_bias("merge", b.rows(), b.cols(), all);
+  const auto sum = peft::entry_detail::bias_sum(b.size(), all);  // before anything is written
   const auto report = peft::entry_detail::merge_into("merge", 1.0, detail::output_view(W), all);
-  peft::entry_detail::add_bias(b, 1.0, all);
+  peft::entry_detail::add_bias(b, 1.0, sum);
   return report;
 }
 
@@ -388,8 +390,9 @@ merge_report unmerge(M&& W, V&& bias, const E&... e) {
   const auto all = peft::entry_detail::list_of(e...);
   const auto b = detail::output_view(bias);
   peft::entry_detail::check_bias("unmerge", b.rows(), b.cols(), all);
+  const auto sum = peft::entry_detail::bias_sum(b.size(), all);  // before anything is written
   const auto report = peft::entry_detail::merge_into("unmerge", -1.0, detail::output_view(W), all);
-  peft::entry_detail::add_bias(b, -1.0, all);
+  peft::entry_detail::add_bias(b, -1.0, sum);
   return report;
 }
 

@@ -9,6 +9,8 @@
 #include <version>
 
 #if !defined(__cpp_lib_to_chars)
+#include <cmath>
+#include <limits>
 #include <locale>
 #include <sstream>
 #include <string>
@@ -18,8 +20,11 @@
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
-/// Whether the whole text is a number within the range of double; value is that number then.
+/// Whether the whole text is a number as JSON writes it, within the range of double; value is that number then.
 inline bool read_double(std::string_view text, double& value) {
+  const std::string_view digits = text.substr(text.starts_with('-') ? 1 : 0);
+  const bool begins = !digits.empty() && digits[0] >= '0' && digits[0] <= '9';
+  if (!begins || text.find_first_not_of("0123456789+-.eE") != std::string_view::npos) return false;
 #if defined(__cpp_lib_to_chars)
   const char* const end = text.data() + text.size();
   const auto parsed = std::from_chars(text.data(), end, value);
@@ -28,8 +33,12 @@ inline bool read_double(std::string_view text, double& value) {
   // libc++ before 20 has no std::from_chars for double.
   std::istringstream stream{std::string(text)};
   stream.imbue(std::locale::classic());
-  stream >> std::noskipws >> value;
-  return !stream.fail() && stream.peek() == std::istringstream::traits_type::eof();
+  stream >> value;
+  // A subnormal number is reported as a failure by some libraries, and read all the same.
+  const bool subnormal = value != 0 && std::abs(value) < std::numeric_limits<double>::min();
+  if (stream.fail() && !subnormal) return false;
+  stream.clear();
+  return stream.peek() == std::istringstream::traits_type::eof();
 #endif
 }
 

@@ -6,21 +6,24 @@
 #include <algorithm>
 #include <array>
 #include <filesystem>
+#include <initializer_list>
 #include <string>
 #include <string_view>
 #include <system_error>
+#include <utility>
 #include <vector>
 
 #include "lora/io/format_error.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
-class peft_directory {
- public:
-  static constexpr const char* config_name = "adapter_config.json";
-  static constexpr const char* weights_name = "adapter_model.safetensors";
+inline constexpr const char* peft_config_name = "adapter_config.json";
+inline constexpr const char* peft_weights_name = "adapter_model.safetensors";
 
-  explicit peft_directory(const std::filesystem::path& path) : path_(path) {
+/// The names in a directory, for messages alone: it may hold anything, and may not be listable.
+class directory_listing {
+ public:
+  explicit directory_listing(const std::filesystem::path& path) {
     std::error_code failure;
     std::filesystem::directory_iterator entries(path, failure);
     // As many names as a message could need: a directory may hold anything.
@@ -29,7 +32,7 @@ class peft_directory {
       std::error_code unknown;
       auto name = entries->path().filename().string();
       if (entries->is_directory(unknown)) {
-        if (std::filesystem::exists(entries->path() / config_name, unknown)) adapters_below_.push_back(std::move(name));
+        if (std::filesystem::exists(entries->path() / peft_config_name, unknown)) adapters_below_.push_back(std::move(name));
       } else {
         names_.push_back(std::move(name));
       }
@@ -38,42 +41,15 @@ class peft_directory {
     std::sort(adapters_below_.begin(), adapters_below_.end());
   }
 
-  bool has(std::string_view name) const { return std::binary_search(names_.begin(), names_.end(), name); }
-  std::filesystem::path config() const { return path_ / config_name; }
-  std::filesystem::path weights() const { return path_ / weights_name; }
-
-  [[noreturn]] void refuse_config() const {
-    refuse(config(), config_name, "no such file",
-           has(weights_name) ? "PEFT saves adapter_config.json beside the weights; without it the scaling is not known"
-                             : hint_for_nothing());
-  }
-  [[noreturn]] void refuse_weights() const { refuse(weights(), weights_name, "no such file", hint_for_weights()); }
-
   /// Files beside the adapter that hold trained weights of their own, in sentences.
   std::vector<std::string> trained_files() const {
     std::vector<std::string> result;
     for (const auto& name : names_) {
       const bool weights = ends_in(name, {".safetensors", ".bin", ".pt", ".pth", ".ckpt"});
-      if (!weights || name == weights_name || name == "adapter_model.bin" || is_of_training(name)) continue;
+      if (!weights || name == peft_weights_name || name == "adapter_model.bin" || is_of_training(name)) continue;
       result.push_back("file " + in_quotes(name) + " beside the adapter may hold trained weights; it is not read");
     }
     return result;
-  }
-
- private:
-  static bool ends_in(std::string_view name, std::initializer_list<std::string_view> endings) {
-    return std::any_of(endings.begin(), endings.end(), [&](auto ending) { return name.ends_with(ending); });
-  }
-  /// State of the training program, which no model needs.
-  static bool is_of_training(std::string_view name) {
-    constexpr std::array<std::string_view, 6> beginnings{"training_args", "optimizer", "scheduler",
-                                                         "rng_state",     "scaler",    "random_states"};
-    return std::any_of(beginnings.begin(), beginnings.end(), [&](auto each) { return name.starts_with(each); });
-  }
-  std::string first_with(std::string_view beginning, std::string_view ending) const {
-    const auto found = std::find_if(names_.begin(), names_.end(),
-                                    [&](const auto& n) { return n.starts_with(beginning) && n.ends_with(ending); });
-    return found == names_.end() ? std::string() : *found;
   }
 
   std::string hint_for_weights() const {
@@ -98,13 +74,61 @@ class peft_directory {
     const auto other = first_with("", ".safetensors");
     return other.empty() ? "" : "read " + in_quotes(other) + " by its own path if its metadata holds the config";
   }
+
+ private:
+  bool has(std::string_view name) const { return std::binary_search(names_.begin(), names_.end(), name); }
+  static bool ends_in(std::string_view name, std::initializer_list<std::string_view> endings) {
+    return std::any_of(endings.begin(), endings.end(), [&](auto ending) { return name.ends_with(ending); });
+  }
+  /// State of the training program, which no model needs.
+  static bool is_of_training(std::string_view name) {
+    constexpr std::array<std::string_view, 6> beginnings{"training_args", "optimizer", "scheduler",
+                                                         "rng_state",     "scaler",    "random_states"};
+    return std::any_of(beginnings.begin(), beginnings.end(), [&](auto each) { return name.starts_with(each); });
+  }
+  std::string first_with(std::string_view beginning, std::string_view ending) const {
+    const auto found = std::find_if(names_.begin(), names_.end(),
+                                    [&](const auto& n) { return n.starts_with(beginning) && n.ends_with(ending); });
+    return found == names_.end() ? std::string() : *found;
+  }
+
   std::string below() const {
     return adapters_below_.empty() ? ""
                                    : "there is an adapter in " + listed(adapters_below_) +
-                                         ": PEFT saves one that is not called default in a directory of its own name";
+                                         ": PEFT puts one that is not called default in a directory of its own name, and "
+                                         "trainers put checkpoints there";
   }
 
-  [[noreturn]] void refuse(const std::filesystem::path& path, const char* name, std::string found, std::string hint) const {
+  std::vector<std::string> names_, adapters_below_;
+};
+
+/// The two files of an adapter in a directory.
+class peft_directory {
+ public:
+  explicit peft_directory(const std::filesystem::path& path) : path_(path) {}
+
+  std::filesystem::path config() const { return path_ / peft_config_name; }
+  std::filesystem::path weights() const { return path_ / peft_weights_name; }
+  bool has_config() const { return exists(config()); }
+  bool has_weights() const { return exists(weights()); }
+
+  [[noreturn]] void refuse_config() const {
+    refuse(config(), peft_config_name, "no such file",
+           has_weights() ? "PEFT saves adapter_config.json beside the weights; without it the scaling is not known"
+                         : directory_listing(path_).hint_for_nothing());
+  }
+  [[noreturn]] void refuse_weights() const {
+    refuse(weights(), peft_weights_name, "no such file", directory_listing(path_).hint_for_weights());
+  }
+  /// Files beside the adapter that may hold trained weights of their own, in sentences.
+  std::vector<std::string> trained_files() const { return directory_listing(path_).trained_files(); }
+
+ private:
+  static bool exists(const std::filesystem::path& path) {
+    std::error_code failure;
+    return std::filesystem::exists(path, failure);
+  }
+  [[noreturn]] static void refuse(const std::filesystem::path& path, const char* name, std::string found, std::string hint) {
     detail::raise(format_error({.path = path.string(),
                                 .expected = "an adapter's directory with " + std::string(name),
                                 .found = std::move(found),
@@ -112,7 +136,6 @@ class peft_directory {
   }
 
   std::filesystem::path path_;
-  std::vector<std::string> names_, adapters_below_;
 };
 
 }  // namespace lora::inline LORA_DETAIL_ABI::io_detail

@@ -14,7 +14,7 @@
 #include <utility>
 #include <vector>
 
-#include "lora/io/detail/embedding_names.hpp"
+#include "lora/io/detail/module_path.hpp"
 #include "lora/io/detail/peft_name_meanings.hpp"
 #include "lora/io/detail/wrapper_names.hpp"
 #include "lora/io/format_error.hpp"
@@ -90,7 +90,7 @@ class peft_keys {
     for (const auto* t : other_) place_other(*t);
     for (const auto& each : copies_) place_copy(each);
     std::sort(replacing_.begin(), replacing_.end(),
-              [](const auto& a, const auto& b) { return a.tensor->name < b.tensor->name; });
+              [&](const auto& a, const auto& b) { return bare(*a.tensor) < bare(*b.tensor); });
   }
 
   /// By PEFT's path: the module's name, with base_layer where wrappers are nested.
@@ -100,6 +100,7 @@ class peft_keys {
   const std::vector<replacing_tensor>& replacing() const { return replacing_; }
   const std::vector<std::string>& left_out() const { return left_out_; }
   const std::vector<std::string>& passed_over() const { return passed_over_; }
+  const std::vector<std::string>& notes() const { return notes_; }
   /// Whether the file's names begin with base_model.model.
   bool prefixed() const { return prefixed_.value_or(true); }
 
@@ -133,29 +134,48 @@ class peft_keys {
     return found == unwrapped_.end() ? t.name : std::string_view(found->second);
   }
 
-  /// Throws for names that carry a wrapper, or takes it off.
+  /// Throws for names that carry a wrapper, or takes it off. A component of a config in metadata is such a wrapper, too.
   void unwrap() {
+    if (!config_.component.empty()) return take_off_component();
     if (options_.wrappers == peft::wrapper_names::keep) return;
-    const bool strip = options_.lenient || options_.wrappers == peft::wrapper_names::strip;
-    const safetensors::entry *nested = nullptr, *single = nullptr, *wrapped = nullptr;
+    const safetensors::entry *nested = nullptr, *single = nullptr, *wrapped = nullptr, *first = nullptr;
+    std::string front;
     for (const auto name : tensors_.names()) {
       const auto& t = tensors_.at(name);
-      (is_nested_peft(name) ? nested : single) = &t;
-      if (!wrapper_in(name)) continue;
+      unwrapped_name bare(name);
+      (bare.nested() ? nested : single) = &t;
+      if (first == nullptr) front = bare.front();
+      if (first != nullptr && bare.front() != front)
+        refuse_tensor(tensors_, t, "one adapter in a file", "another front than in " + in_quotes(first->name),
+                      "a dict of several state dicts was saved: save each by itself");
+      first = &t;
+      if (bare.part().empty()) continue;
       if (wrapped == nullptr) wrapped = &t;
-      unwrapped_.emplace(&t, unwrapped_name(std::string(name)));
+      unwrapped_.emplace(&t, bare.name());
     }
     if (nested != nullptr && single != nullptr)
       refuse_tensor(tensors_, *nested, "one adapter in a file", "two, of a PeftModel inside a PeftModel",
-                    "the config can be true of one of them only: unload or merge the inner one, or save each by itself");
-    if (wrapped != nullptr && !strip) refuse_wrapper(*wrapped);
+                    "the config is true of one of them at most: unload or merge the inner one, or save each by itself");
+    if (wrapped == nullptr) return;
+    const unwrapped_name bare(wrapped->name);
+    if (!options_.lenient && options_.wrappers == peft::wrapper_names::refuse) refuse_wrapper(*wrapped, bare);
+    notes_.push_back(in_quotes(bare.part()) + " of " + bare.who() + " was taken off " + std::to_string(unwrapped_.size()) +
+                     " names; PEFT loads none of these tensors");
   }
-  [[noreturn]] void refuse_wrapper(const safetensors::entry& t) const {
-    const auto wrapper = *wrapper_in(t.name);
-    refuse_tensor(tensors_, t, "a name of the base's modules",
-                  in_quotes(wrapper.part) + " in it, left by " + std::string(wrapper.what),
+  [[noreturn]] void refuse_wrapper(const safetensors::entry& t, const unwrapped_name& bare) const {
+    refuse_tensor(tensors_, t, "a name of the base's modules", in_quotes(bare.part()) + " in it, left by " + bare.who(),
                   "no base has a weight of this name: save the unwrapped model, or read the tensor as " +
-                      in_quotes(whole(t)) + " with read_options::wrappers = wrapper_names::strip");
+                      in_quotes(bare.name()) + " with read_options::wrappers = wrapper_names::strip");
+  }
+  void take_off_component() {
+    const std::string front = config_.component + ".";
+    for (const auto name : tensors_.names()) {
+      const auto& t = tensors_.at(name);
+      if (!name.starts_with(front))
+        refuse_tensor(tensors_, t, "a name that begins with " + in_quotes(front) + ", for whose model the config is",
+                      "another", "give each model's adapter a file of its own");
+      unwrapped_.emplace(&t, std::string(name.substr(front.size())));
+    }
   }
 
   void place(const safetensors::entry& t) {
@@ -206,39 +226,53 @@ class peft_keys {
       return;
     }
     const auto wrapped = inner == "base_layer" ? without_last_segment(module) : module;
-    if (leaf == "bias" && trains_bias_of(wrapped)) return add_replacing(t, without_wrappers(name), reason::bias);
+    if (leaf == "bias" && trains_bias_of(wrapped)) return add_replacing(t, without_peft_layers(name), reason::bias);
     // PEFT saves all of such a module: also the bias, which is no reason to take a module for one that it saves.
     const bool beside_weight =
         leaf == "bias" && tensors_.find(std::string(without_last_segment(t.name)) + ".weight") != nullptr;
     if ((leaf == "weight" || beside_weight) && is_saved_embedding(wrapped))
-      return add_replacing(t, without_wrappers(name), reason::embedding);
+      return add_replacing(t, without_peft_layers(name), reason::embedding);
     place_unasked(t, name);
   }
 
-  /// PEFT loads a tensor under a base tensor's own name, whatever the config says.
+  /// PEFT loads what has the name of a tensor in its model, whatever the config says. There an adapted module's own weight
+  /// lies under base_layer, and under no other name.
   void place_unasked(const safetensors::entry& t, std::string_view name) {
+    if (!meaning_of(tensors_, t).empty()) return options_.lenient ? pass_over(t) : refuse_unknown(t, name);
+    const std::string bare = without_peft_layers(name);
+    const auto module = without_last_segment(bare);
+    const bool adapted = modules_.contains(module) || token_rows_.contains(module);
+    if (adapted == (bare == name)) {
+      const char* why = adapted ? "PEFT drops it: the module is adapted, and its own weight is under base_layer"
+                                : "PEFT drops it: the module has no adapter, so that nothing is under base_layer";
+      if (!options_.lenient)
+        refuse_tensor(tensors_, t, "a name that ends in lora_A.weight or lora_B.weight",
+                      "a tensor of the base model under another name than PEFT's, which nothing in the config asks for",
+                      why);
+      passed_over_.push_back("tensor " + in_quotes(t.name) + ": " + why);
+      return;
+    }
     if (!options_.lenient) refuse_unknown(t, name);
-    if (!meaning_of(tensors_, t.name).empty()) return pass_over(t);
-    add_replacing(t, without_wrappers(name), reason::unasked);
+    add_replacing(t, bare, reason::unasked);
   }
 
   /// Whether PEFT saves the module, or one that it lies in, whole: it takes every module whose name ends in an entry, also in
   /// the middle of a word.
   bool is_saved(std::string_view module) const {
-    return peft::config_detail::any_on_the_way(module, [&](std::string_view path) {
+    return any_on_the_way(module, [&](std::string_view path) {
       return std::any_of(saved_modules_.begin(), saved_modules_.end(),
                          [&](const auto& saved) { return path.ends_with(saved); });
     });
   }
   /// The name in the base, which has none of PEFT's own modules.
-  static std::string without_wrappers(std::string_view name) {
+  static std::string without_peft_layers(std::string_view name) {
     std::string result;
-    for (const auto segment : peft::config_detail::segments(name))
+    for (const auto segment : segments(name))
       if (segment != "base_layer" && segment != "token_adapter") result += "." + std::string(segment);
     return result.empty() ? result : result.substr(1);
   }
   void pass_over(const safetensors::entry& t) {
-    const auto meaning = meaning_of(tensors_, t.name);
+    const auto meaning = meaning_of(tensors_, t);
     passed_over_.push_back("tensor " + in_quotes(t.name) + ": " +
                            (meaning.empty() ? "not a part of a LoRA adapter" : std::string(meaning)));
   }
@@ -290,7 +324,7 @@ class peft_keys {
       refuse_tensor(
           tensors_, t,
           "a tensor " + in_quotes(std::string(of.module) + "." + std::string(of.rest)) + " beside it, which PEFT reads",
-          "none", "the file is incomplete; read_options::lenient passes over this tensor, as PEFT does");
+          "none", "the file is incomplete; read_options::lenient passes over this tensor");
     }
     const auto& other = *saved->second;
     if (of.trained &&
@@ -302,11 +336,11 @@ class peft_keys {
 
   [[noreturn]] void refuse_unknown(const safetensors::entry& t, std::string_view name) const {
     const std::string expected = "a name that ends in lora_A.weight or lora_B.weight";
-    if (const auto meaning = meaning_of(tensors_, t.name); !meaning.empty())
+    if (const auto meaning = meaning_of(tensors_, t); !meaning.empty())
       refuse_tensor(tensors_, t, expected, std::string(meaning));
     // The first unknown name may say nothing where a later one tells what the file is.
     for (const auto* other : other_)
-      if (const auto meaning = meaning_of(tensors_, other->name); !meaning.empty())
+      if (const auto meaning = meaning_of(tensors_, *other); !meaning.empty())
         refuse_tensor(tensors_, t, expected, "another",
                       "the file has also " + in_quotes(other->name) + ": " + std::string(meaning));
     const std::string lenient =
@@ -335,7 +369,7 @@ class peft_keys {
   std::vector<copy> copies_;
   std::map<std::string, const safetensors::entry*, std::less<>> saved_;  // by name, also those that are left out
   std::vector<replacing_tensor> replacing_;
-  std::vector<std::string> left_out_, passed_over_;
+  std::vector<std::string> left_out_, passed_over_, notes_;
 };
 
 }  // namespace lora::inline LORA_DETAIL_ABI::io_detail

@@ -10,7 +10,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
-#include <utility>
+#include <tuple>
 #include <vector>
 
 #include "lora/io/detail/json_text.hpp"
@@ -21,26 +21,37 @@
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
-/// The JSON object in a text; nothing where it is none.
+/// The JSON object in a text of the metadata; nothing where it is none. Without exceptions a malformed text could not be
+/// passed over, so that none is parsed then.
 inline std::optional<json_node> json_object_in(const std::string& text) {
+#if defined(__cpp_exceptions)
   constexpr std::size_t longest = std::size_t{1} << 20;  // a tree takes some hundred bytes for each value
   if (!text.starts_with('{') || text.size() > longest) return std::nullopt;
-#if defined(__cpp_exceptions)
   try {
     return parse_json_tree({.text = text, .path = "metadata"});
   } catch (const format_error&) {
     return std::nullopt;
   }
 #else
-  // A malformed text would end the program, so only what looks like a config is tried.
-  if (text.find("\"peft_type\"") == std::string::npos && text.find(".peft_type\"") == std::string::npos) return std::nullopt;
-  return parse_json_tree({.text = text, .path = "metadata"});
+  static_cast<void>(text);
+  return std::nullopt;
 #endif
 }
 
-/// Whole configs in the metadata, as texts of adapter_config.json: objects with peft_type, perhaps behind a component's name.
-inline std::vector<std::string> configs_in_metadata(const safetensors::file& tensors) {
-  std::vector<std::string> result;
+/// A whole config in the metadata, as the text of adapter_config.json.
+struct config_in_metadata {
+  std::string component;  ///< before the dot of its keys; empty for the file as a whole
+  std::string text;
+
+  friend bool operator<(const config_in_metadata& a, const config_in_metadata& b) {
+    return std::tie(a.component, a.text) < std::tie(b.component, b.text);
+  }
+  friend bool operator==(const config_in_metadata&, const config_in_metadata&) = default;
+};
+
+/// The whole configs in the metadata: objects with peft_type, perhaps behind a component's name. The same one twice is one.
+inline std::vector<config_in_metadata> configs_in_metadata(const safetensors::file& tensors) {
+  std::vector<config_in_metadata> result;
   for (const auto& [name, text] : tensors.metadata()) {
     const auto object = json_object_in(text);
     if (!object) continue;
@@ -55,7 +66,7 @@ inline std::vector<std::string> configs_in_metadata(const safetensors::file& ten
     }
     for (const auto& [component, config] : components)
       for (const auto& item : config.items)
-        if (item.key == "peft_type") result.push_back(json_text(config));
+        if (item.key == "peft_type") result.push_back({component, json_text(config)});
   }
   std::sort(result.begin(), result.end());
   result.erase(std::unique(result.begin(), result.end()), result.end());
@@ -83,7 +94,7 @@ inline std::vector<std::string> differences_of_metadata(const peft::config& c, c
     if (!(alpha || rank) || !value || *value == ours) return;
     result.push_back("metadata " + in_quotes(where) + " says " + number_text(*value) + " and the config has " +
                      (alpha ? "lora_alpha " : "r ") + number_text(ours) +
-                     ": PEFT takes the config, diffusers, ComfyUI and SGLang take the metadata");
+                     ": PEFT takes the config, other programs may take the metadata");
   };
   for (const auto& [key, text] : tensors.metadata()) {
     compare(key, key, number_in(text));

@@ -104,10 +104,9 @@ class peft_modules {
   /// PEFT replicates the layers of x.layers, x.encoder.layer or x.h; numbers elsewhere (classifier.0) count nothing.
   std::string_view replicated_layer(std::string_view name) const {
     if (origins_.empty()) return {};
-    const auto parts = peft::config_detail::segments(name);
+    const auto parts = segments(name);
     for (std::size_t k = 1; k < parts.size(); ++k)
-      if (peft::config_detail::is_number(parts[k]) &&
-          (parts[k - 1] == "layers" || parts[k - 1] == "layer" || parts[k - 1] == "h"))
+      if (is_number(parts[k]) && (parts[k - 1] == "layers" || parts[k - 1] == "layer" || parts[k - 1] == "h"))
         return parts[k];
     return {};
   }
@@ -156,7 +155,7 @@ class peft_modules {
     std::set<std::string_view> seen;
     for (const auto& target : config_.target_parameters) {
       const auto owner = without_last_segment(target), leaf = last_segment(target);
-      const bool fits = owner.empty() || peft::config_detail::is_or_ends_with(module, owner);
+      const bool fits = owner.empty() || is_or_ends_with(module, owner);
       if (fits && seen.insert(leaf).second) result.emplace_back(leaf);
     }
     return result;

@@ -5,6 +5,7 @@
 
 #include <array>
 #include <charconv>
+#include <cstddef>
 #include <optional>
 #include <string_view>
 #include <system_error>
@@ -13,8 +14,8 @@
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
-/// Whether a version comes before a release; nothing for a text that is no version. A development version or candidate of a
-/// release comes before it.
+/// Whether a version comes before a release; nothing for a text that is no version. Alphas, betas, candidates and development
+/// versions of a release come before it.
 inline std::optional<bool> comes_before(std::string_view version, const std::array<int, 3>& release) {
   std::array<int, 3> parts{};
   const char* at = version.data();
@@ -30,8 +31,10 @@ inline std::optional<bool> comes_before(std::string_view version, const std::arr
   }
   if (count < 2) return std::nullopt;
   if (parts != release) return parts < release;
-  const std::string_view rest(at, static_cast<std::size_t>(end - at));
-  return rest.find("dev") != rest.npos || rest.find("rc") != rest.npos;
+  // "0.19.1a1", "0.19.1b2", "0.19.1rc1", "0.19.1.dev0"; behind + or @ stands what says nothing.
+  std::string_view rest(at, static_cast<std::size_t>(end - at));
+  rest = rest.substr(0, rest.find_first_of("+@"));
+  return rest.starts_with('a') || rest.starts_with('b') || rest.find("rc") != rest.npos || rest.find("dev") != rest.npos;
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::io_detail

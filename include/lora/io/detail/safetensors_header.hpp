@@ -93,7 +93,7 @@ inline constexpr const char* damaged_hint = "the file is damaged, or its writer 
 inline std::string hint_from_first_bytes(std::span<const std::byte> bytes) {
   const std::string_view first(reinterpret_cast<const char*>(bytes.data()), std::min<std::size_t>(bytes.size(), 8));
   const auto is = [&](std::string_view magic) { return first.substr(0, magic.size()) == magic; };
-  if (is("version ")) return "this is a Git LFS pointer: fetch the file itself with git lfs pull";
+  if (is_git_lfs_pointer(first)) return git_lfs_hint;
   if (is("PK\x03\x04") || is("\x80\x02")) return "this is a PyTorch file (.bin, .pt): convert it to safetensors";
   if (is("GGUF")) return "this is a GGUF file";
   if (is("<!") || is("<html")) return "this is a web page, saved in place of the file";

@@ -49,6 +49,10 @@ std::string listed(const Names& names, std::size_t most = 8) {
   return count > most ? result + " and " + std::to_string(count - most) + " more" : result;
 }
 
+/// What a repository holds in place of a large file.
+inline bool is_git_lfs_pointer(std::string_view begin) { return begin.starts_with("version "); }
+inline constexpr const char* git_lfs_hint = "this is a Git LFS pointer: fetch the file itself with git lfs pull";
+
 /// Insertions, deletions and replacements that turn a into b.
 inline std::size_t edit_distance(std::string_view a, std::string_view b) {
   std::vector<std::size_t> row(b.size() + 1);

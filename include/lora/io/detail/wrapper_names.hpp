@@ -1,28 +1,27 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Names of tensors that carry a wrapper of the training program: torch.compile, DataParallel, FSDP, activation checkpointing, a
-// PeftModel around a PeftModel, a dict of state dicts. No base has a tensor of such a name, so that merging by name would merge
-// nothing.
+// Names of tensors that carry a wrapper of the training program: torch.compile, DataParallel, FSDP, activation
+// checkpointing, a PeftModel around a PeftModel, a dict of state dicts. No base has a tensor of such a name, so
+// merging by name would merge nothing.
 #pragma once
 
 #include <array>
 #include <cstddef>
-#include <optional>
 #include <string>
 #include <string_view>
+#include <vector>
 
-#include "lora/version.hpp"
+#include "lora/io/detail/module_path.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
 inline constexpr std::string_view peft_prefix = "base_model.model.";
 
-struct name_wrapper {
-  std::string_view part;  ///< of the name
-  std::string_view what;  ///< who wraps so
+/// Segments of a path that are never a module's own name, and who adds them.
+struct wrapper_segment {
+  std::string_view name, who;
 };
-/// Elements of a path that are never a module's own name.
-inline constexpr std::array wrapper_elements = std::to_array<name_wrapper>({
+inline constexpr std::array wrapper_segments = std::to_array<wrapper_segment>({
     {"_orig_mod", "torch.compile"},
     {"_fsdp_wrapped_module", "FSDP"},
     {"_fpw_module", "FSDP"},
@@ -30,49 +29,58 @@ inline constexpr std::array wrapper_elements = std::to_array<name_wrapper>({
     {"_forward_module", "Lightning or DeepSpeed"},
 });
 
-/// Where an element of a path begins, from a place on; npos when the path has none.
-inline std::size_t find_element(std::string_view name, std::string_view element, std::size_t from = 0) {
-  for (auto at = name.find(element, from); at != std::string_view::npos; at = name.find(element, at + 1)) {
-    const bool begins = at == 0 || name[at - 1] == '.';
-    const auto end = at + element.size();
-    if (begins && (element.ends_with('.') || end == name.size() || name[end] == '.')) return at;
+/// A name without its wrappers. base_model.model. stands at its front or nowhere.
+class unwrapped_name {
+ public:
+  explicit unwrapped_name(std::string_view whole) {
+    std::vector<std::string_view> rest;
+    std::size_t prefixes = 0;
+    const auto all = segments(whole);
+    for (std::size_t k = 0; k < all.size(); ++k) {
+      if (const auto* wrapper = known(all[k])) {
+        note(wrapper->name, wrapper->who);
+      } else if (all[k] == "base_model" && k + 1 < all.size() && all[k + 1] == "model") {
+        if (++prefixes == 1) {
+          for (const auto segment : rest) front_ += std::string(segment) + ".";
+          rest.clear();
+        }
+        ++k;
+      } else if (all[k] == "module" && rest.empty()) {
+        note("module.", "DataParallel or DistributedDataParallel");
+      } else {
+        rest.push_back(all[k]);
+      }
+    }
+    nested_ = prefixes > 1;
+    if (nested_) note(peft_prefix, "a PeftModel inside a PeftModel");
+    if (!front_.empty()) note(front_, "a dict that holds state dicts, or a model around the PeftModel");
+    if (prefixes != 0) name_ = peft_prefix;
+    for (std::size_t k = 0; k < rest.size(); ++k) name_ += (k == 0 ? "" : ".") + std::string(rest[k]);
   }
-  return std::string_view::npos;
-}
 
-/// Whether base_model.model. stands twice in a name: a PeftModel inside a PeftModel.
-inline bool is_nested_peft(std::string_view name) {
-  const auto first = find_element(name, peft_prefix);
-  return first != std::string_view::npos && find_element(name, peft_prefix, first + 1) != std::string_view::npos;
-}
+  const std::string& name() const { return name_; }
+  /// The first wrapper found, and who leaves it; empty for a name without one.
+  const std::string& part() const { return part_; }
+  const std::string& who() const { return who_; }
+  /// Whether base_model.model. stands in the name more than once.
+  bool nested() const { return nested_; }
+  /// What stands before base_model.model.; not a known wrapper.
+  const std::string& front() const { return front_; }
 
-/// The first wrapper in a name.
-inline std::optional<name_wrapper> wrapper_in(std::string_view name) {
-  for (const auto& each : wrapper_elements)
-    if (find_element(name, each.part) != std::string_view::npos) return each;
-  if (is_nested_peft(name)) return name_wrapper{peft_prefix, "a PeftModel inside a PeftModel"};
-  const auto prefix = find_element(name, peft_prefix);
-  const auto inside = prefix == 0 ? name.substr(peft_prefix.size()) : name;
-  if (inside.starts_with("module.")) return name_wrapper{"module.", "DataParallel or DistributedDataParallel"};
-  if (prefix != std::string_view::npos && prefix != 0)
-    return name_wrapper{name.substr(0, prefix), "a dict that holds state dicts, or a model around the PeftModel"};
-  return std::nullopt;
-}
-
-/// The name without its wrappers: base_model.model. stands at the front or nowhere.
-inline std::string unwrapped_name(std::string name) {
-  for (const auto& each : wrapper_elements)
-    for (auto at = find_element(name, each.part); at != std::string::npos; at = find_element(name, each.part))
-      name.erase(at, each.part.size() + 1);
-  if (const auto first = find_element(name, peft_prefix); first != std::string::npos) {
-    name.erase(0, first + peft_prefix.size());
-    for (auto at = find_element(name, peft_prefix); at != std::string::npos; at = find_element(name, peft_prefix))
-      name.erase(at, peft_prefix.size());
-    while (name.starts_with("module.")) name.erase(0, 7);
-    return std::string(peft_prefix) + name;
+ private:
+  static const wrapper_segment* known(std::string_view segment) {
+    for (const auto& each : wrapper_segments)
+      if (each.name == segment) return &each;
+    return nullptr;
   }
-  while (name.starts_with("module.")) name.erase(0, 7);
-  return name;
-}
+  void note(std::string_view part, std::string_view who) {
+    if (!part_.empty()) return;
+    part_ = part;
+    who_ = who;
+  }
+
+  std::string name_, part_, who_, front_;
+  bool nested_ = false;
+};
 
 }  // namespace lora::inline LORA_DETAIL_ABI::io_detail
