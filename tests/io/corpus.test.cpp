@@ -106,22 +106,22 @@ std::vector<std::pair<std::string, std::string>> peft_refusals() {
   file("file with a layer too many", R"(,"layer_replication":[[0,2]])",
        build::file().add(p + "layers.2.q.lora_A.weight", {2, 4}).add(p + "layers.2.q.lora_B.weight", {3, 2}));
   file("file with nothing", "", build::file());
-  const auto pair = [](const std::string& name, std::initializer_list<int> A, std::initializer_list<int> B,
-                       build::file into = {}) {
+  const auto factors = [](const std::string& name, std::initializer_list<int> A, std::initializer_list<int> B,
+                          build::file into = {}) {
     return into.add(name + ".lora_A.weight", A).add(name + ".lora_B.weight", B);
   };
-  file("file with a wrapper in its names", "", pair(p + "_orig_mod.m", {2, 4}, {3, 2}));
-  file("file of nested PeftModels", "", pair(p + p + "m.base_layer", {2, 4}, {3, 2}, pair(p + "m", {2, 4}, {3, 2})));
-  file("file of two state dicts", "", pair("a." + p + "m", {2, 4}, {3, 2}, pair("b." + p + "m", {2, 4}, {3, 2})));
-  file("file with a stack of experts", "", pair(p + "m", {3, 2, 4}, {3, 6, 2}));
+  file("file with a wrapper in its names", "", factors(p + "_orig_mod.m", {2, 4}, {3, 2}));
+  file("file of nested PeftModels", "", factors(p + p + "m.base_layer", {2, 4}, {3, 2}, factors(p + "m", {2, 4}, {3, 2})));
+  file("file of two state dicts", "", factors("a." + p + "m", {2, 4}, {3, 2}, factors("b." + p + "m", {2, 4}, {3, 2})));
+  file("file with a stack of experts", "", factors(p + "m", {3, 2, 4}, {3, 6, 2}));
   file("file with a square stack of an old version", R"(,"target_parameters":["m.w"],"peft_version":"0.18.1")",
-       pair(p + "m", {6, 4}, {4, 6}));
+       factors(p + "m", {6, 4}, {4, 6}));
   file("file with a layout for no stack",
        R"(,"unsloth_fused_expert_lora":{"parameters":{"x":{"lora_B_layout":"grouped_by_expert"}}})",
-       pair(p + "m", {2, 4}, {3, 2}));
-  file("file with a placeholder", "", pair(p + "n", {0}, {0}, pair(p + "m", {2, 4}, {3, 2})));
-  file("file with several factors in a module", "", pair(p + "m", {2, 4}, {3, 2}).add(p + "m.lora_B0.weight", {3, 2}));
-  file("file with a base tensor that PEFT drops", "", pair(p + "m", {2, 4}, {3, 2}).add(p + "m.weight", {3, 4}));
+       factors(p + "m", {2, 4}, {3, 2}));
+  file("file with a placeholder", "", factors(p + "n", {0}, {0}, factors(p + "m", {2, 4}, {3, 2})));
+  file("file with several factors in a module", "", factors(p + "m", {2, 4}, {3, 2}).add(p + "m.lora_B0.weight", {3, 2}));
+  file("file with a base tensor that PEFT drops", "", factors(p + "m", {2, 4}, {3, 2}).add(p + "m.weight", {3, 4}));
   return result;
 }
 
