@@ -155,6 +155,7 @@ struct read_options {
   ///   0.19.0               true                      false
   ///   0.17, 0.18           true                      true
   /// Not said: false, as PEFT 0.21 reads every file; a square stack of a file before 0.19.1, or of no stated version, is refused.
+  /// docs/formats.md says what expert(k) then is for mixing.
   std::optional<bool> parameters_in_out = {};
   /// target_parameters: whether the columns of a stack's lora_B are grouped by expert, for a file without lora_B_layout.
   std::optional<bool> experts_grouped_b = {};

@@ -3,9 +3,10 @@
 // lora::peft::inventory_of(file)   what a PEFT file holds, as rows: for each module its kind, rank, scaling, dtype and the norm of
 //                                  its delta weight; the tensors that replace ones of the base; what was not used, and why
 //
-//   norm   Frobenius, of s B A: |s| sqrt(trace((B^T B)(A A^T))), in double, without forming the delta. Cancellation can leave
+//   norm   Frobenius, of s B A: |s| sqrt(trace((B^T B)(A A^T))), in double. The delta is formed only where the rank exceeds a
+//          dimension, so that it is smaller than a factor. Cancellation can leave
 //          about 1e-8 of |s| |B| |A| where the exact norm is smaller than that.
-//   cost   2 r^2 (in + out) FLOPs per module
+//   cost   2 r^2 (in + out) FLOPs per module; 2 r in out where the rank exceeds a dimension
 // For a convolution with groups the norm is that over all channels (peft_verbs.hpp); for experts, of all of them together. It is
 // the delta alone: a magnitude, a bias and a change of the base are named beside it, not measured.
 #pragma once

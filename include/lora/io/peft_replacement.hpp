@@ -20,8 +20,8 @@ struct replacement {
     bias,          ///< a trained bias (bias = "all" or "lora_only")
     embedding,     ///< an embedding's weight, saved because it was adapted or resized
     unused_copy,   ///< written by PEFT beside the value that counts; not to be applied
-    /// Under a base tensor's own name, without a word in the config; with read_options::lenient alone. PEFT loads it where the
-    /// base has a tensor of this name and drops it elsewhere, so look whether it has.
+    /// A tensor under the name of one in PEFT's model, which the config does not ask for. Only with read_options::lenient.
+    /// Apply it if the base has a tensor of this name: PEFT loads it then, and drops it otherwise.
     unasked,
   };
   std::string name;  ///< of the base's tensor

@@ -10,7 +10,8 @@
 // so that no key fits two modules and their order does not matter); an entry whose scaling has another rule than the file's gets
 // the alpha that gives its scaling, bit for bit where a double does. Factors are written in the dtype in which they were read.
 // fan_in_fan_out is written as it was read with. Other config keys that were read are kept; a file that was read whole and not
-// changed gives the same tensors, byte for byte.
+// changed gives the same tensors, byte for byte: except stacks whose columns were grouped by expert, which are written in
+// PEFT's order, and names that lost a wrapper.
 // Before anything is written, the bytes are read back as lora::peft::read would read them, and must hold the same entries. Only
 // the read_options that no file can hold are taken over from the file, and whoever reads what was written needs them again:
 // parameter_order, parameters_in_out, attention_out_proj_twice, ignore_keys, and wrappers = keep.

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tables of names that are looked up for every module of a file. A look-up takes a few binary searches, whatever the number of
-// names: searches for ranks write one name for each module.
+// Tables of names that are looked up for every module of a file. Searches for ranks write one name for each module, so a look-up
+// must not try them all: it takes a binary search for each group of names that have one length and dots at the same places.
 #pragma once
 
 #include <algorithm>

@@ -227,7 +227,7 @@ class peft_keys {
     }
     const auto wrapped = inner == "base_layer" ? without_last_segment(module) : module;
     if (leaf == "bias" && trains_bias_of(wrapped)) return add_replacing(t, without_peft_layers(name), reason::bias);
-    // PEFT saves all of such a module: also the bias, which is no reason to take a module for one that it saves.
+    // PEFT saves such a module whole, its bias too. A bias alone does not show that a module was saved.
     const bool beside_weight =
         leaf == "bias" && tensors_.find(std::string(without_last_segment(t.name)) + ".weight") != nullptr;
     if ((leaf == "weight" || beside_weight) && is_saved_embedding(wrapped))
