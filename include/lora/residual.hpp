@@ -8,12 +8,12 @@
 // Initializations of LoRA that also change the base subtract such a part from it. Given the base as it was published, the part
 // can be computed again, and an adapter of the changed base becomes a plain adapter of the published one: its delta minus the
 // part (peft::converted). Computed in double, from W widened exactly.
-//   error    B * A is the part of a W + E, with |E| of the order of 2^-53 out r |W|. From W's own
-//            part it is as far as |E| times the condition number of the first r columns (leading),
-//            or about sigma / (sigma - sigma') of the two singular values between which the part is
-//            cut (principal, smallest): nearly dependent columns, or nearly equal values, lose
-//            digits. Unique where those columns are independent, or those values differ. Signs of
-//            vectors and of Q cancel in B * A.
+//   error    B * A is the part of a W + E, with |E| of the order of 2^-53 |W| times the sizes. From
+//            W's own part it is as far as |E| times the condition number of the first r columns
+//            (leading), or about sigma / (sigma - sigma') of the two singular values between which
+//            the part is cut (principal, smallest): nearly dependent columns, or nearly equal
+//            values, lose digits. Unique where those columns are independent, or those values
+//            differ. Signs of vectors and of Q cancel in B * A.
 //   shapes   W out x in; B out x r, A r x in
 //   cost     a full singular value decomposition, O(out in min(out, in)), or a QR of r columns
 //   throws   value_error when r is not in [0, min(out, in)] or W is not finite.
