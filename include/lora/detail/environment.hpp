@@ -10,7 +10,7 @@
 
 #include "lora/version.hpp"
 
-#if defined(_MSC_VER) && defined(_M_X64) && !defined(__clang__)
+#if defined(_MSC_VER) && defined(_M_X64)
 #include <xmmintrin.h>
 #endif
 
@@ -32,7 +32,7 @@ struct control_register {
   // The clobber keeps loads and stores, and so the arithmetic between them, on their side of the
   // change.
   static void write(bits value) { asm volatile("ldmxcsr %0" : : "m"(value) : "memory"); }
-#elif defined(_MSC_VER) && defined(_M_X64) && !defined(__clang__)
+#elif defined(_MSC_VER) && defined(_M_X64)
   using bits = std::uint32_t;
   static constexpr bool is_known = true;
   static constexpr bits mode = 0x8000 | 0x6000 | 0x0040;
