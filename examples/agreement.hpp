@@ -38,7 +38,8 @@ formats formats_of() {
           std::is_same_v<Y, Acc> ? format{} : format_of<Y>(), lora::smallest_in_product<Acc, T, X>()};
 }
 
-/// An adapter at its strength, exact in double.
+/// An adapter at its strength. s is the double that the verbs multiply by; factors are exact in
+/// double.
 struct part {
   Eigen::MatrixXd A, B;  ///< rank x in_features, out_features x rank
   double s;

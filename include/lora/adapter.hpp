@@ -13,6 +13,7 @@
 
 #include "lora/concepts.hpp"
 #include "lora/detail/convert.hpp"
+#include "lora/detail/environment.hpp"
 #include "lora/error.hpp"
 #include "lora/matrix_view.hpp"
 #include "lora/scaled.hpp"
@@ -33,9 +34,10 @@ row_major_matrix<T> exact_copy(const M& source) {
   if constexpr (eigen_matrix<M> && std::is_same_v<T, element_t<M>>) {
     return source;  // any expression: evaluated straight into the copy
   } else {
+    const default_environment environment;
     const auto view = as_matrix(source);
     row_major_matrix<T> copy(view.rows(), view.cols());
-    for (index_t i = 0; i < view.rows(); ++i)
+    for (index_t i = 0; view.cols() != 0 && i < view.rows(); ++i)
       for (index_t j = 0; j < view.cols(); ++j) copy(i, j) = exactly<T>(view(i, j));
     return copy;
   }

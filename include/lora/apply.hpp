@@ -13,6 +13,7 @@
 //            (packed_adapter.hpp) rounds once more, and adds its term to the error.
 //   error    |result - exact| <= u_y |exact| + (1+u_y) (u |y| + gamma_{in+R+3} sum |s| |lora_B| |lora_A| |x|) + eta_y/2, and
 //            what underflows; the names are those of docs/numerics.md.
+//   overflow counted nowhere: y holds the infinity (docs/numerics.md).
 //   cost     2 R (in + out) FLOPs per token; y is read and written once, tile by tile; scratch: the activations and A x
 //            of a block of tokens, sums and a chunk of the weight for each thread, for adapters that are not packed
 //            R (in + out) accumulators more.
@@ -41,6 +42,7 @@ template <class X, class Y, class... L>
   requires activations<X> && activations<Y> && (detail::mixables<L> && ...)
 void apply(workspace& space, const X& x, Y&& y, const L&... l) {
   detail::refuse_temporary<Y>();
+  const detail::default_environment environment;
   decltype(auto) input = detail::in_memory(x);
   const auto from = detail::input_view(input);
   const auto to = detail::output_view(y);

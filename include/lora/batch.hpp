@@ -20,6 +20,7 @@
 #include <type_traits>
 #include <vector>
 
+#include "lora/detail/environment.hpp"
 #include "lora/detail/plan.hpp"
 #include "lora/packed_adapter.hpp"
 
@@ -48,6 +49,7 @@ class batch {
   /// The next token gets these; none: the base alone. Strength 0 means that the adapter is not read. Throws value_error when
   /// an adapter is not in the list or its strength, alone or times its scaling, is not finite; then nothing is added.
   void add(std::span<const batch_entry> entries) {
+    const detail::default_environment environment;
     for (const batch_entry& e : entries) check(e, tokens());
     make_room(1, entries.size());
     index_t rank = 0;

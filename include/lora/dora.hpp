@@ -13,16 +13,23 @@
 //   W'_0 = W,  W'_k = diag(f_k) (W'_{k-1} + D_k),     so that    W' = diag(g_0) W + sum of diag(g_k) D_k,  g_k = f_k ... f_n
 // The order matters, as it does in PEFT. The g are what attach keeps: the norms are not computed again for each token, and
 // every verb on the result is a scaling of the base's rows and plain low-rank adapters.
-//   shapes   W out_features x in_features, any storage order; m out_features. Weights stored in x out, and embeddings, are
-//            passed as their transpose; a convolution's as out x (in * kernel).
+//   shapes   W out_features x in_features, any storage order; m out_features. Weights stored in x
+//            out, and embeddings, are passed as their transpose; a convolution's as out x (in *
+//            kernel). (What attach of a PEFT entry returns knows how W is stored, and takes it so.)
 //   rounding the norms in double; g W + sum in float (double if anything is double), then once to the stored scalar.
-//   error    |merged - exact| <= u_s |exact| + (1+u_s) |g| (gamma_{in+R+8} (|W| + sum |s| |B| |A|)) + eta/2 for float factors
-//            and base, and what smallest_in_delta says for factors of bfloat16; mixing adds what forward and apply add (their
-//            headers).
+//   error    g_k is off by P_k, relative, where n_k is off by e_k = |row of gamma_{r_k+2} d_k| /
+//            n_k, d_k = |s_k| |B_k| |A_k|: 1 + P_k is the product over f_j from k on of about 1 +
+//            e_j + (in + 5) 2^-53. Where W + D cancels, e_k is large, and it reaches every column
+//            of the row. |merged - exact| <= u_s |exact| + (1+u_s) e + eta_s/2,
+//              e = (P_0 + (1+P_0) gamma_3) |g_0 W| + sum (P_k + (1+P_k) gamma_{R+3}) |g_k| d_k + underflow.
+//            docs/numerics.md derives it, and has the same for unmerge, forward, apply, rows and
+//            apply_through.
+//   overflow a factor m / n that is not finite is refused; merge and unmerge report, mixing does not.
 //   cost     attach: 2 r out in FLOPs per adapter with a magnitude and one pass over W; copies the factors. merge: as merge.
 //   aliasing y must not overlap x, W or the bias: shape_error. What attach returns owns what it needs.
-//   throws   value_error for a row of W + D that is zero (PEFT divides by it), a magnitude or norm that is not finite;
-//            shape_error; before anything is written. std::bad_alloc: merge and unmerge may have written some rows.
+//   throws   value_error for a row of W + D that is zero (PEFT divides by it), a magnitude, norm or
+//            quotient that is not finite; shape_error; before anything is written. std::bad_alloc:
+//            merge and unmerge may have written some rows.
 // Liu et al., arXiv 2402.09353; PEFT 0.21, tuners/lora/dora.py and variants.py (the norm from the base weight as it was before
 // any merge: peft#3609).
 #pragma once
@@ -140,6 +147,51 @@ using acc_t = accumulator_t<T, typename operand<L>::type...>;
 template <class Acc>
 using column = Eigen::Matrix<Acc, Eigen::Dynamic, 1>;
 
+/// A norm as value * 2^exponent: that of a row of doubles may lie outside of double's range.
+struct scaled_norm {
+  double value;
+  int exponent;
+};
+
+/// The norm of `count` numbers at(j), in double. Squares of numbers below 1e-145 would lose digits,
+/// and those of numbers above 1e154 overflow: such rows are scaled by a power of two first.
+template <class At>
+scaled_norm norm_of(index_t count, const At& at) {
+  constexpr double smallest = 0x1p-960;  // what a square loses to underflow is 2^-114 of this
+  double squares = 0;
+  for (index_t j = 0; j < count; ++j) squares += at(j) * at(j);
+  if (detail::is_finite(squares) && squares >= smallest) return {std::sqrt(squares), 0};
+  double largest = 0;
+  for (index_t j = 0; j < count; ++j) {
+    if (!detail::is_finite(at(j))) return {std::abs(at(j)), 0};
+    largest = std::max(largest, std::abs(at(j)));
+  }
+  if (largest == 0) return {0, 0};
+  const int exponent = std::ilogb(largest);
+  squares = 0;
+  for (index_t j = 0; j < count; ++j) {
+    const double scaled = std::ldexp(at(j), -exponent);
+    squares += scaled * scaled;
+  }
+  return {std::sqrt(squares), exponent};
+}
+
+/// magnitude / norm; value_error where it is not defined or no double.
+template <class M>
+double quotient(index_t output, const M& magnitude, const scaled_norm& norm) {
+  const auto refuse = [output](const std::string& what) {
+    detail::raise_value("attach",
+                        "output " + std::to_string(output) + " has " + what + ", so that magnitude / norm is not defined");
+  };
+  const auto m = detail::widen<double>(magnitude);
+  if (!detail::is_finite(m)) refuse("a magnitude that is not finite");
+  if (!detail::is_finite(norm.value) || norm.value == 0)
+    refuse("a row of W + delta whose norm is " + std::to_string(norm.value));
+  const double result = norm.exponent == 0 ? m / norm.value : std::ldexp(m / norm.value, -norm.exponent);
+  if (!detail::is_finite(result)) refuse("a row of W + delta whose norm is that small");
+  return result;
+}
+
 /// m / n for each row of W + delta.
 template <class Acc, class View, class M>
 column<double> factors_of(const View& W, const adapter<Acc>& l, const M& magnitude) {
@@ -150,19 +202,9 @@ column<double> factors_of(const View& W, const adapter<Acc>& l, const M& magnitu
     const auto delta = delta_weight(basic_adapter(as_matrix(l.lora_A()), as_matrix(l.lora_B()).middle_rows(first, rows),
                                                   {.alpha = l.scaling(), .rule = scaling_rule::fixed}));
     for (index_t i = 0; i < rows; ++i) {
-      double squares = 0;
-      for (index_t j = 0; j < W.cols(); ++j) {
-        const double sum = detail::widen<double>(W(first + i, j)) + static_cast<double>(delta(i, j));
-        squares += sum * sum;
-      }
-      const double norm = std::sqrt(squares);
-      const auto m = detail::widen<double>(magnitude[static_cast<std::size_t>(first + i)]);
-      if (!detail::is_finite(norm) || norm == 0 || !detail::is_finite(m))
-        detail::raise_value("attach", "output " + std::to_string(first + i) + " has " +
-                                          (detail::is_finite(m) ? "a row of W + delta whose norm is " + std::to_string(norm)
-                                                                : std::string("a magnitude that is not finite")) +
-                                          ", so that magnitude / norm is not defined");
-      result(first + i) = m / norm;
+      const scaled_norm norm = norm_of(
+          W.cols(), [&](index_t j) { return detail::widen<double>(W(first + i, j)) + static_cast<double>(delta(i, j)); });
+      result(first + i) = quotient(first + i, magnitude[static_cast<std::size_t>(first + i)], norm);
     }
   }
   return result;
@@ -170,23 +212,39 @@ column<double> factors_of(const View& W, const adapter<Acc>& l, const M& magnitu
 
 }  // namespace dora_detail
 
-/// The adapters of attach(W, l...) with their norms: W' = diag(base_scale()) W + the sum of adapters(). Owns copies of the
-/// factors, scaled by rows; it does not look at W any more. It is right for that W alone: after W changed, attach again.
+/// The adapters of attach(W, l...) with their norms: W' = diag(base_scale()) W + the sum of
+/// adapters(). Owns copies of the factors, scaled by rows; it does not look at W any more. It is
+/// right for that W alone: after W changed, attach again. Invariant: every adapter is for
+/// out_features() x in_features(). It knows how W is stored: out x in, or in x out
+/// (stored_in_out(): Conv1D, fan_in_fan_out), and its verbs take W as it is stored.
 template <class Acc>
 class attached_dora {
  public:
+  /// Throws shape_error when an adapter is for another shape.
   attached_dora(dora_detail::column<Acc> base_scale, std::vector<adapter<Acc>> adapters, index_t in_features)
-      : base_scale_(std::move(base_scale)), adapters_(std::move(adapters)), in_features_(in_features) {}
+      : base_scale_(std::move(base_scale)), adapters_(std::move(adapters)), in_features_(in_features) {
+    if (in_features_ < 0) detail::raise_shape("attached_dora", std::to_string(in_features_) + " in_features");
+    for (const auto& l : adapters_) detail::check_adapter("attached_dora", l, out_features(), in_features_);
+  }
 
   const dora_detail::column<Acc>& base_scale() const { return base_scale_; }
   const std::vector<adapter<Acc>>& adapters() const { return adapters_; }
   index_t out_features() const { return base_scale_.size(); }
   index_t in_features() const { return in_features_; }
+  /// Whether merge, unmerge and forward take W in_features x out_features.
+  bool stored_in_out() const { return stored_in_out_; }
+
+  /// The same for a W that is stored, and passed, in_features x out_features.
+  attached_dora for_in_out() && {
+    stored_in_out_ = true;
+    return std::move(*this);
+  }
 
  private:
   dora_detail::column<Acc> base_scale_;
   std::vector<adapter<Acc>> adapters_;
   index_t in_features_;
+  bool stored_in_out_ = false;
 };
 
 namespace dora_detail {
@@ -224,10 +282,19 @@ class attacher {
         for (index_t j = 0; j < B.cols(); ++j) B(i, j) = static_cast<Acc>(g(i) * l.scaling() * static_cast<double>(B(i, j)));
       scaled.emplace(scaled.begin(), l.lora_A(), B, lora::scaling{.alpha = 1, .rule = scaling_rule::fixed});
     }
-    return {g.template cast<Acc>(), std::move(scaled), W_.cols()};
+    return {base_scale(g), std::move(scaled), W_.cols()};
   }
 
  private:
+  static column<Acc> base_scale(const column<double>& g) {
+    column<Acc> result = g.template cast<Acc>();
+    for (index_t i = 0; i < g.size(); ++i)
+      if (!detail::is_finite(result(i)))
+        detail::raise_value("attach", "output " + std::to_string(i) + " has magnitude / norm = " + std::to_string(g(i)) +
+                                          ", which the accumulator does not hold");
+    return result;
+  }
+
   template <class L, class M>
   void add_one(const L& l, const M& magnitude) {
     detail::check_adapter("attach", l, W_.rows(), W_.cols());
@@ -247,12 +314,33 @@ class attacher {
   std::vector<piece> pieces_;
 };
 
-template <class W, class Layer>
-void check_weight(const char* operation, const W& weight, const Layer& layer) {
-  if (weight.rows() != layer.out_features() || weight.cols() != layer.in_features())
-    detail::raise_shape(operation, "W is " + detail::shape_text(weight.rows(), weight.cols()) +
-                                       " and the adapters were attached to one of " +
-                                       detail::shape_text(layer.out_features(), layer.in_features()));
+/// Throws unless a weight of this stored shape is one that the adapters were attached to.
+template <class Layer>
+void check_stored(const char* operation, index_t rows, index_t cols, const Layer& layer, bool stored_in_out) {
+  const index_t wanted_rows = stored_in_out ? layer.in_features() : layer.out_features();
+  const index_t wanted_cols = stored_in_out ? layer.out_features() : layer.in_features();
+  if (rows != wanted_rows || cols != wanted_cols)
+    detail::raise_shape(operation, "W is " + detail::shape_text(rows, cols) + " and the adapters were attached to one of " +
+                                       detail::shape_text(wanted_rows, wanted_cols) +
+                                       (rows == wanted_cols && cols == wanted_rows ? ": pass W as it was attached" : ""));
+}
+
+/// call(W as out x in), for a W as the layer's verbs take it.
+template <class View, class Acc, class Call>
+auto with_weight(const char* operation, const View& stored, const attached_dora<Acc>& layer, const Call& call) {
+  check_stored(operation, stored.rows(), stored.cols(), layer, layer.stored_in_out());
+  return layer.stored_in_out() ? call(stored.transpose()) : call(stored);
+}
+
+/// x and y of a call: one column for each token, as many rows as the layer has inputs and outputs.
+template <class X, class Y, class Layer>
+void check_tokens(const char* operation, const X& x, const Y& y, const Layer& layer) {
+  if (x.rows() != layer.in_features() || y.rows() != layer.out_features())
+    detail::raise_shape(operation, "x is " + detail::shape_text(x.rows(), x.cols()) + ", y is " +
+                                       detail::shape_text(y.rows(), y.cols()) + " and the layer is " +
+                                       detail::shape_text(layer.out_features(), layer.in_features()) +
+                                       " (out_features x in_features)");
+  detail::check_activations(operation, x, y);
 }
 
 /// W(i, j) := step(W(i, j), delta(i, j), i) with the sum of the layer's adapters, in blocks of rows.
@@ -262,12 +350,12 @@ merge_report each_element(const View& W, const attached_dora<Acc>& layer, const 
   using value = typename View::value_type;
   using factor = matrix_view<const Acc, storage_order::row_major>;
   merge_report report;
-  for (index_t first = 0; first < W.rows(); first += block) {
+  for (index_t first = 0; W.cols() != 0 && first < W.rows(); first += block) {
     const index_t rows = std::min(block, W.rows() - first);
     std::vector<basic_adapter<factor, factor>> part;
     for (const auto& l : layer.adapters())
       part.emplace_back(as_matrix(l.lora_A()), factor(as_matrix(l.lora_B())).middle_rows(first, rows),
-                        lora::scaling{.alpha = 1, .rule = scaling_rule::fixed});
+                        lora::scaling{.alpha = l.scaling(), .rule = scaling_rule::fixed});
     Eigen::Matrix<Acc, Eigen::Dynamic, Eigen::Dynamic> delta;
     if (part.empty())
       delta.setZero(rows, W.cols());
@@ -290,6 +378,7 @@ merge_report each_element(const View& W, const attached_dora<Acc>& layer, const 
 template <class M, class... L>
   requires matrix_like<M> && (attachable<L> && ...)
 auto attach(const M& W, const L&... l) {
+  const detail::default_environment environment;
   const auto weight = as_matrix(W);
   using view = std::remove_const_t<decltype(weight)>;
   dora_detail::attacher<dora_detail::acc_t<typename view::value_type, L...>, view> result(weight);
@@ -302,9 +391,10 @@ template <class M, class Acc>
   requires matrix_like<M>
 merge_report merge(M&& W, const attached_dora<Acc>& layer) {
   detail::refuse_temporary<M>();
-  const auto weight = detail::output_view(W);
-  dora_detail::check_weight("merge", weight, layer);
-  return dora_detail::each_element(weight, layer, [](Acc w, Acc delta, Acc g) { return g * w + delta; });
+  const detail::default_environment environment;
+  return dora_detail::with_weight("merge", detail::output_view(W), layer, [&](const auto& weight) {
+    return dora_detail::each_element(weight, layer, [](Acc w, Acc delta, Acc g) { return g * w + delta; });
+  });
 }
 
 /// W := round((W - sum of deltas) / diag(g_0)): the base within rounding, not bit for bit. Throws value_error when a
@@ -313,12 +403,13 @@ template <class M, class Acc>
   requires matrix_like<M>
 merge_report unmerge(M&& W, const attached_dora<Acc>& layer) {
   detail::refuse_temporary<M>();
-  const auto weight = detail::output_view(W);
-  dora_detail::check_weight("unmerge", weight, layer);
-  for (index_t i = 0; i < layer.out_features(); ++i)
-    if (layer.base_scale()(i) == Acc(0))
-      detail::raise_value("unmerge", "output " + std::to_string(i) + " has the magnitude 0, so its row of W is lost");
-  return dora_detail::each_element(weight, layer, [](Acc w, Acc delta, Acc g) { return (w - delta) / g; });
+  const detail::default_environment environment;
+  return dora_detail::with_weight("unmerge", detail::output_view(W), layer, [&](const auto& weight) {
+    for (index_t i = 0; i < layer.out_features(); ++i)
+      if (layer.base_scale()(i) == Acc(0))
+        detail::raise_value("unmerge", "output " + std::to_string(i) + " has the magnitude 0, so its row of W is lost");
+    return dora_detail::each_element(weight, layer, [](Acc w, Acc delta, Acc g) { return (w - delta) / g; });
+  });
 }
 
 /// attach and merge in one: at least one adapter has a magnitude.
@@ -335,20 +426,29 @@ template <class X, class Y, class Acc>
   requires activations<X> && activations<Y>
 void apply(const X& x, Y&& y, const attached_dora<Acc>& layer) {
   detail::refuse_temporary<Y>();
+  const detail::default_environment environment;
   decltype(auto) input = detail::in_memory(x);
   const auto to = detail::output_view(y);
-  detail::check_activations("apply", detail::input_view(input), to);
+  dora_detail::check_tokens("apply", detail::input_view(input), to, layer);
   using value = typename std::remove_const_t<decltype(to)>::value_type;
   using acc = accumulator_t<value, Acc>;
   through_detail::matrix<acc> sums;
   sums.setZero(to.rows(), to.cols());
-  lora::apply(input, sums, layer.adapters());  // checks the shapes and writes nothing of y
-  if (to.rows() != layer.out_features())
-    detail::raise_shape("apply", "y has " + std::to_string(to.rows()) + " rows and the layer " +
-                                     std::to_string(layer.out_features()) + " outputs");
-  for (index_t j = 0; j < to.cols(); ++j)
+  lora::apply(input, sums, layer.adapters());
+  for (index_t j = 0; to.rows() != 0 && j < to.cols(); ++j)
     for (index_t i = 0; i < to.rows(); ++i)
       to(i, j) = detail::narrow<value>(static_cast<acc>(layer.base_scale()(i)) * detail::widen<acc>(to(i, j)) + sums(i, j));
+}
+
+/// W, as the layer's verbs take it, and the bias of its outputs as one argument of forward:
+/// with_bias(W, b) for a W that may be stored in x out. Throws shape_error when b has another
+/// length. Both must outlive the result.
+template <class M, class V, class Acc>
+  requires matrix_like<M> && activations<V>
+auto with_bias(const M& W, const V& b, const attached_dora<Acc>& layer) {
+  const auto weight = as_matrix(W);
+  const auto bias = detail::checked_bias(layer.out_features(), layer.in_features(), b);
+  return biased<std::remove_const_t<decltype(weight)>, std::remove_const_t<decltype(bias)>>{weight, bias};
 }
 
 /// y := round(diag(g_0) W x + sum of deltas * x (+ b)); W is a matrix or with_bias(W, b).
@@ -356,21 +456,22 @@ template <class M, class X, class Y, class Acc>
   requires(matrix_like<M> || detail::is_biased<M>) && activations<X> && activations<Y>
 void forward(const M& W, const X& x, Y&& y, const attached_dora<Acc>& layer) {
   detail::refuse_temporary<Y>();
+  const detail::default_environment environment;
   decltype(auto) input = detail::in_memory(x);
   const auto to = detail::output_view(y);
-  detail::check_activations("forward", detail::input_view(input), to);
+  dora_detail::check_tokens("forward", detail::input_view(input), to, layer);
   using value = typename std::remove_const_t<decltype(to)>::value_type;
-  const auto finish = [&]<class A>(std::type_identity<A>, const auto& weight, const auto& bias) {
-    dora_detail::check_weight("forward", weight, layer);
-    detail::refuse_overlap("forward", "y", to, "W", weight);
+  const auto finish = [&]<class A>(std::type_identity<A>, const auto& stored, const auto& bias) {
+    detail::refuse_overlap("forward", "y", to, "W", stored);
     through_detail::matrix<A> sums(to.rows(), to.cols());
-    lora::forward(weight, input, sums);
+    dora_detail::with_weight("forward", stored, layer, [&](const auto& weight) { lora::forward(weight, input, sums); });
     lora::apply(input, sums, layer);
-    for (index_t j = 0; j < to.cols(); ++j)
+    for (index_t j = 0; to.rows() != 0 && j < to.cols(); ++j)
       for (index_t i = 0; i < to.rows(); ++i) to(i, j) = detail::narrow<value>(sums(i, j) + bias(i));
   };
   if constexpr (detail::is_biased<M>) {
     using acc = accumulator_t<value, Acc, X, decltype(W.weight), decltype(W.bias)>;
+    detail::check_bias("forward", layer.out_features(), W.bias);
     detail::refuse_overlap("forward", "y", to, "the bias", W.bias);
     finish(std::type_identity<acc>(), W.weight, [&](index_t i) { return detail::widen<acc>(W.bias(i, 0)); });
   } else {
@@ -384,19 +485,21 @@ template <class M, class R, class Y, class Acc>
   requires(matrix_like<M> || rows_detail::is_scaled_embedding<M>) && token_range<R> && activations<Y>
 void rows(const M& W, const R& ids, Y&& y, const attached_dora<Acc>& layer) {
   detail::refuse_temporary<Y>();
+  const detail::default_environment environment;
   const auto to = detail::output_view(y);
   using value = typename std::remove_const_t<decltype(to)>::value_type;
   const auto run = [&](const auto& weight, double scale) {
     using acc = accumulator_t<typename std::remove_cvref_t<decltype(weight)>::value_type, value, Acc>;
     const auto tokens = rows_detail::checked_ids("rows", ids, weight.rows());
     rows_detail::check_y("rows", to.rows(), to.cols(), weight.cols(), tokens.size());
-    dora_detail::check_weight("rows", weight.transpose(), layer);
+    dora_detail::check_stored("rows", weight.rows(), weight.cols(), layer, true);
     detail::refuse_overlap("rows", "y", to, "W", weight);
     const auto each = detail::each_of(layer.adapters());
     const auto sum = rows_detail::gather<acc>("rows", each, tokens, weight.cols(), weight.rows());
+    const rows_detail::times_constant<value, acc> scaled(scale);
     sum.run(to, [&](value& element, acc delta, index_t i, index_t t) {
       const acc base = detail::widen<acc>(weight(tokens[static_cast<std::size_t>(t)], i));
-      element = detail::narrow<value>((static_cast<acc>(layer.base_scale()(i)) * base + delta) * static_cast<acc>(scale));
+      element = scaled(static_cast<acc>(layer.base_scale()(i)) * base + delta);
     });
   };
   if constexpr (rows_detail::is_scaled_embedding<M>)
@@ -418,6 +521,7 @@ void apply_through(const Down& down, Y&& y, const attached_dora<Acc>& layer) {
     detail::raise_shape("apply_through", "y has " + std::to_string(to.rows()) + " rows and the layer " +
                                              std::to_string(layer.out_features()) + " outputs");
   const auto sum = through_detail::expand<acc>("apply_through", down, each, to.rows(), to.cols());
+  const detail::default_environment environment;
   sum.run(to, [&](value& element, acc delta, index_t i, index_t) {
     element = detail::narrow<value>(static_cast<acc>(layer.base_scale()(i)) * detail::widen<acc>(element) + delta);
   });

@@ -16,7 +16,9 @@
 //            + u |b|) + eta_y/2, and what underflows; the names are those of docs/numerics.md. A build for AVX512-BF16
 //            multiplies a bfloat16 W, and lora_A of adapters held in bfloat16, by a bfloat16 x with dot products: see
 //            smallest_in_product. U_format::factors (packed_adapter.hpp) rounds once more, and adds its term.
-//   bits     a token's result does not depend on the other tokens, on threads or on tiles.
+//   bits     a token's result does not depend on the other tokens, on threads or on tiles (of a
+//            NaN: that it is one).
+//   overflow counted nowhere: y holds the infinity. Which intermediates must not overflow is in docs/numerics.md.
 //   cost     2 (out * in + R (in + out)) FLOPs per token; W is read once per block of tokens: 16 tiles of 4, 6
 //            (AVX2) or 8 (AVX-512) tokens, fewer where their activations, counted in accumulators, exceed 2.5 MiB (AVX-512:
 //            8 MiB), at least 4 tiles. A W that is not packed is read, packed and read again in the first-level cache. Scratch
@@ -66,6 +68,15 @@ auto checked_bias(index_t out_features, index_t in_features, const V& b) {
                                  shape_text(out_features, in_features) +
                                  " (out_features x in_features): it needs out_features elements");
   return bias;
+}
+
+/// Once more where it is read: biased has public members, and a packed weight may have changed
+/// since.
+template <class B>
+void check_bias(const char* operation, index_t out_features, const B& bias) {
+  if (bias.rows() != out_features || bias.cols() != 1)
+    raise_shape(operation, "the bias is " + shape_text(bias.rows(), bias.cols()) + " and W has " +
+                               std::to_string(out_features) + " outputs");
 }
 
 template <class M>
@@ -153,7 +164,10 @@ void forward_views(const char* operation, workspace& space, index_t out_features
                                ": x needs in_features rows, y out_features rows, both one column for each token");
   parts.check(operation, out_features, in_features, x.cols());
   check_activations(operation, x, y);
-  if (bias != nullptr) refuse_overlap(operation, "y", y, "the bias", *bias);
+  if (bias != nullptr) {
+    check_bias(operation, out_features, *bias);
+    refuse_overlap(operation, "y", y, "the bias", *bias);
+  }
   using value = typename Y::value_type;
   const auto widened = token_packer<Acc>(x);
   const auto pairs = pair_packer<Acc>(x);
@@ -203,6 +217,7 @@ concept base = base_weight<M> || is_biased<bare<M>>;
 /// forward with everything found out but the accumulator: Operands are what it depends on besides x and y.
 template <class... Operands, class M, class X, class Y, class Parts, class Each>
 void forward_call(workspace& space, const M& W, const X& x, Y& y, const Parts& parts, const Each& factors) {
+  const default_environment environment;
   decltype(auto) input = in_memory(x);
   const auto from = input_view(input);
   const auto to = output_view(y);

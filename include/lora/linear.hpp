@@ -4,10 +4,12 @@
 //
 //   forward(x, y):   y := round(W * x (+ b) + sum over ACTIVE adapters of weight * s * lora_B * (lora_A * x))
 //
-// Merged or not says where an active adapter is evaluated, inside the weight or beside it; it never changes which function
-// is computed. So all states of one set of (active adapter, weight) pairs agree up to rounding, by the bound of
-// docs/numerics.md, also when one adapter is merged and another is mixed in beside it. (PEFT drops the latter:
-// huggingface/peft#3756.) A merged adapter that is deactivated leaves the weight, and returns when it is activated again.
+// Merged or not says where an active adapter is evaluated, inside the weight or beside it; it never
+// changes which function is computed. So all states of one set of (active adapter, weight) pairs
+// agree up to rounding, by the bound of docs/numerics.md (and by what attach<F> of a narrower F
+// rounds), also when one adapter is merged and another is mixed in beside it. (PEFT drops the
+// latter: huggingface/peft#3756.) A merged adapter that is deactivated leaves the weight, and
+// returns when it is activated again.
 #pragma once
 
 #include <algorithm>
@@ -98,10 +100,12 @@ class linear {
   template <class Base>
     requires matrix_like<Base> || detail::is_biased<Base>
   explicit linear(const Base& base, reload_function reload = nullptr) : reload_(std::move(reload)) {
+    const detail::default_environment environment;
     if constexpr (detail::is_biased<Base>) {
       static_assert(!detail::is_packed_weight<detail::bare<decltype(base.weight)>>,
                     "lora::linear: give it the weight itself, which it packs");
       copy_weight(base.weight);
+      detail::check_bias("linear", out_features(), base.bias);
       bias_.resize(static_cast<std::size_t>(out_features()));
       static_assert(detail::holds_exactly<bias_value, detail::element_t<decltype(base.bias)>>,
                     "lora::linear: the bias has a wider scalar than the layer computes in: cast it first");
@@ -121,10 +125,13 @@ class linear {
   /// The same in panels, as it is held; valid until the next call that is not const.
   const packed_weight<T>& packed() const { return is_merged_ ? merged_ : pristine_; }
 
-  /// Adds an adapter under a name: active, not merged, with the weight of scaled(w, l) (1 without). Copies the factors in
-  /// their format. attach<bfloat16>(name, l) keeps the panels from which it is mixed in 16 bits: half the bytes of float
-  /// factors on a 16-bit base, and a rounding of each factor that packed_adapter states; merging still takes the factors as
-  /// they came. Throws shape_error (does not fit), value_error (name empty or taken, weight or scaling not finite).
+  /// Adds an adapter under a name: active, not merged, with the weight of scaled(w, l) (1 without).
+  /// Copies the factors in their format. attach<bfloat16>(name, l) keeps the panels from which it
+  /// is mixed in 16 bits: half the bytes of float factors on a 16-bit base, and a rounding of each
+  /// factor that packed_adapter states; merging still takes the factors as they came. So merged and
+  /// mixed are then two functions, which differ by that: two states add its term to their bounds.
+  /// Throws shape_error (does not fit), value_error (name empty or taken, weight or scaling not
+  /// finite).
   template <class Panels = void, low_rank L>
   void attach(const std::string& name, const L& l) {
     if (name.empty()) detail::raise_value("linear::attach", "the name is empty");
@@ -224,6 +231,7 @@ class linear {
     requires activations<X> && activations<Y>
   void forward(workspace& space, const X& x, Y&& y) const {
     detail::refuse_temporary<Y>();
+    const detail::default_environment environment;
     using acc = accumulator_t<T, X, Y>;
     decltype(auto) input = detail::in_memory(x);
     const auto from = detail::input_view(input);
@@ -303,11 +311,8 @@ class linear {
     for (const auto& entry : adapters_) {
       const slot& one = entry.second;
       if (!one.active || one.merged) continue;
-      std::visit(
-          [&]<class F>(const packed_adapter<F>& l) {
-            visit(scaled_packed_adapter<F>{&l, one.weight});
-          },
-          one.adapter->panels);
+      std::visit([&]<class F>(const packed_adapter<F>& l) { visit(scaled_packed_adapter<F>(one.weight, l)); },
+                 one.adapter->panels);
     }
   }
 
@@ -324,6 +329,7 @@ class linear {
   /// is written can throw.
   template <class Change>
   merge_report change(const Change& apply_to) {
+    const detail::default_environment environment;
     slots next = adapters_;
     apply_to(next);
     const merge_report report = same_weight(adapters_, next) ? report_ : rebuild(next);
@@ -380,7 +386,7 @@ class linear {
   std::size_t fingerprint(const At& at) const {
     std::vector<T> row(static_cast<std::size_t>(in_features()));
     std::size_t hash = 0;
-    for (index_t i = 0; i < out_features(); ++i) {
+    for (index_t i = 0; in_features() != 0 && i < out_features(); ++i) {
       for (index_t k = 0; k < in_features(); ++k) row[static_cast<std::size_t>(k)] = at(i, k);
       const std::string_view bytes(reinterpret_cast<const char*>(row.data()), row.size() * sizeof(T));
       hash = hash * 31 + std::hash<std::string_view>{}(bytes);

@@ -8,6 +8,7 @@
 #pragma once
 
 #include <cstdint>
+#include <limits>
 #include <span>
 #include <string>
 #include <type_traits>
@@ -18,11 +19,30 @@
 
 namespace lora::inline LORA_DETAIL_ABI {
 
-/// A view of rows x cols scalars. Stored as pointer, sizes and the stride between rows (row_major) or columns
-/// (col_major). Invariant: sizes are not negative, and outer_stride() >= cols() (row_major) or rows() (col_major), so no
-/// element is named twice. T is const for a read-only view. The distance inside a row (column) is 1 by type. It does not
-/// own, it does not know the end of the buffer (row_major(span, ...) checks that once), and it is shallow-const: a const
-/// view of mutable data may write.
+namespace detail {
+
+/// The most rows or columns that a view may have, with elements or without: 2^48, more than a
+/// memory holds, so that a count of tiles or panels fits index_t.
+inline constexpr index_t most_extent = std::numeric_limits<index_t>::max() >> (sizeof(index_t) == 8 ? 15 : 6);
+
+/// Whether `outer` runs of `inner` elements, `stride` apart, have an address each: one comparison
+/// for usual sizes.
+template <class T>
+constexpr bool fits_memory(index_t outer, index_t inner, index_t stride) {
+  constexpr index_t usual = index_t{1} << (sizeof(index_t) == 8 ? 28 : 13);  // usual * usual elements do
+  constexpr index_t most = std::numeric_limits<index_t>::max() / static_cast<index_t>(sizeof(T));
+  if ((outer | inner | stride) < usual) return true;
+  return outer <= most_extent && inner <= most_extent && (outer <= 1 || stride <= most / outer);
+}
+
+}  // namespace detail
+
+/// A view of rows x cols scalars. Stored as pointer, sizes and the stride between rows (row_major)
+/// or columns (col_major). Invariant: sizes are not negative and fit a memory, and outer_stride()
+/// >= cols() (row_major) or rows() (col_major), so no element is named twice. T is const for a
+/// read-only view. The distance inside a row (column) is 1 by type. It does not own, it does not
+/// know the end of the buffer (row_major(span, ...) checks that once), and it is shallow-const: a
+/// const view of mutable data may write.
 template <class T, storage_order Order>
   requires scalar<std::remove_const_t<T>>
 class matrix_view {
@@ -31,10 +51,13 @@ class matrix_view {
   static constexpr storage_order order = Order;
   static constexpr bool is_row_major = Order == storage_order::row_major;
 
-  /// Throws shape_error when a size is negative or the stride is shorter than a row (column).
+  /// Throws shape_error when a size is negative, the stride is shorter than a row (column), or a
+  /// size or the number of elements is larger than a memory.
   matrix_view(T* data, index_t rows, index_t cols, index_t outer_stride)
       : data_(data), rows_(rows), cols_(cols), outer_stride_(outer_stride) {
-    if (rows < 0 || cols < 0 || outer_stride < inner_size()) raise_bad_shape();
+    if (rows < 0 || cols < 0 || outer_stride < inner_size() ||
+        !detail::fits_memory<T>(outer_size(), inner_size(), outer_stride))
+      raise_bad_shape();
   }
   matrix_view(T* data, index_t rows, index_t cols) : matrix_view(data, rows, cols, is_row_major ? cols : rows) {}
 
@@ -82,8 +105,8 @@ class matrix_view {
   [[noreturn]] void raise_bad_shape() const {
     detail::raise_shape("matrix_view", detail::shape_text(rows_, cols_) + " with an outer stride of " +
                                            std::to_string(outer_stride_) +
-                                           ": sizes must not be negative and the stride must cover a row (row_major) "
-                                           "or column (col_major)");
+                                           ": sizes must not be negative or larger than a memory, and the stride must "
+                                           "cover a row (row_major) or column (col_major)");
   }
 
   T* data_;

@@ -12,11 +12,13 @@
 //   rounding once, to W's scalar, nearest even: the adapters are accumulated apart from W in float (double if W or any
 //            factor is double), from zero, in the order given; then W is added. Merging two adapters in one call is not
 //            the same bits as in two calls, which round twice. An element for which all products are 0 keeps its bits.
-//   error    |result - exact| <= u_s |exact| + (1+u_s) (u |W| + gamma_{R+3} sum |s| |lora_B| |lora_A|) + eta/2, with u of
-//            the accumulator, u_s and eta (subnormal step) of W's scalar; u_s = eta = 0 where that is the accumulator; and
-//            what underflows in the accumulator (docs/numerics.md). A build for AVX512-BF16 multiplies factors of bfloat16
-//            by dot products, with the same bound but for subnormals: see smallest_in_delta (delta.hpp).
-//            unmerge(merge(W)) is not W bit for bit: each rounds; lora::linear unmerges exactly.
+//   error    |result - exact| <= u_s |exact| + (1+u_s) (u |W| + gamma_{R+3} sum |s| |lora_B|
+//            |lora_A|) + eta_s/2, with u of the accumulator, u_s and eta_s (subnormal step) of W's
+//            scalar; both 0 where that is the accumulator; s the double that is multiplied by; and
+//            what underflows in the accumulator (docs/numerics.md). A build for AVX512-BF16
+//            multiplies factors of bfloat16 by dot products, with the same bound but for
+//            subnormals: see smallest_in_delta (delta.hpp). unmerge(merge(W)) is not W bit for bit:
+//            each rounds; lora::linear unmerges exactly.
 //   cost     2 R out in FLOPs (R = sum of ranks); reads and writes W once; allocates R (in + out) accumulators, or nothing
 //            in a workspace that is large enough, never a matrix of W's size (merged: the result). merge_checked runs the
 //            arithmetic twice at most.
@@ -67,6 +69,7 @@ tally subtract_update(const rank_update<Acc, Order, Columns, Dots>& update, cons
 
 template <class M, class... L>
 merge_report merge_signed(workspace& space, const char* operation, double sign, M& W, const L&... l) {
+  const default_environment environment;
   if constexpr (is_packed_weight<M>) {
     const auto update = update_for(space, operation, sign, W, l...);
     return update.rank() == 0 ? merge_report{} : merge_report{write_panels(update, W, W).became_nonfinite};
@@ -117,6 +120,7 @@ merge_report unmerge(M&& W, const L&... l) {
 template <class M, class... L>
   requires detail::mergeable<M> && (detail::adapters<L> && ...)
 auto merged(const M& W, const L&... l) {
+  const detail::default_environment environment;
   workspace space;
   if constexpr (detail::is_packed_weight<M>) {
     const auto update = detail::update_for(space, "merged", detail::merging, W, l...);
@@ -133,7 +137,7 @@ auto merged(const M& W, const L&... l) {
     Eigen::Matrix<value, Eigen::Dynamic, Eigen::Dynamic, options> result(weight.rows(), weight.cols());
     const auto destination = as_matrix(result);
     if (update.rank() == 0) {
-      for (index_t k = 0; k < weight.outer_size(); ++k)
+      for (index_t k = 0; weight.inner_size() != 0 && k < weight.outer_size(); ++k)
         std::copy_n(weight.outer(k), weight.inner_size(), destination.outer(k));
     } else {
       using sink = detail::rounding_sink<detail::bare<decltype(update)>, accumulator_t<value, L...>, value, view::order,
@@ -149,6 +153,7 @@ template <class M, class... L>
   requires detail::mergeable<M> && (detail::adapters<L> && ...)
 void merge_checked(workspace& space, M&& W, const L&... l) {
   detail::refuse_temporary<M>();
+  const detail::default_environment environment;
   const auto judge = [](const detail::tally& seen, index_t size) {
     if (seen.nonfinite != 0)
       detail::raise_value("merge_checked", std::to_string(seen.nonfinite) + " of " + std::to_string(size) +

@@ -48,11 +48,12 @@ class packed_adapter {
     return *this;
   }
   ~packed_adapter() = default;
-  /// Packs an adapter (or a scaled one, with its strength). Exact where F holds the factors' scalar. Where F is narrower,
-  /// each element of a factor rounds once: a relative change of at most u_F of every |A| and |B|, so delta weights change
-  /// by at most (2 u_F + u_F^2) sum |s| |B| |A| (u_F = 2^-8 for bfloat16, 2^-11 for float16; values below the format's
-  /// normal range lose more). Throws shape_error and value_error as the verbs, and value_error for a finite element that F
-  /// does not hold.
+  /// Packs an adapter (or a scaled one, with its strength). Exact where F holds the factors'
+  /// scalar. Where F is narrower, each element of a factor rounds once: a relative change of at
+  /// most u_F of every |A| and |B|, so delta weights change by at most (2 u_F + u_F^2) sum |s| |B|
+  /// |A| (u_F = 2^-8 for bfloat16, 2^-11 for float16; values below the format's normal range lose
+  /// half its subnormal step: docs/numerics.md). Throws shape_error and value_error as the verbs,
+  /// and value_error for a finite element that F does not hold.
   ///
   /// U_format::factors, for bfloat16: each output changes by at most u_F (1 + gamma) sum |s| |lora_B| |lora_A| |x| more, with
   /// u_F = 2^-8, and what underflows in bfloat16. A build for AVX512-BF16 then multiplies lora_B * U by dot products, too, in
@@ -84,6 +85,7 @@ class packed_adapter {
   struct pack_tag {};
   template <low_rank L>
   packed_adapter(const L& l, pack_tag) {
+    const detail::default_environment environment;
     const auto& lora_A = l.lora_A();
     const auto& lora_B = l.lora_B();
     out_features_ = as_matrix(lora_B).rows();
@@ -101,7 +103,7 @@ class packed_adapter {
   template <class V>
   static void refuse_overflow(const char* factor, const V& view) {
     if constexpr (!detail::holds_exactly<F, typename V::value_type>)
-      for (index_t i = 0; i < view.rows(); ++i)
+      for (index_t i = 0; view.cols() != 0 && i < view.rows(); ++i)
         for (index_t k = 0; k < view.cols(); ++k)
           if (detail::is_finite(view(i, k)) && !detail::is_finite(detail::converted<F>(view(i, k))))
             detail::raise_value("packed_adapter", "element " + std::to_string(i) + ", " + std::to_string(k) + " of " +
@@ -124,28 +126,37 @@ class packed_adapter {
 template <low_rank L>
 packed_adapter(const L&) -> packed_adapter<accumulator_t<L>>;
 
-/// w * (a packed adapter); looks at it.
+/// w * (a packed adapter). Holds a pointer to it: the packed adapter must outlive this.
 template <scalar F>
-struct scaled_packed_adapter {
-  const packed_adapter<F>* adapter;
-  double weight;
+class scaled_packed_adapter {
+ public:
+  /// Throws value_error when the weight is not finite.
+  scaled_packed_adapter(double weight, const packed_adapter<F>& adapter) : adapter_(&adapter), weight_(weight) {
+    if (!detail::is_finite(weight)) detail::raise_value("scaled", "the weight is not finite");
+  }
+  scaled_packed_adapter(double weight, const packed_adapter<F>&& adapter) = delete;  // it would look at a temporary
 
-  double scaling() const { return weight * adapter->scaling(); }
-  index_t rank() const { return adapter->rank(); }
-  index_t out_features() const { return adapter->out_features(); }
-  index_t in_features() const { return adapter->in_features(); }
+  const packed_adapter<F>& adapter() const { return *adapter_; }
+  double weight() const { return weight_; }
+  double scaling() const { return weight_ * adapter_->scaling(); }
+  index_t rank() const { return adapter_->rank(); }
+  index_t out_features() const { return adapter_->out_features(); }
+  index_t in_features() const { return adapter_->in_features(); }
+
+ private:
+  const packed_adapter<F>* adapter_;
+  double weight_;
 };
 
 /// As scaled(w, adapter): the packed adapter must outlive the result. Throws value_error when the weight is not finite.
 template <scalar F>
 scaled_packed_adapter<F> scaled(double weight, const packed_adapter<F>& adapter) {
-  if (!detail::is_finite(weight)) detail::raise_value("scaled", "the weight is not finite");
-  return {&adapter, weight};
+  return scaled_packed_adapter<F>(weight, adapter);
 }
 /// Strengths multiply.
 template <scalar F>
 scaled_packed_adapter<F> scaled(double weight, const scaled_packed_adapter<F>& adapter) {
-  return scaled(weight * adapter.weight, *adapter.adapter);
+  return scaled_packed_adapter<F>(weight * adapter.weight(), adapter.adapter());
 }
 template <scalar F>
 void scaled(double weight, const packed_adapter<F>&& adapter) = delete;  // the result would look at a temporary
@@ -168,7 +179,7 @@ const packed_adapter<F>& adapter_of(const packed_adapter<F>& l) {
 }
 template <class F>
 const packed_adapter<F>& adapter_of(const scaled_packed_adapter<F>& l) {
-  return *l.adapter;
+  return l.adapter();
 }
 template <packed_factors L>
 using packed_scalar = typename bare<decltype(adapter_of(std::declval<const L&>()))>::value_type;

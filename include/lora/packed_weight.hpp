@@ -59,7 +59,8 @@ class packed_weight {
   /// Elements that are not set, for who writes all of them at once; the padding is zero.
   static packed_weight unfilled(index_t out_features, index_t in_features) {
     constexpr index_t most = std::numeric_limits<index_t>::max() / static_cast<index_t>(2 * width * sizeof(T));
-    if (out_features < 0 || in_features < 0 || (out_features > 0 && in_features > most / out_features))
+    if (out_features < 0 || in_features < 0 || std::max(out_features, in_features) > detail::most_extent ||
+        (out_features > 0 && in_features > most / out_features))
       detail::raise_shape("packed_weight", detail::shape_text(out_features, in_features) +
                                                ": a size is negative, or there are more elements than memory can hold");
     packed_weight result;
@@ -147,6 +148,7 @@ class packed_weight {
   }
 
   void clear_padding() {
+    if (elements_.size() == 0) return;
     T* const elements = elements_.data();
     if (count() != 0 && out_features_ % width != 0) std::fill_n(elements + (count() - 1) * panel(), panel(), T(0));
     const index_t rest = in_features_ % detail::depth_group<T>;
@@ -158,6 +160,7 @@ class packed_weight {
   /// work(panel, first output, outputs) on the threads that would multiply by it, so that memory of its own lies near them.
   template <class Work>
   void each_panel(const Work& work) const {
+    if (elements_.size() == 0) return;  // any number of outputs may have no element
     detail::parallel(detail::threads_for(static_cast<double>(elements_.size())), [&](const detail::team& team) {
       team.for_each(count(), [&](index_t p) { work(p, p * width, std::min(width, out_features_ - p * width)); });
     });

@@ -8,9 +8,12 @@
 // Initializations of LoRA that also change the base subtract such a part from it. Given the base as it was published, the part
 // can be computed again, and an adapter of the changed base becomes a plain adapter of the published one: its delta minus the
 // part (peft::converted). Computed in double, from W widened exactly.
-//   exact    no: |B * A - exact| is of the order of 1e-15 |W|_2 sqrt(in). Signs of singular vectors and of Q cancel in B * A.
-//            Unique where the r-th and the next singular value differ (principal, smallest), or the first r columns are
-//            linearly independent (leading).
+//   error    B * A is the part of a W + E, with |E| of the order of 2^-53 |W| times the sizes. From
+//            W's own part it is as far as |E| times the condition number of the first r columns
+//            (leading), or about sigma / (sigma - sigma') of the two singular values between which
+//            the part is cut (principal, smallest): nearly dependent columns, or nearly equal
+//            values, lose digits. Unique where those columns are independent, or those values
+//            differ. Signs of vectors and of Q cancel in B * A.
 //   shapes   W out x in; B out x r, A r x in
 //   cost     a full singular value decomposition, O(out in min(out, in)), or a QR of r columns
 //   throws   value_error when r is not in [0, min(out, in)] or W is not finite.
@@ -25,6 +28,7 @@
 
 #include "lora/concepts.hpp"
 #include "lora/detail/convert.hpp"
+#include "lora/detail/environment.hpp"
 #include "lora/error.hpp"
 #include "lora/matrix_view.hpp"
 
@@ -44,7 +48,7 @@ Eigen::MatrixXd checked(const char* operation, const M& W, index_t rank) {
     detail::raise_value(operation,
                         "rank " + std::to_string(rank) + " of a weight " + detail::shape_text(view.rows(), view.cols()));
   Eigen::MatrixXd result(view.rows(), view.cols());
-  for (index_t j = 0; j < view.cols(); ++j)
+  for (index_t j = 0; view.rows() != 0 && j < view.cols(); ++j)
     for (index_t i = 0; i < view.rows(); ++i) {
       if (!detail::is_finite(view(i, j))) detail::raise_value(operation, "the weight holds a value that is not finite");
       result(i, j) = detail::widen<double>(view(i, j));
@@ -67,12 +71,14 @@ low_rank_part components(const M& W, index_t first, index_t count) {
 template <class M>
   requires matrix_like<M>
 low_rank_part principal_part(const M& W, index_t rank) {
+  const detail::default_environment environment;
   return residual_detail::components(residual_detail::checked("principal_part", W, rank), 0, rank);
 }
 
 template <class M>
   requires matrix_like<M>
 low_rank_part smallest_part(const M& W, index_t rank) {
+  const detail::default_environment environment;
   const auto values = residual_detail::checked("smallest_part", W, rank);
   return residual_detail::components(values, std::min(values.rows(), values.cols()) - rank, rank);
 }
@@ -80,7 +86,9 @@ low_rank_part smallest_part(const M& W, index_t rank) {
 template <class M>
   requires matrix_like<M>
 low_rank_part leading_part(const M& W, index_t rank) {
+  const detail::default_environment environment;
   const auto values = residual_detail::checked("leading_part", W, rank);
+  if (rank == 0) return {Eigen::MatrixXd(values.rows(), 0), Eigen::MatrixXd(0, values.cols())};
   const Eigen::HouseholderQR<Eigen::MatrixXd> qr(values.leftCols(rank));
   const Eigen::MatrixXd Q = qr.householderQ() * Eigen::MatrixXd::Identity(values.rows(), rank);
   return {Q, Q.transpose() * values};

@@ -13,6 +13,10 @@
 //            itself is a chain over the ranks here, while torch's order of summation is not specified: D agrees with torch's
 //            within gamma_{r+2} * |s| |B| |A|, and bit for bit where no step rounds (for factors of bfloat16: and nothing is
 //            subnormal, see smallest_in_delta).
+//   error    of one adapter |result - exact| <= u_s |exact| + (1+u_s) (e_D + u (|W| + |D| + e_D)) +
+//            eta_s/2, with e_D the error of D: t + u_F (|D| + t) + eta_F/2, t = gamma_{r+2} |s| |B|
+//            |A| + eta (|s| r + 1), F the format of B. peft_safe rounds D to W's format, too.
+//            Several adapters add up (docs/numerics.md).
 //   drift    peft adds D and subtracts round(D), so a weight in 16 bits moves a little with each merge and unmerge;
 //            lora::linear gives the base back bit for bit.
 //   shapes, aliasing, throws   as merge (merge.hpp); but std::bad_alloc may come after some rows are written
@@ -47,7 +51,7 @@ namespace rounding_detail {
 template <class View, class D, class Step>
 std::size_t each_element(const View& W, const D& delta, const Step& step) {
   std::size_t became_nonfinite = 0;
-  for (index_t i = 0; i < W.rows(); ++i)
+  for (index_t i = 0; W.cols() != 0 && i < W.rows(); ++i)
     for (index_t j = 0; j < W.cols(); ++j) {
       auto& element = W(i, j);
       const bool was_finite = lora::detail::is_finite(element);
@@ -88,7 +92,7 @@ auto stored_delta(const L& l, index_t row, index_t rows) {
 
 template <class View, class L>
 std::size_t step(const View& W, const L& l, bool delta_first, double sign) {
-  if (!lora::detail::is_read(l)) return 0;
+  if (!lora::detail::is_read(l) || W.cols() == 0) return 0;
   using value = typename View::value_type;
   constexpr index_t block = 64;
   std::size_t became_nonfinite = 0;
@@ -115,6 +119,7 @@ template <rounding_policy P, class M, class... L>
   requires matrix_like<M> && (detail::adapters<L> && ...)
 merge_report merge(P, M&& W, const L&... l) {
   detail::refuse_temporary<M>();
+  const detail::default_environment environment;
   const auto weight = detail::output_view(W);
   const auto each = detail::each_of(l...);
   rounding_detail::check("merge", weight, each);
@@ -130,6 +135,7 @@ template <rounding_policy P, class M, class... L>
   requires matrix_like<M> && (detail::adapters<L> && ...)
 merge_report unmerge(P, M&& W, const L&... l) {
   detail::refuse_temporary<M>();
+  const detail::default_environment environment;
   const auto weight = detail::output_view(W);
   const auto each = detail::each_of(l...);
   rounding_detail::check("unmerge", weight, each);
@@ -151,6 +157,7 @@ template <rounding_policy P, class M, class D>
   requires matrix_like<M> && matrix_like<D>
 merge_report add_delta(P, M&& W, const D& delta) {
   detail::refuse_temporary<M>();
+  const detail::default_environment environment;
   const auto weight = detail::output_view(W);
   using value = typename std::remove_const_t<decltype(weight)>::value_type;
   const auto from = as_matrix(delta);
@@ -168,6 +175,7 @@ template <class M, class D>
   requires matrix_like<M> && matrix_like<D>
 merge_report subtract_delta(M&& W, const D& delta) {
   detail::refuse_temporary<M>();
+  const detail::default_environment environment;
   const auto weight = detail::output_view(W);
   using value = typename std::remove_const_t<decltype(weight)>::value_type;
   const auto from = as_matrix(delta);

@@ -9,10 +9,16 @@
 //   shapes   W vocabulary x features, as PyTorch stores it; lora_A rank x vocabulary, lora_B features x rank (PEFT's
 //            lora_embedding_A and _B): the delta weight is features x vocabulary, and merge(W.transpose(), l) merges it.
 //            ids is a range of integers, one for each token; y features x tokens.
-//   rounding once, to y's scalar: the sum over the stacked ranks is a chain of multiply-adds from zero in float (double if W, y
-//            or a factor is double), with s folded into lora_B; W's row is added, then the sum is multiplied by c.
-//   error    |result - exact| <= u_y |exact| + (1+u_y) |c| (gamma_3 |W row| + gamma_{R+5} sum |s| |lora_B| |lora_A column|) +
-//            eta_y/2; exact without adapters where y holds W's scalar and c = 1.
+//   rounding once, to y's scalar: the sum over the stacked ranks is a chain of multiply-adds from
+//            zero in float (double if W, y or a factor is double), with s folded into lora_B; W's
+//            row is added, then the sum is multiplied by c: in that accumulator, or in double where
+//            it does not hold c as a normal number.
+//   error    |result - exact| <= u_y |exact| + (1+u_y) (|c| (gamma_3 |W row| + gamma_{R+5} sum |s|
+//            |lora_B| |lora_A column|) + underflow) + eta_y/2, underflow = |c| eta (R + 1 + sum
+//            over ranks of |lora_A column|) + eta; the names are those of docs/numerics.md. Exact
+//            without adapters where y holds W's scalar and c = 1. apply(ids, y, replaced, c): u_y
+//            |exact| + (1+u_y) (gamma_2 |exact| + eta) + eta_y/2; with c = 1 one rounding.
+//   overflow y holds the infinity; merge(W, replaced) counts the elements that became infinite.
 //   cost     2 R features FLOPs per token; allocates R (features + tokens) accumulators.
 //   aliasing y must not overlap W, the replaced rows or a factor: shape_error.
 //   throws   value_error for an id outside the vocabulary, shape_error, value_error (scaling not finite), before anything is
@@ -22,9 +28,11 @@
 
 #include <Eigen/Core>
 #include <algorithm>
+#include <cmath>
 #include <concepts>
 #include <cstdint>
 #include <iterator>
+#include <limits>
 #include <numeric>
 #include <span>
 #include <string>
@@ -34,6 +42,7 @@
 
 #include "lora/adapter.hpp"
 #include "lora/detail/operands.hpp"
+#include "lora/merge.hpp"
 #include "lora/through.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
@@ -116,6 +125,29 @@ std::vector<index_t> checked_ids(const char* operation, const R& ids, index_t vo
   return result;
 }
 
+/// Multiplies by an embedding's constant c and rounds to T. In the accumulator where c is a normal
+/// number of it, or 0; else in double, where neither c nor the product is lost.
+template <class T, class Acc>
+class times_constant {
+ public:
+  explicit times_constant(double c) : c_(c), held_(is_held(std::abs(c))) {}
+  T operator()(Acc value) const {
+    if (c_ == 1.0) return detail::narrow<T>(value);
+    if (held_) return detail::narrow<T>(value * static_cast<Acc>(c_));
+    return detail::narrow<T>(static_cast<double>(value) * c_);
+  }
+
+ private:
+  static bool is_held(double magnitude) {
+    using limits = std::numeric_limits<Acc>;
+    return magnitude == 0 ||
+           (magnitude >= static_cast<double>(limits::min()) && magnitude <= static_cast<double>(limits::max()));
+  }
+
+  double c_;
+  bool held_;
+};
+
 inline void check_y(const char* operation, index_t rows, index_t cols, index_t features, std::size_t tokens) {
   if (rows != features || cols != static_cast<index_t>(tokens))
     detail::raise_shape(operation, "y is " + detail::shape_text(rows, cols) + ", not features x tokens, which is " +
@@ -144,6 +176,7 @@ through_detail::expansion<Acc> gather(const char* operation, const Each& each, c
 
 template <class W, class R, class Y, class... L>
 void run(const W& weight, double scale, const R& ids, Y& y, const L&... l) {
+  const detail::default_environment environment;
   const auto to = detail::output_view(y);
   using value = typename std::remove_const_t<decltype(to)>::value_type;
   using acc = accumulator_t<typename W::value_type, value, L...>;
@@ -153,11 +186,11 @@ void run(const W& weight, double scale, const R& ids, Y& y, const L&... l) {
   detail::refuse_overlap("rows", "y", to, "W", weight);
   detail::refuse_factor_overlap("rows", "y", to, each);
   const auto sum = gather<acc>("rows", each, tokens, weight.cols(), weight.rows());
+  const times_constant<value, acc> scaled(scale);
   sum.run(to, [&](value& element, acc delta, index_t i, index_t t) {
     const acc base = detail::widen<acc>(weight(tokens[static_cast<std::size_t>(t)], i));
     // Not base + 0 * ...: without an adapter the row passes through bit for bit.
-    const acc total = sum.B.cols() == 0 ? base : base + delta;
-    element = detail::narrow<value>(scale == 1.0 ? total : total * static_cast<acc>(scale));
+    element = scaled(sum.B.cols() == 0 ? base : base + delta);
   });
 }
 
@@ -175,12 +208,15 @@ void rows(const M& W, const R& ids, Y&& y, const L&... l) {
     rows_detail::run(as_matrix(W), 1.0, ids, y, l...);
 }
 
-/// W(id, :) := the trained row, for every replaced id; exact where W's scalar holds the values, else one rounding. W is
-/// vocabulary x features. Throws value_error for an id outside W, shape_error; then nothing is written.
+/// W(id, :) := the trained row, for every replaced id; exact where W's scalar holds the values,
+/// else one rounding. W is vocabulary x features. Reports the elements that were finite and no
+/// longer are: of values that W's scalar cannot hold. Throws value_error for an id outside W,
+/// shape_error; then nothing is written.
 template <class M, scalar T>
   requires matrix_like<M>
-void merge(M&& W, const replaced_rows<T>& replaced) {
+merge_report merge(M&& W, const replaced_rows<T>& replaced) {
   detail::refuse_temporary<M>();
+  const detail::default_environment environment;
   const auto weight = detail::output_view(W);
   using value = typename std::remove_const_t<decltype(weight)>::value_type;
   rows_detail::checked_ids("merge", replaced.ids(), weight.rows());
@@ -188,30 +224,36 @@ void merge(M&& W, const replaced_rows<T>& replaced) {
     detail::raise_shape("merge", "W has " + std::to_string(weight.cols()) + " features and the replaced rows " +
                                      std::to_string(replaced.features()) + "; W must be vocabulary x features");
   detail::refuse_overlap("merge", "W", weight, "the replaced rows", as_matrix(replaced.values()));
+  merge_report report;
   for (std::size_t k = 0; k < replaced.ids().size(); ++k)
-    for (index_t j = 0; j < weight.cols(); ++j)
-      weight(replaced.ids()[k], j) =
-          detail::narrow<value>(detail::widen<accumulator_t<value, T>>(replaced.values()(static_cast<index_t>(k), j)));
+    for (index_t j = 0; j < weight.cols(); ++j) {
+      value& element = weight(replaced.ids()[k], j);
+      const bool was_finite = detail::is_finite(element);
+      element = detail::narrow<value>(detail::widen<accumulator_t<value, T>>(replaced.values()(static_cast<index_t>(k), j)));
+      if (was_finite && !detail::is_finite(element)) ++report.became_nonfinite;
+    }
+  return report;
 }
 
-/// y(:, t) := scale * the trained row where ids[t] is replaced: what rows() gives on a W into which they were merged, for a
-/// base that is not touched. Throws shape_error.
+/// y(:, t) := scale * the trained row where ids[t] is replaced: what rows() gives on a W into which
+/// they were merged, for a base that is not touched. One rounding, and one more for each of scale
+/// and its product where scale is not 1. Throws shape_error, value_error when scale is not finite.
 template <class R, class Y, scalar T>
   requires token_range<R> && activations<Y>
 void apply(const R& ids, Y&& y, const replaced_rows<T>& replaced, double scale = 1.0) {
   detail::refuse_temporary<Y>();
+  const detail::default_environment environment;
+  if (!detail::is_finite(scale)) detail::raise_value("apply", "the scale is not finite");
   const auto to = detail::output_view(y);
   using value = typename std::remove_const_t<decltype(to)>::value_type;
   using acc = accumulator_t<value, T>;
   rows_detail::check_y("apply", to.rows(), to.cols(), replaced.features(), std::size(ids));
   detail::refuse_overlap("apply", "y", to, "the replaced rows", as_matrix(replaced.values()));
+  const rows_detail::times_constant<value, acc> scaled(scale);
   index_t t = 0;
   for (const auto id : ids) {
     const index_t k = std::in_range<index_t>(id) ? replaced.find(static_cast<index_t>(id)) : -1;
-    for (index_t i = 0; k >= 0 && i < to.rows(); ++i) {
-      const acc row = detail::widen<acc>(replaced.values()(k, i));
-      to(i, t) = detail::narrow<value>(scale == 1.0 ? row : row * static_cast<acc>(scale));
-    }
+    for (index_t i = 0; k >= 0 && i < to.rows(); ++i) to(i, t) = scaled(detail::widen<acc>(replaced.values()(k, i)));
     ++t;
   }
 }

@@ -60,9 +60,11 @@ class scaled_adapter {
 template <class L>
 inline constexpr bool enable_adapter_view<scaled_adapter<L>> = true;
 
-/// The adapter at weight times its own scaling; nothing is copied or computed. Weights multiply when nested. An adapter
-/// whose resulting scaling is 0 is not read by any verb (NaN in its factors then does no harm). Weight is any finite
-/// number, negative too: -1 subtracts. Throws value_error otherwise. A temporary owner is refused at compile time.
+/// The adapter at weight times its own scaling; nothing is copied or computed. Weights multiply
+/// when nested, in double, with one rounding each: the bounds of the verbs count from the product.
+/// An adapter whose resulting scaling is 0 is not read by any verb (NaN in its factors then does no
+/// harm). Weight is any finite number, negative too: -1 subtracts. Throws value_error otherwise. A
+/// temporary owner is refused at compile time.
 template <class L>
   requires low_rank<L>
 auto scaled(double weight, L&& adapter) {

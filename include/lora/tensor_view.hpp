@@ -6,7 +6,6 @@
 
 #include <array>
 #include <cstddef>
-#include <limits>
 #include <span>
 #include <string>
 #include <type_traits>
@@ -17,9 +16,10 @@
 
 namespace lora::inline LORA_DETAIL_ABI {
 
-/// A packed row-major tensor of Rank dimensions. Invariant: no extent is negative and the number of elements fits
-/// index_t. T is const for a read-only view. Not an owner, and without strides: a slice along the first dimension is again
-/// packed, one along any other is not offered.
+/// A packed row-major tensor of Rank dimensions. Invariant: no extent is negative, and the product
+/// of those that are not 0 is no larger than a memory. T is const for a read-only view. Not an
+/// owner, and without strides: a slice along the first dimension is again packed, one along any
+/// other is not offered.
 template <class T, std::size_t Rank>
   requires scalar<std::remove_const_t<T>> && (Rank >= 1)
 class tensor_view {
@@ -27,7 +27,8 @@ class tensor_view {
   using value_type = std::remove_const_t<T>;
   using shape_type = std::array<index_t, Rank>;
 
-  /// Throws shape_error when an extent is negative, the product overflows, or the span holds fewer elements.
+  /// Throws shape_error when an extent is negative, the product is larger than a memory, or the
+  /// span holds fewer elements.
   tensor_view(std::span<T> values, const shape_type& shape) : data_(values.data()), shape_(shape) {
     const index_t needed = checked_size(shape);
     if (needed > static_cast<index_t>(values.size()))
@@ -63,7 +64,7 @@ class tensor_view {
 
  private:
   static index_t checked_size(const shape_type& shape) {
-    constexpr index_t largest = std::numeric_limits<index_t>::max();
+    constexpr index_t largest = detail::most_extent;  // of one dimension of matrix()
     index_t product = 1;
     bool empty = false;
     for (const index_t extent : shape) {

@@ -10,8 +10,11 @@
 //   rounding once, to y's scalar: the sum over the stacked ranks is a chain of multiply-adds from zero in float (double if y
 //            or a factor is double), with s folded into lora_B; then y is added. down must not return double where that is
 //            float: it does not compile.
-//   error    |result - exact| <= u_y |exact| + (1+u_y) (u |y| + gamma_{R+3} sum |s| |lora_B| |U|) + eta_y/2 beside the error
-//            of U = down(lora_A) itself; the names are those of docs/numerics.md.
+//   error    |result - exact| <= u_y |exact| + (1+u_y) (u |y| + gamma_{R+3} sum |s| |lora_B| |U| +
+//            underflow) + eta_y/2 beside the error of U = down(lora_A) itself; underflow = eta (R +
+//            1 + sum over ranks of |U|); the names are those of docs/numerics.md. down runs in the
+//            caller's floating-point mode, all else in the default one.
+//   overflow counted nowhere: y holds the infinity.
 //   cost     2 R out FLOPs per position beside down; allocates R (out + positions) accumulators.
 //   aliasing y must not overlap lora_B: shape_error; and not what down reads.
 //   throws   shape_error, value_error (scaling not finite), before anything is written; what down throws.
@@ -50,6 +53,7 @@ struct expansion {
   /// finish(y element, sum, output, column) for every element of y, in blocks of columns.
   template <class Y, class Finish>
   void run(const Y& y, const Finish& finish) const {
+    if (y.rows() == 0) return;  // for any number of columns
     constexpr index_t block = 256;
     // The first block is the largest: what it does not allocate no later one does, and nothing is written before.
     matrix<Acc> all(B.rows(), std::min(block, y.cols()));
@@ -87,6 +91,7 @@ expansion<Acc> expand(const char* operation, const Down& down, const Each& each,
     const auto& lora_A = l.lora_A();
     const auto& lora_B = l.lora_B();
     const auto& held = down(as_matrix(lora_A));
+    const lora::detail::default_environment environment;  // not for down, which is the caller's
     const auto U = as_matrix(held);
     static_assert(lora::detail::holds_exactly<Acc, typename std::remove_const_t<decltype(U)>::value_type>,
                   "lora::apply_through: down(lora_A) returns double where y and the factors are narrower: return float");
@@ -95,7 +100,7 @@ expansion<Acc> expand(const char* operation, const Down& down, const Each& each,
                                                ", not rank x positions, which is " +
                                                lora::detail::shape_text(static_cast<index_t>(l.rank()), columns));
     result.set_B(at, as_matrix(lora_B), static_cast<double>(l.scaling()));
-    for (index_t j = 0; j < columns; ++j)
+    for (index_t j = 0; U.rows() != 0 && j < columns; ++j)
       for (index_t i = 0; i < U.rows(); ++i) result.U(at + i, j) = lora::detail::widen<Acc>(U(i, j));
     at += U.rows();
   });
@@ -115,6 +120,7 @@ void apply_through(const Down& down, Y&& y, const L&... l) {
   const auto each = detail::each_of(l...);
   detail::refuse_factor_overlap("apply_through", "y", to, each);
   const auto sum = through_detail::expand<acc>("apply_through", down, each, to.rows(), to.cols());
+  const detail::default_environment environment;
   sum.run(to, [](value& element, acc delta, index_t, index_t) {
     element = detail::narrow<value>(detail::widen<acc>(element) + delta);
   });

@@ -108,14 +108,8 @@ tensor<T> there_and_back(runner<T>& run, const std::string& tensor_name, const s
   const auto view = lora::as_matrix(W);
   if (decomposed(entries)) {
     const auto layer = lora::attach(view, entries);
-    const bool in_out = first.fan_in_fan_out() || first.kind() == peft::entry_kind::embedding;
-    if (in_out) {
-      lora::merge(view.transpose(), layer);
-      lora::unmerge(view.transpose(), layer);
-    } else {
-      lora::merge(view, layer);
-      lora::unmerge(view, layer);
-    }
+    lora::merge(view, layer);  // as it is stored
+    lora::unmerge(view, layer);
   } else if (!first.lora_bias().empty()) {
     auto& bias = all.at(first.bias_name()).values;
     lora::merge(view, bias, entries);

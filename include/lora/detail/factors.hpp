@@ -53,6 +53,7 @@ struct factor_layout {
 /// Packs both factors. F may be narrower than the factors' scalars: then each element rounds once.
 template <class Acc, class F, low_rank L>
 void pack_factors(const factor_layout<Acc, F>& where, const L& l, F* A, F* B) {
+  if (where.rank == 0) return;  // whatever the sizes of the weight
   const auto& lora_A = l.lora_A();
   const auto& lora_B = l.lora_B();
   const auto a = as_matrix(lora_A);

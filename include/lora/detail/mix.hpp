@@ -45,6 +45,7 @@ void repack_factors(const factor_layout<Acc, Acc>& where, const packed_adapter<F
   using own = accumulator_t<F>;
   const auto from = l.where();
   constexpr index_t width = tile_cols<Acc>, own_width = tile_cols<own>;
+  if (where.rank == 0) return;  // whatever the sizes of the weight
   std::fill_n(A, where.A_size(), Acc(0));
   std::fill_n(B, where.B_size(), Acc(0));
   for (index_t r = 0; r < where.rank; ++r)

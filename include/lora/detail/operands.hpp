@@ -133,10 +133,11 @@ void check_adapter(const char* operation, const L& l, index_t out_features, inde
     check_factors(operation, l, out_features, in_features);
 }
 
-/// Whether the adapter takes part: at scaling 0 its factors are not read.
+/// Whether the adapter takes part: at scaling 0 its factors are not read. By the bits, in every
+/// floating-point mode.
 template <class L>
 bool is_read(const L& l) {
-  return static_cast<double>(l.scaling()) != 0.0;
+  return !is_zero(static_cast<double>(l.scaling()));
 }
 
 /// Checks every adapter and adds up the ranks of those that take part.

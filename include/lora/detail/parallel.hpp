@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "lora/concepts.hpp"
+#include "lora/detail/environment.hpp"
 
 #if defined(_OPENMP)
 #include <omp.h>
@@ -67,18 +68,23 @@ inline int threads_for(double multiply_adds) {
 #endif
 }
 
-/// region(team) on every thread. region must not throw. One thread needs no region of OpenMP, which would allocate (and end
-/// the program where it cannot), and whose loops would bind to a region of the caller.
+/// region(team) on every thread, each in the default floating-point mode. region must not throw.
+/// One thread needs no region of OpenMP, which would allocate (and end the program where it
+/// cannot), and whose loops would bind to a region of the caller.
 template <class Region>
 void parallel(int threads, const Region& region) {
 #if defined(_OPENMP)
   if (threads > 1) {
 #pragma omp parallel num_threads(threads)
-    region(team(omp_get_thread_num(), omp_get_num_threads()));
+    {
+      const default_environment environment;
+      region(team(omp_get_thread_num(), omp_get_num_threads()));
+    }
     return;
   }
 #endif
   static_cast<void>(threads);
+  const default_environment environment;
   region(team(0, 1));
 }
 

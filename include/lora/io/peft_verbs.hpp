@@ -480,16 +480,20 @@ void apply_through(const Down& down, Y&& y, const E&... e) {
   peft::entry_detail::add_with_bias<acc>(to, all, run);
 }
 
-/// attach(W, entries...): W as the base stores it; see dora.hpp.
+/// attach(W, entries...): W as the base stores it; see dora.hpp. What is returned knows how that
+/// is: merge, unmerge and forward take the same W, rows an embedding's.
 template <class M, peft::entries... E>
   requires matrix_like<M> && (sizeof...(E) > 0)
 auto attach(const M& W, const E&... e) {
   const auto stored = as_matrix(W);
   const auto all = peft::entry_detail::list_of(e...);
   peft::entry_detail::check_no_bias("attach", all, "what attach returns has no place for it; mix it in with apply");
-  return peft::entry_detail::oriented("attach", stored, all, [&](const auto& view) {
+  auto layer = peft::entry_detail::oriented("attach", stored, all, [&](const auto& view) {
     return lora::attach(view, peft::entry_detail::core_with_magnitude(all));
   });
+  using peft::entry_detail::given;
+  return peft::entry_detail::common_orientation("attach", all, given::matrix) ? std::move(layer).for_in_out()
+                                                                              : std::move(layer);
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI
