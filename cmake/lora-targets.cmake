@@ -22,6 +22,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/dora.hpp
   include/lora/detail/activations.hpp
   include/lora/detail/convert.hpp
+  include/lora/detail/eigen.hpp
   include/lora/detail/factors.hpp
   include/lora/detail/huge_pages.hpp
   include/lora/detail/memory.hpp

@@ -6,13 +6,13 @@
 // Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 #pragma once
 
-#include <Eigen/Core>
 #include <string>
 #include <type_traits>
 #include <utility>
 
 #include "lora/concepts.hpp"
 #include "lora/detail/convert.hpp"
+#include "lora/detail/eigen.hpp"
 #include "lora/error.hpp"
 #include "lora/matrix_view.hpp"
 #include "lora/scaled.hpp"

@@ -14,10 +14,10 @@
 // As PEFT's get_delta_weight (huggingface/peft, tuners/lora/layer.py), which multiplies by s after the product.
 #pragma once
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <limits>
 
+#include "lora/detail/eigen.hpp"
 #include "lora/detail/update.hpp"
 #include "lora/workspace.hpp"
 

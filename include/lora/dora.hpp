@@ -27,7 +27,6 @@
 // any merge: peft#3609).
 #pragma once
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <cmath>
 #include <iterator>
@@ -39,6 +38,7 @@
 
 #include "lora/adapter.hpp"
 #include "lora/delta.hpp"
+#include "lora/detail/eigen.hpp"
 #include "lora/forward.hpp"
 #include "lora/merge.hpp"
 #include "lora/rows.hpp"

@@ -26,10 +26,10 @@
 // The arithmetic follows Hu et al., arXiv 2106.09685; PEFT's merge (tuners/lora/layer.py) rounds once per adapter instead.
 #pragma once
 
-#include <Eigen/Core>
 #include <string>
 #include <utility>
 
+#include "lora/detail/eigen.hpp"
 #include "lora/detail/sinks.hpp"
 #include "lora/packed_weight.hpp"
 #include "lora/workspace.hpp"

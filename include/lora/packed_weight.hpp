@@ -11,7 +11,6 @@
 // arithmetic of a hundred tokens, and doubles the time of one.
 #pragma once
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <bit>
 #include <cstddef>
@@ -19,6 +18,7 @@
 #include <string>
 #include <utility>
 
+#include "lora/detail/eigen.hpp"
 #include "lora/detail/memory.hpp"
 #include "lora/detail/operands.hpp"
 #include "lora/detail/panels.hpp"

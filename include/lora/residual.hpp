@@ -17,7 +17,6 @@
 // This header compiles slowly (Eigen's decompositions); nothing else of the library includes it.
 #pragma once
 
-#include <Eigen/Core>
 #include <Eigen/QR>
 #include <Eigen/SVD>
 #include <algorithm>
@@ -25,6 +24,7 @@
 
 #include "lora/concepts.hpp"
 #include "lora/detail/convert.hpp"
+#include "lora/detail/eigen.hpp"
 #include "lora/error.hpp"
 #include "lora/matrix_view.hpp"
 

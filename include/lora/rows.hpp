@@ -20,7 +20,6 @@
 // PEFT: tuners/lora/layer.py, Embedding (embed_scale); tuners/trainable_tokens.
 #pragma once
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <concepts>
 #include <cstdint>
@@ -33,6 +32,7 @@
 #include <vector>
 
 #include "lora/adapter.hpp"
+#include "lora/detail/eigen.hpp"
 #include "lora/detail/operands.hpp"
 #include "lora/through.hpp"
 

@@ -18,12 +18,12 @@
 // A 1x1 convolution with stride 1 needs none of this: apply(x, y, l) with x in_channels x positions.
 #pragma once
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "lora/detail/eigen.hpp"
 #include "lora/detail/operands.hpp"
 #include "lora/forward.hpp"
 

@@ -4,12 +4,12 @@
 // scalar of the library, so that Eigen's 16-bit types get our conversions and no kernel knows a format.
 #pragma once
 
-#include <Eigen/Core>
 #include <bit>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
 
+#include "lora/detail/eigen.hpp"
 #include "lora/float16.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
