@@ -39,6 +39,7 @@
 #include "lora/adapter.hpp"
 #include "lora/delta.hpp"
 #include "lora/detail/eigen.hpp"
+#include "lora/detail/refusals.hpp"
 #include "lora/forward.hpp"
 #include "lora/merge.hpp"
 #include "lora/rows.hpp"
@@ -182,6 +183,8 @@ class attached_dora {
   const std::vector<adapter<Acc>>& adapters() const { return adapters_; }
   index_t out_features() const { return base_scale_.size(); }
   index_t in_features() const { return in_features_; }
+  /// No adapter, or none that does anything: the verbs then leave every bit as it is.
+  bool changes_nothing() const { return adapters_.empty() && (base_scale_.array() == Acc(1)).all(); }
 
  private:
   dora_detail::column<Acc> base_scale_;
@@ -262,6 +265,7 @@ merge_report each_element(const View& W, const attached_dora<Acc>& layer, const 
   using value = typename View::value_type;
   using factor = matrix_view<const Acc, storage_order::row_major>;
   merge_report report;
+  if (layer.changes_nothing()) return report;
   for (index_t first = 0; first < W.rows(); first += block) {
     const index_t rows = std::min(block, W.rows() - first);
     std::vector<basic_adapter<factor, factor>> part;
@@ -321,9 +325,9 @@ merge_report unmerge(M&& W, const attached_dora<Acc>& layer) {
   return dora_detail::each_element(weight, layer, [](Acc w, Acc delta, Acc g) { return (w - delta) / g; });
 }
 
-/// attach and merge in one: at least one adapter has a magnitude.
+/// attach and merge in one: at least one argument is an adapter with a magnitude, or a range of such.
 template <class M, class... L>
-  requires matrix_like<M> && (attachable<L> && ...) && (weight_decomposed<L> || ...)
+  requires matrix_like<M> && (attachable<L> && ...) && ((weight_decomposed<L> || weight_decomposed_range<L>) || ...)
 merge_report merge(M&& W, const L&... l) {
   detail::refuse_temporary<M>();
   const auto weight = detail::output_view(W);
@@ -346,6 +350,7 @@ void apply(const X& x, Y&& y, const attached_dora<Acc>& layer) {
   if (to.rows() != layer.out_features())
     detail::raise_shape("apply", "y has " + std::to_string(to.rows()) + " rows and the layer " +
                                      std::to_string(layer.out_features()) + " outputs");
+  if (layer.changes_nothing()) return;
   for (index_t j = 0; j < to.cols(); ++j)
     for (index_t i = 0; i < to.rows(); ++i)
       to(i, j) = detail::narrow<value>(static_cast<acc>(layer.base_scale()(i)) * detail::widen<acc>(to(i, j)) + sums(i, j));
@@ -394,8 +399,10 @@ void rows(const M& W, const R& ids, Y&& y, const attached_dora<Acc>& layer) {
     detail::refuse_overlap("rows", "y", to, "W", weight);
     const auto each = detail::each_of(layer.adapters());
     const auto sum = rows_detail::gather<acc>("rows", each, tokens, weight.cols(), weight.rows());
+    const bool untouched = layer.changes_nothing() && scale == 1.0;
     sum.run(to, [&](value& element, acc delta, index_t i, index_t t) {
       const acc base = detail::widen<acc>(weight(tokens[static_cast<std::size_t>(t)], i));
+      if (untouched) return void(element = detail::narrow<value>(base));
       element = detail::narrow<value>((static_cast<acc>(layer.base_scale()(i)) * base + delta) * static_cast<acc>(scale));
     });
   };
@@ -418,9 +425,17 @@ void apply_through(const Down& down, Y&& y, const attached_dora<Acc>& layer) {
     detail::raise_shape("apply_through", "y has " + std::to_string(to.rows()) + " rows and the layer " +
                                              std::to_string(layer.out_features()) + " outputs");
   const auto sum = through_detail::expand<acc>("apply_through", down, each, to.rows(), to.cols());
+  if (layer.changes_nothing()) return;
   sum.run(to, [&](value& element, acc delta, index_t i, index_t) {
     element = detail::narrow<value>(static_cast<acc>(layer.base_scale()(i)) * detail::widen<acc>(element) + delta);
   });
+}
+
+/// What is no call of it gets a sentence.
+template <class... A>
+  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 1)
+auto attach(const A&...) {
+  static_assert(detail::refuse_on_weight<detail::verb::attach, A...>());
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

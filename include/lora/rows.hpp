@@ -34,6 +34,7 @@
 #include "lora/adapter.hpp"
 #include "lora/detail/eigen.hpp"
 #include "lora/detail/operands.hpp"
+#include "lora/detail/refusals.hpp"
 #include "lora/through.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
@@ -214,6 +215,13 @@ void apply(const R& ids, Y&& y, const replaced_rows<T>& replaced, double scale =
     }
     ++t;
   }
+}
+
+/// What is no call of it gets a sentence.
+template <class... A>
+  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 3)
+auto rows(const A&...) {
+  static_assert(detail::refuse_on_rows<A...>());
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

@@ -29,6 +29,9 @@ struct storage<Eigen::bfloat16> {
 };
 template <class T>
 using storage_t = typename storage<T>::type;
+/// Float, double and our 16-bit formats, and not Eigen's.
+template <class T>
+inline constexpr bool is_own_format = std::is_same_v<T, storage_t<T>>;
 
 /// Exact: Acc is float or double and at least as wide as T.
 template <class Acc, class T>
