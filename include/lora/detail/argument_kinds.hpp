@@ -77,6 +77,12 @@ concept linear_like = requires(const bare<A>& a) {
   a.packed();
   a.names();
 };
+/// peft::adapter_file.
+template <class A>
+concept file_like = !linear_like<A> && requires(const bare<A>& a) {
+  a.names();
+  a.at(*std::begin(a.names()));
+};
 template <class A>
 concept biased_like = requires(const bare<A>& a) {
   a.weight;

@@ -163,6 +163,10 @@ constexpr bool refuse_adapter() {
         never<L>,
         "lora: a packed_adapter can only be mixed, by forward and apply, because its panels do not give the factors "
         "back: pass the adapter that it was packed from");
+  } else if constexpr (file_like<L>) {
+    static_assert(never<L>,
+                  "lora: this is a whole file, and an adapter belongs to one module: for (const auto& name : file.names()) "
+                  "lora::merge(weight_of(name), file.at(name))");
   } else if constexpr (batch_like<L>) {
     static_assert(never<L>, "lora: a batch goes to lora::forward, as its last argument and alone");
   } else if constexpr (low_rank<L>) {
