@@ -32,6 +32,7 @@
 #if defined(LORA_DETAIL_AVX512) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
 #pragma GCC diagnostic push
 #pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
 #endif
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
