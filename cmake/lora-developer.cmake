@@ -17,11 +17,6 @@ endif()
 
 add_library(lora_warnings INTERFACE)
 target_compile_options(lora_warnings INTERFACE -Wall -Wextra -Wconversion -Wshadow -Werror)
-if(CMAKE_CXX_COMPILER_ID STREQUAL "GNU")
-  # False alarms of gcc 12: its own AVX-512 intrinsics where Eigen inlines them (GCC bug 105593), std::string's operator+
-  # (105651).
-  target_compile_options(lora_warnings INTERFACE -Wno-maybe-uninitialized -Wno-uninitialized -Wno-restrict)
-endif()
 
 add_library(lora_developer_plain INTERFACE)
 target_link_libraries(lora_developer_plain INTERFACE lora_io lora_warnings)

@@ -21,8 +21,10 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/delta.hpp
   include/lora/dora.hpp
   include/lora/detail/activations.hpp
+  include/lora/detail/argument_kinds.hpp
   include/lora/detail/convert.hpp
   include/lora/detail/environment.hpp
+  include/lora/detail/eigen.hpp
   include/lora/detail/factors.hpp
   include/lora/detail/huge_pages.hpp
   include/lora/detail/memory.hpp
@@ -34,6 +36,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/detail/plan.hpp
   include/lora/detail/product.hpp
   include/lora/detail/rank_product.hpp
+  include/lora/detail/refusals.hpp
   include/lora/detail/simd.hpp
   include/lora/detail/sinks.hpp
   include/lora/detail/stack.hpp

@@ -5,7 +5,6 @@
 // mistake, not rounding. Everything here is computed in double from the exact values of the operands.
 #pragma once
 
-#include <Eigen/Core>
 #include <cmath>
 #include <limits>
 #include <type_traits>

@@ -6,14 +6,15 @@
 // Hu et al., "LoRA: Low-Rank Adaptation of Large Language Models", arXiv 2106.09685.
 #pragma once
 
-#include <Eigen/Core>
 #include <string>
 #include <type_traits>
 #include <utility>
 
 #include "lora/concepts.hpp"
 #include "lora/detail/convert.hpp"
+#include "lora/detail/eigen.hpp"
 #include "lora/detail/environment.hpp"
+#include "lora/detail/refusals.hpp"
 #include "lora/error.hpp"
 #include "lora/matrix_view.hpp"
 #include "lora/scaled.hpp"
@@ -52,6 +53,23 @@ index_t checked_rank(const MatA& a, const MatB& b) {
                     shape_text<index_t>(b.rows(), b.cols()) +
                     "; lora_A must be rank x in_features and lora_B out_features x rank (swapped or transposed?)");
   return rank;
+}
+
+/// Sentences for arguments that make no adapter. They return what the constructor of a class goes on with.
+template <class A, class B, class Result>
+[[noreturn]] Result refuse_factors_of() {
+  if constexpr (!matrix_like<A>)
+    static_assert(refuse_weight<verb::factors, A>());
+  else
+    static_assert(refuse_weight<verb::factors, B>());
+}
+template <class T, class Result>
+[[noreturn]] Result refuse_scaling() {
+  static_assert(
+      never<T>,
+      "lora: an adapter needs its alpha by name, because alpha, alpha / rank and alpha / sqrt(rank) are all in use: "
+      "{.alpha = 16}, {.alpha = 16, .rule = lora::scaling_rule::rank_stabilized}, or for a number s that multiplies "
+      "lora_B * lora_A as it is {.alpha = s, .rule = lora::scaling_rule::fixed}");
 }
 
 }  // namespace detail
@@ -103,6 +121,16 @@ class adapter : public basic_adapter<detail::row_major_matrix<T>, detail::row_ma
     requires(!std::is_same_v<L, adapter>)
   explicit adapter(const L& other)
       : adapter(other.lora_A(), other.lora_B(), {.alpha = other.scaling(), .rule = scaling_rule::fixed}) {}
+
+  /// What makes no adapter gets a sentence: factors that are no matrices, a scaling without alpha, a bare number.
+  template <class A, class B>
+    requires(!(matrix_like<A> && matrix_like<B>))
+  adapter(const A&, const B&, const lora::scaling&) : base(detail::refuse_factors_of<A, B, base>()) {}
+  template <class A, class B>
+  adapter(const A&, const B&, const detail::scaling_without_alpha&) : base(detail::refuse_scaling<A, base>()) {}
+  template <class A, class B, class S>
+    requires std::is_arithmetic_v<S>
+  adapter(const A&, const B&, const S&) : base(detail::refuse_scaling<S, base>()) {}
 };
 
 template <matrix_like A, matrix_like B>
@@ -122,7 +150,7 @@ class adapter_view
   adapter_view(const adapter<T>& owner)  // NOLINT(google-explicit-constructor): as std::string_view of std::string
       : base(as_matrix(owner.lora_A()), as_matrix(owner.lora_B()), {.alpha = owner.scaling(), .rule = scaling_rule::fixed}) {
   }
-  adapter_view(const adapter<T>&&) = delete;  // it would look at a temporary
+  adapter_view(const adapter<T>&&) = delete;  // the adapter is a temporary, and the view would outlive it: name it first
 };
 
 template <class T>

@@ -22,6 +22,7 @@
 #pragma once
 
 #include "lora/detail/mix.hpp"
+#include "lora/detail/refusals.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
 namespace detail {
@@ -64,6 +65,13 @@ template <class X, class Y, class... L>
 void apply(const X& x, Y&& y, const L&... l) {
   workspace space;
   apply(space, x, std::forward<Y>(y), l...);
+}
+
+/// What is no call of it gets a sentence.
+template <class... A>
+  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 3)
+auto apply(const A&...) {
+  static_assert(detail::refuse_on_activations<detail::verb::apply, A...>());
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

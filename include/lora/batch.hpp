@@ -22,6 +22,7 @@
 
 #include "lora/detail/environment.hpp"
 #include "lora/detail/plan.hpp"
+#include "lora/detail/refusals.hpp"
 #include "lora/packed_adapter.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
@@ -35,12 +36,24 @@ struct batch_entry {
 /// The adapters of each token, in the order in which they are added to its result. Looks at the adapters, which must stay
 /// where they are and as they are until clear() (forward refuses a batch whose adapters have another rank or scaling by
 /// then). clear() keeps the memory, so that a batch that is filled again allocates nothing.
-template <scalar F>
+template <class F>
 class batch {
+  static_assert(detail::refuse_panels<F>());
+
  public:
   explicit batch(std::span<const packed_adapter<F>> adapters) : adapters_(adapters), slot_of_(adapters.size(), -1) {}
   explicit batch(const std::vector<packed_adapter<F>>& adapters) : batch(std::span(adapters)) {}
-  explicit batch(const std::vector<packed_adapter<F>>&& adapters) = delete;  // it would look at a temporary
+  explicit batch(const std::vector<packed_adapter<F>>&&) {
+    static_assert(
+        detail::never<F>,
+        "lora::batch: the vector of adapters is a temporary, and the batch would look at it: give it a name first");
+  }
+  /// What is no list of packed adapters gets a sentence.
+  template <class R>
+    requires(!std::is_convertible_v<const R&, std::span<const packed_adapter<F>>> && !std::is_same_v<R, batch>)
+  explicit batch(const R&) {
+    static_assert(detail::refuse_adapter<detail::verb::batch, R>());
+  }
   // Copied where it is moved: nothing is worth a batch that lost its tokens.
   batch(const batch&) = default;
   batch& operator=(const batch&) = default;
@@ -139,6 +152,8 @@ template <class F>
 batch(const std::vector<packed_adapter<F>>&) -> batch<F>;
 template <class F>
 batch(std::span<const packed_adapter<F>>) -> batch<F>;
+template <class R>
+batch(const R&) -> batch<float>;  // for the sentence about what is no list of packed adapters
 
 namespace detail {
 template <class F>

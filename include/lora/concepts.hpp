@@ -5,12 +5,12 @@
 // written over it.
 #pragma once
 
-#include <Eigen/Core>
 #include <concepts>
 #include <cstddef>
 #include <iterator>
 #include <type_traits>
 
+#include "lora/detail/eigen.hpp"
 #include "lora/float16.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {

@@ -16,10 +16,11 @@
 // As PEFT's get_delta_weight (huggingface/peft, tuners/lora/layer.py), which multiplies by s after the product.
 #pragma once
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <limits>
 
+#include "lora/detail/eigen.hpp"
+#include "lora/detail/refusals.hpp"
 #include "lora/detail/update.hpp"
 #include "lora/workspace.hpp"
 
@@ -97,6 +98,13 @@ auto delta_weight(const L&... l) {
   // Column-major: the update runs on the transpose, whose rows are the columns of the result.
   update.run(detail::delta_sink<decltype(update), acc>(result.data(), out_features));
   return result;
+}
+
+/// What is no call of it gets a sentence.
+template <class... A>
+  requires(!(detail::adapters<A> && ...))
+auto delta_weight(const A&...) {
+  static_assert(detail::refuse_on_adapters<detail::verb::delta_weight, A...>());
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

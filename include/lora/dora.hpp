@@ -34,7 +34,6 @@
 // any merge: peft#3609).
 #pragma once
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <cmath>
 #include <iterator>
@@ -46,6 +45,8 @@
 
 #include "lora/adapter.hpp"
 #include "lora/delta.hpp"
+#include "lora/detail/eigen.hpp"
+#include "lora/detail/refusals.hpp"
 #include "lora/forward.hpp"
 #include "lora/merge.hpp"
 #include "lora/rows.hpp"
@@ -239,6 +240,8 @@ class attached_dora {
     stored_in_out_ = true;
     return std::move(*this);
   }
+  /// No adapter, or none that does anything: the verbs then leave every bit as it is.
+  bool changes_nothing() const { return adapters_.empty() && (base_scale_.array() == Acc(1)).all(); }
 
  private:
   dora_detail::column<Acc> base_scale_;
@@ -350,6 +353,7 @@ merge_report each_element(const View& W, const attached_dora<Acc>& layer, const 
   using value = typename View::value_type;
   using factor = matrix_view<const Acc, storage_order::row_major>;
   merge_report report;
+  if (layer.changes_nothing()) return report;
   for (index_t first = 0; W.cols() != 0 && first < W.rows(); first += block) {
     const index_t rows = std::min(block, W.rows() - first);
     std::vector<basic_adapter<factor, factor>> part;
@@ -412,9 +416,9 @@ merge_report unmerge(M&& W, const attached_dora<Acc>& layer) {
   });
 }
 
-/// attach and merge in one: at least one adapter has a magnitude.
+/// attach and merge in one: at least one argument is an adapter with a magnitude, or a range of such.
 template <class M, class... L>
-  requires matrix_like<M> && (attachable<L> && ...) && (weight_decomposed<L> || ...)
+  requires matrix_like<M> && (attachable<L> && ...) && ((weight_decomposed<L> || weight_decomposed_range<L>) || ...)
 merge_report merge(M&& W, const L&... l) {
   detail::refuse_temporary<M>();
   const auto weight = detail::output_view(W);
@@ -434,6 +438,7 @@ void apply(const X& x, Y&& y, const attached_dora<Acc>& layer) {
   using acc = accumulator_t<value, Acc>;
   through_detail::matrix<acc> sums;
   sums.setZero(to.rows(), to.cols());
+  if (layer.changes_nothing()) return;
   lora::apply(input, sums, layer.adapters());
   for (index_t j = 0; to.rows() != 0 && j < to.cols(); ++j)
     for (index_t i = 0; i < to.rows(); ++i)
@@ -497,8 +502,10 @@ void rows(const M& W, const R& ids, Y&& y, const attached_dora<Acc>& layer) {
     const auto each = detail::each_of(layer.adapters());
     const auto sum = rows_detail::gather<acc>("rows", each, tokens, weight.cols(), weight.rows());
     const rows_detail::times_constant<value, acc> scaled(scale);
+    const bool untouched = layer.changes_nothing() && scale == 1.0;
     sum.run(to, [&](value& element, acc delta, index_t i, index_t t) {
       const acc base = detail::widen<acc>(weight(tokens[static_cast<std::size_t>(t)], i));
+      if (untouched) return void(element = detail::narrow<value>(base));
       element = scaled(static_cast<acc>(layer.base_scale()(i)) * base + delta);
     });
   };
@@ -521,10 +528,18 @@ void apply_through(const Down& down, Y&& y, const attached_dora<Acc>& layer) {
     detail::raise_shape("apply_through", "y has " + std::to_string(to.rows()) + " rows and the layer " +
                                              std::to_string(layer.out_features()) + " outputs");
   const auto sum = through_detail::expand<acc>("apply_through", down, each, to.rows(), to.cols());
+  if (layer.changes_nothing()) return;
   const detail::default_environment environment;
   sum.run(to, [&](value& element, acc delta, index_t i, index_t) {
     element = detail::narrow<value>(static_cast<acc>(layer.base_scale()(i)) * detail::widen<acc>(element) + delta);
   });
+}
+
+/// What is no call of it gets a sentence.
+template <class... A>
+  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 1)
+auto attach(const A&...) {
+  static_assert(detail::refuse_on_weight<detail::verb::attach, A...>());
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

@@ -34,6 +34,7 @@
 
 #include "lora/apply.hpp"
 #include "lora/batch.hpp"
+#include "lora/detail/refusals.hpp"
 #include "lora/packed_weight.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
@@ -100,6 +101,12 @@ template <class T, class V>
 auto with_bias(const packed_weight<T>& W, const V& b) {
   const auto bias = detail::checked_bias(W.out_features(), W.in_features(), b);
   return biased<const packed_weight<T>&, std::remove_const_t<decltype(bias)>>{W, bias};
+}
+/// What is no call of it gets a sentence.
+template <class... A>
+  requires(sizeof...(A) == 2)
+auto with_bias(const A&...) {
+  static_assert(detail::refuse_on_bias<A...>());
 }
 
 /// Magnitudes below this count as zero inside W * x, for elements T of W and X of x and an accumulator Acc: the smallest normal
@@ -268,6 +275,13 @@ template <class M, class X, class Y, class F>
 void forward(const M& W, const X& x, Y&& y, const batch<F>& who) {
   workspace space;
   forward(space, W, x, std::forward<Y>(y), who);
+}
+
+/// What is no call of it gets a sentence.
+template <class... A>
+  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 3)
+auto forward(const A&...) {
+  static_assert(detail::refuse_on_layer<detail::verb::forward, A...>());
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

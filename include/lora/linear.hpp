@@ -25,6 +25,7 @@
 #include <vector>
 
 #include "lora/adapter.hpp"
+#include "lora/detail/refusals.hpp"
 #include "lora/forward.hpp"
 #include "lora/merge.hpp"
 
@@ -87,9 +88,10 @@ struct attachment {
 /// and more take whole huge pages of 2 MiB, those from 16 KiB on share them (see packed_adapter).
 ///
 /// Every call that throws has changed nothing. Const calls may run at the same time; others need the object to themselves.
-template <scalar T>
-  requires std::is_same_v<T, detail::storage_t<T>>
+template <class T>
 class linear {
+  static_assert(detail::refuse_panels<T>());
+
  public:
   /// Writes the pristine base weight, row-major, again: called when the bits are needed and no copy is kept. It must give
   /// the bits of construction (a hash is checked) and may throw.
@@ -114,6 +116,13 @@ class linear {
     } else {
       copy_weight(as_matrix(base));
     }
+  }
+
+  /// What is no base gets a sentence.
+  template <class Base>
+    requires(!matrix_like<Base> && !detail::is_biased<Base> && !std::is_same_v<Base, linear>)
+  explicit linear(const Base&, reload_function = nullptr) {
+    static_assert(detail::refuse_weight<detail::verb::linear, Base>());
   }
 
   index_t out_features() const { return packed().out_features(); }
@@ -150,6 +159,12 @@ class linear {
     adapters_.emplace(name, slot{std::make_shared<const detail::attached_adapter>(
                                      detail::attached_adapter{adapter<format>(source), packed_adapter<panels>(source)}),
                                  weight, true, false});
+  }
+  /// What is no adapter gets a sentence.
+  template <class Panels = void, class L>
+    requires(!low_rank<L>)
+  void attach(const std::string&, const L&) {
+    static_assert(detail::refuse_adapter<detail::verb::linear, L>());
   }
 
   /// Takes an adapter out; if it is merged, out of the weight too. Throws value_error when the name is not attached.
@@ -250,6 +265,12 @@ class linear {
       run(std::type_identity<double>());
     else
       run(std::type_identity<acc>());
+  }
+  /// What is no call of it gets a sentence.
+  template <class... A>
+    requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 2)
+  auto forward(const A&...) const {
+    static_assert(detail::refuse_on_activations<detail::verb::linear, A...>());
   }
 
  private:
@@ -409,5 +430,7 @@ template <class Base>
 linear(const Base&) -> linear<detail::storage_t<detail::element_t<Base>>>;
 template <class W, class B>
 linear(const biased<W, B>&) -> linear<detail::storage_t<typename W::value_type>>;
+template <class Base>
+linear(const Base&) -> linear<float>;  // for the sentence about what is no base
 
 }  // namespace lora::inline LORA_DETAIL_ABI

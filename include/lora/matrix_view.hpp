@@ -15,6 +15,7 @@
 #include <utility>
 
 #include "lora/concepts.hpp"
+#include "lora/detail/refusals.hpp"
 #include "lora/error.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
@@ -44,8 +45,9 @@ constexpr bool fits_memory(index_t outer, index_t inner, index_t stride) {
 /// know the end of the buffer (row_major(span, ...) checks that once), and it is shallow-const: a
 /// const view of mutable data may write.
 template <class T, storage_order Order>
-  requires scalar<std::remove_const_t<T>>
 class matrix_view {
+  static_assert(detail::refuse_element<std::remove_const_t<T>>());
+
  public:
   using value_type = std::remove_const_t<T>;
   static constexpr storage_order order = Order;
@@ -195,15 +197,17 @@ auto eigen_view(M& m) {
 
 /// Views rows x cols adjacent scalars, row after row. Throws shape_error when the span is too short.
 template <class T, std::size_t N>
-  requires scalar<std::remove_const_t<T>>
 auto row_major(std::span<T, N> values, index_t rows, index_t cols) {
-  return detail::checked_view<storage_order::row_major, T>(values, rows, cols, "row_major");
+  static_assert(detail::refuse_element<std::remove_const_t<T>>());
+  if constexpr (scalar<std::remove_const_t<T>>)
+    return detail::checked_view<storage_order::row_major, T>(values, rows, cols, "row_major");
 }
 /// Views rows x cols adjacent scalars, column after column. Throws shape_error when the span is too short.
 template <class T, std::size_t N>
-  requires scalar<std::remove_const_t<T>>
 auto col_major(std::span<T, N> values, index_t rows, index_t cols) {
-  return detail::checked_view<storage_order::col_major, T>(values, rows, cols, "col_major");
+  static_assert(detail::refuse_element<std::remove_const_t<T>>());
+  if constexpr (scalar<std::remove_const_t<T>>)
+    return detail::checked_view<storage_order::col_major, T>(values, rows, cols, "col_major");
 }
 /// The same of a std::vector, std::array or other contiguous container that outlives the view.
 template <detail::scalar_range V>
@@ -214,27 +218,40 @@ template <detail::scalar_range V>
 auto col_major(V& values, index_t rows, index_t cols) {
   return col_major(std::span(std::data(values), std::size(values)), rows, cols);
 }
+/// A temporary container, and one of other elements, get a sentence.
+template <class V>
+  requires detail::refused_container<V>
+auto row_major(V&&, index_t, index_t) {
+  static_assert(detail::refuse_container<V>());
+}
+template <class V>
+  requires detail::refused_container<V>
+auto col_major(V&&, index_t, index_t) {
+  static_assert(detail::refuse_container<V>());
+}
 /// The same of a bare pointer: the caller vouches for its length.
 template <class T>
-  requires scalar<std::remove_const_t<T>>
 auto row_major(T* data, index_t rows, index_t cols) {
-  return matrix_view<T, storage_order::row_major>(data, rows, cols);
+  static_assert(detail::refuse_element<std::remove_const_t<T>>());
+  if constexpr (scalar<std::remove_const_t<T>>) return matrix_view<T, storage_order::row_major>(data, rows, cols);
 }
 template <class T>
-  requires scalar<std::remove_const_t<T>>
 auto col_major(T* data, index_t rows, index_t cols) {
-  return matrix_view<T, storage_order::col_major>(data, rows, cols);
+  static_assert(detail::refuse_element<std::remove_const_t<T>>());
+  if constexpr (scalar<std::remove_const_t<T>>) return matrix_view<T, storage_order::col_major>(data, rows, cols);
 }
 /// The same with a distance between rows (columns), counted in elements.
 template <class T>
-  requires scalar<std::remove_const_t<T>>
 auto row_major(T* data, index_t rows, index_t cols, index_t outer_stride) {
-  return matrix_view<T, storage_order::row_major>(data, rows, cols, outer_stride);
+  static_assert(detail::refuse_element<std::remove_const_t<T>>());
+  if constexpr (scalar<std::remove_const_t<T>>)
+    return matrix_view<T, storage_order::row_major>(data, rows, cols, outer_stride);
 }
 template <class T>
-  requires scalar<std::remove_const_t<T>>
 auto col_major(T* data, index_t rows, index_t cols, index_t outer_stride) {
-  return matrix_view<T, storage_order::col_major>(data, rows, cols, outer_stride);
+  static_assert(detail::refuse_element<std::remove_const_t<T>>());
+  if constexpr (scalar<std::remove_const_t<T>>)
+    return matrix_view<T, storage_order::col_major>(data, rows, cols, outer_stride);
 }
 /// Views an mdspan whose stride along dimension 1 (row_major) or 0 (col_major) is 1; throws shape_error otherwise.
 template <detail::mdspan_like M>

@@ -28,10 +28,11 @@
 // The arithmetic follows Hu et al., arXiv 2106.09685; PEFT's merge (tuners/lora/layer.py) rounds once per adapter instead.
 #pragma once
 
-#include <Eigen/Core>
 #include <string>
 #include <utility>
 
+#include "lora/detail/eigen.hpp"
+#include "lora/detail/refusals.hpp"
 #include "lora/detail/sinks.hpp"
 #include "lora/packed_weight.hpp"
 #include "lora/workspace.hpp"
@@ -178,6 +179,28 @@ template <class M, class... L>
 void merge_checked(M&& W, const L&... l) {
   workspace space;
   merge_checked(space, std::forward<M>(W), l...);
+}
+
+/// What is no call of these verbs gets a sentence.
+template <class... A>
+  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 1)
+auto merge(const A&...) {
+  static_assert(detail::refuse_on_weight<detail::verb::merge, A...>());
+}
+template <class... A>
+  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 1)
+auto unmerge(const A&...) {
+  static_assert(detail::refuse_on_weight<detail::verb::unmerge, A...>());
+}
+template <class... A>
+  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 1)
+auto merged(const A&...) {
+  static_assert(detail::refuse_on_weight<detail::verb::merged, A...>());
+}
+template <class... A>
+  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 1)
+auto merge_checked(const A&...) {
+  static_assert(detail::refuse_on_weight<detail::verb::merge_checked, A...>());
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

@@ -14,6 +14,7 @@
 
 #include "lora/detail/factors.hpp"
 #include "lora/detail/memory.hpp"
+#include "lora/detail/refusals.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
 
@@ -25,9 +26,9 @@ enum class U_format { accumulator, factors };
 /// rank * (in_features + out_features) * sizeof(F), and padding. Immutable; the original factors cannot be read back from
 /// it, so it does not merge. Of 2 MiB and more they lie in huge pages of their own; on Linux those of 16 KiB to 2 MiB share
 /// huge pages with their neighbours, in chunks of 16 MiB that are freed when they are empty, but for one.
-template <scalar F>
-  requires std::is_same_v<F, detail::storage_t<F>>
+template <class F>
 class packed_adapter {
+  static_assert(detail::refuse_panels<F>());
   using acc = accumulator_t<F>;
 
  public:
@@ -68,6 +69,12 @@ class packed_adapter {
   explicit packed_adapter(const L& l)
     requires(!std::is_same_v<F, bfloat16>)
       : packed_adapter(l, pack_tag{}) {}
+  /// What is no adapter gets a sentence.
+  template <class L>
+    requires(!low_rank<L> && !std::is_same_v<L, packed_adapter>)
+  explicit packed_adapter(const L&, lora::U_format = lora::U_format::accumulator) {
+    static_assert(detail::refuse_adapter<detail::verb::pack, L>());
+  }
 
   index_t rank() const { return rank_; }
   double scaling() const { return scaling_; }
@@ -125,6 +132,8 @@ class packed_adapter {
 
 template <low_rank L>
 packed_adapter(const L&) -> packed_adapter<accumulator_t<L>>;
+template <class L>
+packed_adapter(const L&) -> packed_adapter<float>;  // for the sentence about what is no adapter
 
 /// w * (a packed adapter). Holds a pointer to it: the packed adapter must outlive this.
 template <scalar F>
@@ -159,7 +168,10 @@ scaled_packed_adapter<F> scaled(double weight, const scaled_packed_adapter<F>& a
   return scaled_packed_adapter<F>(weight * adapter.weight(), adapter.adapter());
 }
 template <scalar F>
-void scaled(double weight, const packed_adapter<F>&& adapter) = delete;  // the result would look at a temporary
+auto scaled(double, const packed_adapter<F>&&) {
+  static_assert(detail::never<F>,
+                "lora::scaled: the packed adapter is a temporary, and the result would look at it: give it a name first");
+}
 
 namespace detail {
 

@@ -11,7 +11,6 @@
 // arithmetic of a hundred tokens, and doubles the time of one.
 #pragma once
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <bit>
 #include <cstddef>
@@ -19,10 +18,12 @@
 #include <string>
 #include <utility>
 
+#include "lora/detail/eigen.hpp"
 #include "lora/detail/memory.hpp"
 #include "lora/detail/operands.hpp"
 #include "lora/detail/panels.hpp"
 #include "lora/detail/parallel.hpp"
+#include "lora/detail/refusals.hpp"
 #include "lora/detail/sinks.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
@@ -31,9 +32,10 @@ namespace lora::inline LORA_DETAIL_ABI {
 /// register tile has columns (16 floats with AVX2, 32 with AVX-512), the last one padded with zeros; bfloat16 in pairs of
 /// in_features. Huge pages as for a packed_adapter. Copying it copies the weight. The layout depends on the instruction set and
 /// is not a file format.
-template <scalar T>
-  requires std::is_same_v<T, detail::storage_t<T>>
+template <class T>
 class packed_weight {
+  static_assert(detail::refuse_panels<T>());
+
  public:
   using value_type = T;
 
@@ -79,6 +81,12 @@ class packed_weight {
     in_features_ = view.cols();
     elements_ = detail::array<T>(count() * panel(), detail::lifetime::model);
     pack(view);
+  }
+  /// What is no matrix gets a sentence.
+  template <class M>
+    requires(!matrix_like<M> && !std::is_same_v<M, packed_weight>)
+  explicit packed_weight(const M&) {
+    static_assert(detail::refuse_weight<detail::verb::pack, M>());
   }
 
   /// Packs another matrix of the same shape into the memory that is there. Throws shape_error when the shape differs.
@@ -172,6 +180,8 @@ class packed_weight {
 
 template <matrix_like M>
 packed_weight(const M&) -> packed_weight<detail::storage_t<detail::element_t<M>>>;
+template <class M>
+packed_weight(const M&) -> packed_weight<float>;  // for the sentence about what is no matrix
 
 namespace detail {
 template <class W>

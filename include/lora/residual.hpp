@@ -20,7 +20,6 @@
 // This header compiles slowly (Eigen's decompositions); nothing else of the library includes it.
 #pragma once
 
-#include <Eigen/Core>
 #include <Eigen/QR>
 #include <Eigen/SVD>
 #include <algorithm>
@@ -28,6 +27,7 @@
 
 #include "lora/concepts.hpp"
 #include "lora/detail/convert.hpp"
+#include "lora/detail/eigen.hpp"
 #include "lora/detail/environment.hpp"
 #include "lora/error.hpp"
 #include "lora/matrix_view.hpp"

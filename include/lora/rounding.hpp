@@ -24,12 +24,12 @@
 // huggingface/peft 0.21, tuners/lora/layer.py: Linear.merge, Linear.unmerge, get_delta_weight.
 #pragma once
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <type_traits>
 
 #include "lora/adapter.hpp"
 #include "lora/delta.hpp"
+#include "lora/detail/eigen.hpp"
 #include "lora/merge.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {

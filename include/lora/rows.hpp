@@ -26,7 +26,6 @@
 // PEFT: tuners/lora/layer.py, Embedding (embed_scale); tuners/trainable_tokens.
 #pragma once
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <cmath>
 #include <concepts>
@@ -41,7 +40,9 @@
 #include <vector>
 
 #include "lora/adapter.hpp"
+#include "lora/detail/eigen.hpp"
 #include "lora/detail/operands.hpp"
+#include "lora/detail/refusals.hpp"
 #include "lora/merge.hpp"
 #include "lora/through.hpp"
 
@@ -256,6 +257,13 @@ void apply(const R& ids, Y&& y, const replaced_rows<T>& replaced, double scale =
     for (index_t i = 0; k >= 0 && i < to.rows(); ++i) to(i, t) = scaled(detail::widen<acc>(replaced.values()(k, i)));
     ++t;
   }
+}
+
+/// What is no call of it gets a sentence.
+template <class... A>
+  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 3)
+auto rows(const A&...) {
+  static_assert(detail::refuse_on_rows<A...>());
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

@@ -11,6 +11,7 @@
 
 #include "lora/concepts.hpp"
 #include "lora/detail/convert.hpp"
+#include "lora/detail/refusals.hpp"
 #include "lora/error.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
@@ -73,6 +74,12 @@ auto scaled(double weight, L&& adapter) {
                 "lora::scaled: the adapter is a temporary that owns its factors, and the view would outlive it: give it a "
                 "name first");
   return scaled_adapter<held>(weight, adapter);
+}
+/// What is no adapter gets a sentence.
+template <class L>
+  requires(!low_rank<L>)
+auto scaled(double, const L&) {
+  static_assert(detail::refuse_adapter<detail::verb::scaled, L>());
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

@@ -21,8 +21,10 @@ namespace lora::inline LORA_DETAIL_ABI {
 /// owner, and without strides: a slice along the first dimension is again packed, one along any
 /// other is not offered.
 template <class T, std::size_t Rank>
-  requires scalar<std::remove_const_t<T>> && (Rank >= 1)
+  requires(Rank >= 1)
 class tensor_view {
+  static_assert(detail::refuse_element<std::remove_const_t<T>>());
+
  public:
   using value_type = std::remove_const_t<T>;
   using shape_type = std::array<index_t, Rank>;

@@ -21,13 +21,14 @@
 // A 1x1 convolution with stride 1 needs none of this: apply(x, y, l) with x in_channels x positions.
 #pragma once
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <string>
 #include <type_traits>
 #include <vector>
 
+#include "lora/detail/eigen.hpp"
 #include "lora/detail/operands.hpp"
+#include "lora/detail/refusals.hpp"
 #include "lora/forward.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
@@ -120,10 +121,18 @@ void apply_through(const Down& down, Y&& y, const L&... l) {
   const auto each = detail::each_of(l...);
   detail::refuse_factor_overlap("apply_through", "y", to, each);
   const auto sum = through_detail::expand<acc>("apply_through", down, each, to.rows(), to.cols());
+  if (sum.B.cols() == 0) return;  // not y + 0, which turns -0 into +0
   const detail::default_environment environment;
   sum.run(to, [](value& element, acc delta, index_t, index_t) {
     element = detail::narrow<value>(detail::widen<acc>(element) + delta);
   });
+}
+
+/// What is no call of it gets a sentence.
+template <class... A>
+  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 2)
+auto apply_through(const A&...) {
+  static_assert(detail::refuse_on_product<A...>());
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

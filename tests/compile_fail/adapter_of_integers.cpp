@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// expect: (does not satisfy 'scalar'|for the satisfaction of .*scalar<)
+// expect: the elements of this matrix are not float, double, float16 or bfloat16
 #include "lora/lora.hpp"
 
 double scaling(const Eigen::MatrixXi& A, const Eigen::MatrixXi& B) {

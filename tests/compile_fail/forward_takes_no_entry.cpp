@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// expect: constraints not satisfied
+// expect: lora::forward takes no entry of a PEFT file, .*: pass entry.plain\(\)
 #include "lora/lora.hpp"
 
 #include "lora/io/peft_entry.hpp"

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// expect: constraints not satisfied
+// expect: this is an Eigen array, whose product is another one: pass its matrix, W.matrix\(\)
 #include "lora/lora.hpp"
 
 void use(Eigen::ArrayXXf& W, const lora::adapter<float>& l) {

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// expect: constraints not satisfied
+// expect: the elements of this matrix are not float, double, float16 or bfloat16
 #include "lora/lora.hpp"
 
 #ifdef LORA_MUST_FAIL

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// expect: constraints not satisfied
+// expect: an adapter stands where the weight is expected: the weight comes first
 #include "lora/lora.hpp"
 
 void use(Eigen::MatrixXf& W, const lora::adapter<float>& l) {

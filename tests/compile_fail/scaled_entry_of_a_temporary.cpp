@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// expect: deleted
+// expect: = delete.  // the view would outlive it
 #include "lora/lora.hpp"
 
 #include "lora/io/peft_entry.hpp"

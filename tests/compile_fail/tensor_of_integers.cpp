@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// expect: constraints? (not satisfied|failure) .*tensor_view
+// expect: elements are float, double, float16 or bfloat16 \(lora's or Eigen's\), and no other type
 #include "lora/lora.hpp"
 
 #ifdef LORA_MUST_FAIL

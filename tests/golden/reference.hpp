@@ -4,7 +4,6 @@
 // from exact.
 #pragma once
 
-#include <Eigen/Core>
 #include <algorithm>
 #include <cmath>
 #include <filesystem>
@@ -16,6 +15,7 @@
 #include <vector>
 
 #include "agreement.hpp"
+#include "lora/concepts.hpp"
 #include "lora/io/safetensors.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"

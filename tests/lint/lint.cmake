@@ -88,6 +88,9 @@ refuse_lines("${headers}" "using namespace" "no using namespace in a header")
 refuse_lines("${headers}" "#include <(iostream|cstdio|cassert|regex)>" "headers do not print, assert or use std::regex")
 refuse_lines("${headers}" "#define EIGEN_" "Eigen is configured by the user alone")
 refuse_lines("${headers}" "(^|[^_a-z])assert\\(" "checks stay in a release build")
+set(all_but_eigen ${headers})
+list(REMOVE_ITEM all_but_eigen include/lora/detail/eigen.hpp)
+refuse_lines("${all_but_eigen}" "#include <Eigen/Core>" "lora/detail/eigen.hpp includes it without false alarms")
 refuse_lines("${outside_detail}" "immintrin|arm_neon|#pragma omp|<omp\\.h>" "intrinsics and OpenMP belong in detail/")
 
 # --- Words: what a user reads says merged and mixed, and once what PEFT calls the latter. ---

@@ -4,7 +4,6 @@
 // whole numbers that the tests draw no step of them rounds, so that a result can be asked for bit for bit.
 #pragma once
 
-#include <Eigen/Core>
 #include <bit>
 #include <cstdint>
 #include <cstring>

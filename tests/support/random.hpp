@@ -4,7 +4,6 @@
 // distributions are written here. Print the seed where a test may fail: CAPTURE(g.seed()).
 #pragma once
 
-#include <Eigen/Core>
 #include <cmath>
 #include <cstdint>
 #include <random>

@@ -4,12 +4,12 @@
 // scalar of the library, so that Eigen's 16-bit types get our conversions and no kernel knows a format.
 #pragma once
 
-#include <Eigen/Core>
 #include <bit>
 #include <cstdint>
 #include <limits>
 #include <type_traits>
 
+#include "lora/detail/eigen.hpp"
 #include "lora/float16.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
@@ -29,6 +29,9 @@ struct storage<Eigen::bfloat16> {
 };
 template <class T>
 using storage_t = typename storage<T>::type;
+/// Float, double and our 16-bit formats, and not Eigen's.
+template <class T>
+inline constexpr bool is_own_format = std::is_same_v<T, storage_t<T>>;
 
 /// Exact: Acc is float or double and at least as wide as T.
 template <class Acc, class T>

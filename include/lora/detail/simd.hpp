@@ -28,6 +28,13 @@
 #include <immintrin.h>
 #endif
 
+// As in detail/eigen.hpp: gcc 12 calls uninitialized what its AVX-512 intrinsics leave undefined on purpose.
+#if defined(LORA_DETAIL_AVX512) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
+#pragma GCC diagnostic push
+#pragma GCC diagnostic ignored "-Wmaybe-uninitialized"
+#pragma GCC diagnostic ignored "-Wuninitialized"
+#endif
+
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
 /// Before a loop of a constant number of turns over registers: gcc 12 otherwise unrolls it too late to keep an array of
@@ -133,7 +140,14 @@ struct simd<float> {
   /// c plus the two products of each 32-bit lane's pair of bfloat16, one addition after the other. Subnormal operands and
   /// results count as zero.
   static vector add_dots(vector a, vector b, vector c) {
+#if defined(__clang__) && __clang_major__ >= 16 && __clang_major__ <= 18
+    // The code generator of clang 16 crashes where an operand of the intrinsic is a broadcast. 18 has faults of the kind, too
+    // (llvm/llvm-project#83358); 14, 15, 19 and 22 have none.
+    asm("vdpbf16ps %2, %1, %0" : "+v"(c) : "v"(a), "v"(b));
+    return c;
+#else
     return _mm512_dpbf16_ps(c, std::bit_cast<__m512bh>(a), std::bit_cast<__m512bh>(b));
+#endif
   }
 #endif
 
@@ -501,3 +515,7 @@ inline void finish_streaming() {
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail
+
+#if defined(LORA_DETAIL_AVX512) && defined(__GNUC__) && !defined(__clang__) && __GNUC__ < 13
+#pragma GCC diagnostic pop
+#endif

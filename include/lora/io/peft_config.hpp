@@ -6,14 +6,17 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
 #include <cstddef>
 #include <cstdint>
 #include <filesystem>
+#include <functional>
 #include <map>
 #include <memory>
 #include <optional>
 #include <string>
 #include <string_view>
+#include <system_error>
 #include <utility>
 #include <vector>
 
@@ -93,7 +96,7 @@ struct config {
   base_change change = base_change::none;
   std::optional<block_diagonal> bd;
   /// lora_B_layout and unsloth_fused_expert_lora, by the parameter's name or its last segments; under "" for all stacks.
-  std::map<std::string, expert_layout> expert_layouts;
+  std::map<std::string, expert_layout, std::less<>> expert_layouts;
   /// [begin, end) of the base's layers, one behind the other.
   std::vector<std::pair<std::uint64_t, std::uint64_t>> layer_replication;
   /// Rows of embeddings by the module's name, or under "" for the input embedding.
@@ -110,6 +113,9 @@ struct config {
   lora::scaling scaling_of(std::string_view module) const {
     return {.alpha = alpha_pattern.find(module).value_or(lora_alpha), .rule = rule};
   }
+  /// The modules that PEFT does not adapt because it saves them whole. The heads of SEQ_CLS are among them; those of other
+  /// tasks PEFT adds after it has chosen what to adapt.
+  std::vector<std::string> excluded_by_saving() const { return task_type == "SEQ_CLS" ? saved_modules() : modules_to_save; }
   /// The modules that PEFT saves whole: modules_to_save, and the heads that it adds for task_type.
   std::vector<std::string> saved_modules() const {
     auto result = modules_to_save;
@@ -245,6 +251,7 @@ inline std::string reason_of(std::string_view key) {
 /// Initializations that leave the base as it is, so that the stored factors are the whole adapter. pissa and olora change the
 /// base in a way that can be computed again; the others depend on random numbers or data.
 inline constexpr std::array<std::string_view, 6> harmless_inits{"true", "false", "gaussian", "eva", "orthogonal", "mica"};
+inline constexpr std::array<std::string_view, 2> flag_inits{"true", "false"};
 inline constexpr std::array<std::string_view, 2> computable_inits{"pissa", "olora"};
 inline constexpr std::array<std::string_view, 3> random_inits{"corda", "loftq", "lora_ga"};
 /// Those that PEFT compares in lower case.
@@ -420,7 +427,11 @@ class reader {
     result_.init_lora_weights = init->kind == json_kind::string ? init->string : init->text();
     std::string name = result_.init_lora_weights;
     if (is_in(caseless_inits, lower_case(name))) name = lower_case(name);
-    if (is_in(harmless_inits, name)) return;
+    const bool quoted_flag = init->kind == json_kind::string && is_in(flag_inits, lower_case(name));
+    if (is_in(harmless_inits, name) && !quoted_flag) return;
+    if (quoted_flag)
+      refuse(*init, "init_lora_weights", "true or false, or the name of an initialization", init->text(),
+             "PEFT knows no initialization of this name: write the word without quotes");
     if (!is_in(computable_inits, name)) refuse_init(*init, name);
     if (result_.change != base_change::none) refuse(*init, "init_lora_weights", "true beside kasa_config", init->text(), "");
     result_.change = name == "pissa" ? base_change::pissa : base_change::olora;
@@ -687,10 +698,11 @@ inline config read_config(const std::filesystem::path& path, const read_options&
 
 namespace config_detail {
 
-/// "007" is layer 7, of any length.
-inline bool same_number(std::string_view text, std::uint64_t number) {
-  text.remove_prefix(std::min(text.find_first_not_of('0'), text.size() - 1));
-  return text == std::to_string(number);
+/// The number in a name, of any length: "007" is layer 7. Nothing beyond 64 bits.
+inline std::optional<std::uint64_t> number_of(std::string_view digits) {
+  std::uint64_t value = 0;
+  const auto parsed = std::from_chars(digits.data(), digits.data() + digits.size(), value);
+  return parsed.ec == std::errc() ? std::optional(value) : std::nullopt;
 }
 
 using patterns = std::vector<io_detail::module_pattern>;
@@ -725,8 +737,11 @@ class target_rule {
       : config_(c),
         target_(c.target_modules),
         exclude_(c.exclude_modules),
-        saved_(compiled(c.saved_modules())),
-        containers_(compiled(c.layers_pattern)) {}
+        saved_(compiled(c.excluded_by_saving())),
+        containers_(compiled(c.layers_pattern)),
+        layers_(c.layers_to_transform) {
+    std::sort(layers_.begin(), layers_.end());
+  }
 
   struct answer {
     std::optional<bool> selected;   ///< nothing: a name does not tell
@@ -761,8 +776,7 @@ class target_rule {
       return (s.expression ? static_cast<double>(s.expression->cost()) * size(module) : 0) + s.names.work(module);
     };
     const auto depth = 1 + static_cast<double>(std::count(module.begin(), module.end(), '.'));
-    return of(target_) + of(exclude_) + size(config_.layers_to_transform) + depth * size(saved_) +
-           size(module) * size(containers_);
+    return of(target_) + of(exclude_) + size(module) * (depth * size(saved_) + size(containers_));
   }
 
  private:
@@ -787,14 +801,14 @@ class target_rule {
   }
   bool in_layers(std::string_view module) const {
     if (config_.layers_to_transform.empty()) return true;
-    const auto number = layer_number(module, containers_);
-    return !number.empty() && std::any_of(config_.layers_to_transform.begin(), config_.layers_to_transform.end(),
-                                          [&](auto layer) { return same_number(number, layer); });
+    const auto number = number_of(layer_number(module, containers_));
+    return number && std::binary_search(layers_.begin(), layers_.end(), *number);
   }
 
   const config& config_;
   compiled_selection target_, exclude_;
   patterns saved_, containers_;
+  std::vector<std::uint64_t> layers_;  // in rising order
 };
 
 }  // namespace config_detail

@@ -90,7 +90,7 @@ class invariant {
     check_blocks();
     for (const auto type : {p_.dtype_A, p_.dtype_B, p_.dtype_bias, p_.dtype_magnitude, p_.dtype_diagonal})
       if (!holds_factors(type))
-        refuse("the dtype " + std::string(safetensors::name_of(type)) + " is none of F64, F32, F16 and BF16");
+        refuse("a dtype, " + std::string(safetensors::name_of(type)) + ", is none of F64, F32, F16 and BF16");
   }
 
  private:
@@ -112,6 +112,7 @@ class invariant {
     }
     if ((p_.stored_transposed || p_.orientation_unsaid) && p_.kind != kind::parameter)
       refuse("the orientation of slices is for parameters");
+    if (p_.change != base_change::none && p_.kind != kind::linear) refuse("PEFT changes the base of linear modules only");
     if (p_.fan_in_fan_out && p_.kind != kind::linear && p_.kind != kind::parameter)
       refuse("fan_in_fan_out is for linear modules and parameters");
   }

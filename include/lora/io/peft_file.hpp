@@ -6,7 +6,6 @@
 #include <algorithm>
 #include <cstddef>
 #include <map>
-#include <set>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -48,9 +47,7 @@ std::string renamed_key(const std::string& key, const std::string& name, const s
     if (is_own(segment) && from_end <= parts.size())
       parts.insert(parts.end() - static_cast<std::ptrdiff_t>(from_end), segment);
   }
-  std::string result;
-  for (const auto part : parts) result += (result.empty() ? "" : ".") + std::string(part);
-  return result;
+  return io_detail::joined(parts);
 }
 
 template <scalar T, class Rename>
@@ -149,17 +146,18 @@ class adapter_file {
   adapter_file renamed(const Rename& rename) const {
     rest more = more_;
     more.options.select_by_tensors = true;
+    more.unused_patterns.clear();  // they are of the old names
     entry_map entries;
     for (const auto& [name, e] : entries_) {
       auto moved = file_detail::renamed_entry(e, rename);
       std::string key = moved.name();
       if (!entries.emplace(std::move(key), std::move(moved)).second) refuse_twice(name);
     }
-    std::set<std::string> replaced;
+    std::map<std::string, std::string> replaced;  // old names by new ones
     for (auto& each : more.replacements) {
       const std::string old = std::exchange(each.name, rename(each.name));
       each.key = file_detail::renamed_key(each.key, old, each.name, rename);
-      if (each.applies() && !replaced.insert(each.name).second) refuse_twice(old);
+      if (replaced.emplace(each.name, old).first->second != old) refuse_twice(old);
     }
     std::sort(more.replacements.begin(), more.replacements.end(),
               [](const auto& a, const auto& b) { return a.key < b.key; });

@@ -30,6 +30,8 @@ struct replacement {
   safetensors::dtype dtype;
   std::vector<std::uint64_t> shape;
   std::vector<std::byte> bytes;
+  /// Other layers of layer_replication use the base's tensor, too: each needs a copy of it with its own replacement.
+  bool shared = false;
 
   bool applies() const { return why != reason::unused_copy; }
   /// The values, widened exactly. Throws value_error for a dtype whose values T does not hold.

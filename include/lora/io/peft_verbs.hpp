@@ -374,6 +374,7 @@ merge_report merge(M&& W, V&& bias, const E&... e) {
   detail::refuse_temporary<V>();
   const auto all = peft::entry_detail::list_of(e...);
   const auto b = detail::output_view(bias);
+  if (all.empty()) return {};  // nothing says which shape b must have
   peft::entry_detail::check_bias("merge", b.rows(), b.cols(), all);
   const auto sum = peft::entry_detail::bias_sum(b.size(), all);  // before anything is written
   const auto report = peft::entry_detail::merge_into("merge", 1.0, detail::output_view(W), all);
@@ -389,6 +390,7 @@ merge_report unmerge(M&& W, V&& bias, const E&... e) {
   detail::refuse_temporary<V>();
   const auto all = peft::entry_detail::list_of(e...);
   const auto b = detail::output_view(bias);
+  if (all.empty()) return {};  // nothing says which shape b must have
   peft::entry_detail::check_bias("unmerge", b.rows(), b.cols(), all);
   const auto sum = peft::entry_detail::bias_sum(b.size(), all);  // before anything is written
   const auto report = peft::entry_detail::merge_into("unmerge", -1.0, detail::output_view(W), all);

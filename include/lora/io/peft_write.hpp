@@ -435,7 +435,7 @@ void check(const adapter_file<T>& file) {
       lora::detail::raise_value("peft::write",
                                 io_detail::in_quotes(each.key) +
                                     " is a tensor of the base that no key of the config asks for, so that a strict "
-                                    "reader would refuse it: name its module in modules_to_save, and read again");
+                                    "reader would refuse the file: copy the file as it is");
   for (const auto& [name, e] : file)
     if (e.change() != file.config().change && e.kind() == entry_kind::linear)
       lora::detail::raise_value("peft::write", name +

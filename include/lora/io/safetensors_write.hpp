@@ -129,7 +129,9 @@ inline std::string header_of(const std::vector<const tensor*>& tensors, const me
     for (const auto& [key, value] : metadata) {
       check_text(key, "the metadata key");
       check_text(value, "the metadata value");
-      json += (first ? "" : ",") + io_detail::json_string(key) + ":" + io_detail::json_string(value);
+      // Piece by piece: gcc 12 warns of text + std::string at -O3 (its bug 105651).
+      if (!first) json += ',';
+      json += io_detail::json_string(key) + ":" + io_detail::json_string(value);
       first = false;
     }
     json += '}';
@@ -138,7 +140,10 @@ inline std::string header_of(const std::vector<const tensor*>& tensors, const me
   for (const auto* t : tensors) {
     comma();
     json += io_detail::json_string(t->name) + ":{\"dtype\":\"" + std::string(name_of(t->dtype)) + "\",\"shape\":[";
-    for (std::size_t k = 0; k < t->shape.size(); ++k) json += (k == 0 ? "" : ",") + std::to_string(t->shape[k]);
+    for (std::size_t k = 0; k < t->shape.size(); ++k) {
+      if (k != 0) json += ',';
+      json += std::to_string(t->shape[k]);
+    }
     json += "],\"data_offsets\":[" + std::to_string(at) + ",";
     at += t->bytes.size();
     json += std::to_string(at) + "]}";

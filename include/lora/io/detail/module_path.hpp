@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <array>
 #include <cstddef>
+#include <string>
 #include <string_view>
 #include <vector>
 
@@ -47,6 +48,13 @@ bool any_on_the_way(std::string_view path, const Fits& fits) {
 
 inline bool is_number(std::string_view text) {
   return !text.empty() && std::all_of(text.begin(), text.end(), [](char c) { return c >= '0' && c <= '9'; });
+}
+
+/// The path of these segments.
+inline std::string joined(const std::vector<std::string_view>& parts) {
+  std::string result;
+  for (std::size_t k = 0; k < parts.size(); ++k) result += (k == 0 ? "" : ".") + std::string(parts[k]);
+  return result;
 }
 
 /// Embeddings and heads whose weight PEFT saves with an adapter that changes or resizes them.

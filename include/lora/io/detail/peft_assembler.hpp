@@ -91,12 +91,17 @@ class assembler {
   }
   /// PEFT stops where target_modules selects nothing.
   [[noreturn]] void refuse_selection(const safetensors::entry& first, std::size_t count) const {
+    std::string others;
+    const auto add = [&](bool there, const std::string& text) {
+      if (there) others += (others.empty() ? " with " : ", ") + text;
+    };
     const auto& excluded = config_.exclude_modules;
-    const bool excludes = excluded.expression.has_value() || excluded.names.has_value();
+    add(excluded.expression || excluded.names, "exclude_modules " + excluded.text());
+    add(!config_.saved_modules().empty(), "modules_to_save [" + io_detail::listed(config_.saved_modules()) + "]");
+    add(!config_.layers_to_transform.empty(), "layers_to_transform");
+    add(!config_.target_parameters.empty(), "target_parameters [" + io_detail::listed(config_.target_parameters) + "]");
     refuse(first, "an adapter of a module that target_modules selects",
-           "target_modules " + config_.target_modules.text() +
-               (excludes ? " without exclude_modules " + excluded.text() : std::string()) +
-               (config_.layers_to_transform.empty() ? "" : " in layers_to_transform") + ", which selects none of the " +
+           "target_modules " + config_.target_modules.text() + others + ", which selects none of the " +
                std::to_string(count) + " modules that the file has adapters for",
            "PEFT loads none of these adapters, and stops where it finds no module either: correct the config, or read with "
            "read_options::select_by_tensors, which takes the modules that the tensors name");
@@ -126,8 +131,8 @@ class assembler {
     auto base = modules_.in_base(what.name, *t.A);
     parts.base_name = base.name;
     if (base.shared) parts.shared_with = std::move(base.name);
-    used_ranks_.insert(config_.rank_pattern.look_up(what.looked_up).fits);
-    used_alphas_.insert(config_.alpha_pattern.look_up(what.looked_up).fits);
+    used_ranks_.insert(what.rank);
+    used_alphas_.insert(what.alpha);
     if (entries_.contains(what.name)) refuse(*t.A, "one adapter for " + io_detail::in_quotes(what.name), "two");
     entries_.emplace(what.name, entry<T>(std::move(parts)));
   }
@@ -159,12 +164,12 @@ class assembler {
     parts.name = what.name;
     parts.path = path;
     parts.kind = what.kind;
-    parts.scale = config_.scaling_of(what.looked_up);
+    parts.scale = {.alpha = what.alpha == nullptr ? config_.lora_alpha : what.alpha->value, .rule = config_.rule};
     parts.dtype_A = t.A->dtype;
     parts.dtype_B = t.B->dtype;
     parts.fan_in_fan_out = what.kind == entry_kind::linear && config_.fan_in_fan_out;
     parts.twice = what.kind == entry_kind::attention_out && options_.attention_out_proj_twice;
-    const index_t rank = config_.rank_of(what.looked_up);
+    const index_t rank = what.rank == nullptr ? config_.r : what.rank->value;
     if (what.kind == entry_kind::convolution)
       convolution(parts, t, rank);
     else if (what.kind == entry_kind::parameter)
@@ -308,8 +313,10 @@ class assembler {
   expert_columns columns_of(const entry_parts<T>& parts, const io_detail::module_tensors& t, index_t count) {
     expert_layout said;
     const std::string* by = nullptr;
-    for (const auto& [name, layout] : config_.expert_layouts) {
-      if (!name.empty() && !io_detail::is_or_ends_with(parts.name, name)) continue;
+    const auto take = [&](std::string_view ending) {
+      const auto found = config_.expert_layouts.find(ending);
+      if (found == config_.expert_layouts.end()) return;
+      const auto& [name, layout] = *found;
       used_layouts_.insert(name);
       const bool differs = (said.lora_B && layout.lora_B && said.lora_B != layout.lora_B) ||
                            (said.experts && layout.experts && said.experts != layout.experts);
@@ -319,6 +326,12 @@ class assembler {
       if (layout.lora_B) said.lora_B = layout.lora_B;
       if (layout.experts) said.experts = layout.experts;
       by = &name;
+    };
+    take("");
+    for (std::string_view ending = parts.name; !ending.empty();) {
+      take(ending);
+      const auto dot = ending.find('.');
+      ending = dot == std::string_view::npos ? std::string_view{} : ending.substr(dot + 1);
     }
     if (said.experts && *said.experts != static_cast<std::uint64_t>(count))
       refuse(*t.A, std::to_string(*said.experts) + " experts, as num_experts in the config says",
@@ -422,12 +435,14 @@ class assembler {
 
   void add_replacement(const io_detail::replacing_tensor& each) {
     const auto& t = *each.tensor;
-    more_.replacements.push_back({modules_.in_base(each.name, t).name,
+    const auto base = modules_.in_base(each.name, t);
+    more_.replacements.push_back({base.name,
                                   std::string(keys_.bare(t)),
                                   each.why,
                                   t.dtype,
                                   {t.shape.begin(), t.shape.end()},
-                                  {t.bytes.begin(), t.bytes.end()}});
+                                  {t.bytes.begin(), t.bytes.end()},
+                                  base.shared});
   }
 
   /// Rows of no token are no values, and right.

@@ -89,6 +89,7 @@ class peft_keys {
     check_work(config, steps * static_cast<double>(saved_modules_.size()));
     for (const auto* t : other_) place_other(*t);
     for (const auto& each : copies_) place_copy(each);
+    check_replacing_once();
     std::sort(replacing_.begin(), replacing_.end(),
               [&](const auto& a, const auto& b) { return bare(*a.tensor) < bare(*b.tensor); });
   }
@@ -104,6 +105,18 @@ class peft_keys {
   /// Whether the file's names begin with base_model.model.
   bool prefixed() const { return prefixed_.value_or(true); }
 
+  /// A module's name as the config knows it. `path` is one of modules(); `module` is what it adapts: its first segments, and
+  /// perhaps a parameter's name. Where names carried a wrapper inside base_model.model., the config was written for them.
+  std::string own_name(const std::string& path, const std::string& module) const {
+    const auto own = own_paths_.find(path);
+    if (own == own_paths_.end()) return module;
+    const auto from = segments(path), to = segments(module);
+    const auto differ = std::mismatch(from.begin(), from.end(), to.begin(), to.end());
+    auto parts = segments(own->second);
+    parts.resize(parts.size() - std::min(parts.size(), static_cast<std::size_t>(from.end() - differ.first)));
+    parts.insert(parts.end(), differ.second, to.end());
+    return joined(parts);
+  }
   /// A tensor's name without wrappers and base_model.model.
   std::string_view bare(const safetensors::entry& t) const {
     const std::string_view name = whole(t);
@@ -154,8 +167,10 @@ class peft_keys {
       unwrapped_.emplace(&t, bare.name());
     }
     if (nested != nullptr && single != nullptr)
-      refuse_tensor(tensors_, *nested, "one adapter in a file", "two, of a PeftModel inside a PeftModel",
-                    "the config is true of one of them at most: unload or merge the inner one, or save each by itself");
+      refuse_tensor(
+          tensors_, *nested, "one adapter in a file", "two, of a PeftModel inside a PeftModel",
+          "the config is true of one of them at most: unload or merge the inner one, or save each by itself. A base "
+          "with a module base_model.model of its own is read with wrapper_names::keep");
     if (wrapped == nullptr) return;
     const unwrapped_name bare(wrapped->name);
     if (!options_.lenient && options_.wrappers == peft::wrapper_names::refuse) refuse_wrapper(*wrapped, bare);
@@ -164,8 +179,10 @@ class peft_keys {
   }
   [[noreturn]] void refuse_wrapper(const safetensors::entry& t, const unwrapped_name& bare) const {
     refuse_tensor(tensors_, t, "a name of the base's modules", in_quotes(bare.part()) + " in it, left by " + bare.who(),
-                  "no base has a weight of this name: save the unwrapped model, or read the tensor as " +
-                      in_quotes(bare.name()) + " with read_options::wrappers = wrapper_names::strip");
+                  "a base has no weight of this name: save the unwrapped model, or read the tensor as " +
+                      in_quotes(bare.name()) +
+                      " with read_options::wrappers = wrapper_names::strip. A base whose own modules "
+                      "are called so is read with wrapper_names::keep");
   }
   void take_off_component() {
     const std::string front = config_.component + ".";
@@ -189,7 +206,8 @@ class peft_keys {
     for (const auto& p : parts) {
       if (!name.ends_with(p.suffix) || name.size() == p.suffix.size()) continue;
       const auto path = name.substr(0, name.size() - p.suffix.size());
-      if (path.find(".lora_") != std::string_view::npos) break;
+      if (has_factor_inside(path)) break;
+      if (unwrapped_.contains(&t)) own_paths_.emplace(path, own_path(t, p.suffix.size()));
       auto& module = modules_.try_emplace(std::string(path)).first->second;
       const bool factor = p.where == &module_tensors::A || p.where == &module_tensors::B;
       if (module.*p.where != nullptr ||
@@ -209,6 +227,21 @@ class peft_keys {
     other_.push_back(&t);
   }
 
+  /// m.lora_A.default: a factor of a state that PEFT did not save, not a module with a factor.
+  static bool has_factor_inside(std::string_view path) {
+    const auto parts = segments(path);
+    return std::any_of(parts.begin(), parts.end(), [](auto part) {
+      return part == "lora_A" || part == "lora_B" || part.starts_with("lora_embedding_") || part == "lora_magnitude_vector";
+    });
+  }
+  /// The path in the file, behind the first base_model.model. or the component, with the wrappers that are inside it.
+  std::string own_path(const safetensors::entry& t, std::size_t suffix) const {
+    std::string_view path = t.name.substr(0, t.name.size() - suffix);
+    if (!config_.component.empty()) return std::string(path.substr(config_.component.size() + 1));
+    if (const auto at = path.find(prefix); at != std::string_view::npos) path.remove_prefix(at + prefix.size());
+    return std::string(path);
+  }
+
   /// Tensors that are no part of an adapter. All adapters are known by now.
   void place_other(const safetensors::entry& t) {
     const std::string_view name = bare(t);
@@ -225,8 +258,10 @@ class peft_keys {
       left_out_.emplace_back(t.name);
       return;
     }
+    if (name.empty()) return place_unasked(t, name);
     const auto wrapped = inner == "base_layer" ? without_last_segment(module) : module;
-    if (leaf == "bias" && trains_bias_of(wrapped)) return add_replacing(t, without_peft_layers(name), reason::bias);
+    if ((leaf == "bias" && trains_bias_of(wrapped)) || is_called_bias(name))
+      return add_replacing(t, without_peft_layers(name), reason::bias);
     // PEFT saves such a module whole, its bias too. A bias alone does not show that a module was saved.
     const bool beside_weight =
         leaf == "bias" && tensors_.find(std::string(without_last_segment(t.name)) + ".weight") != nullptr;
@@ -238,7 +273,7 @@ class peft_keys {
   /// PEFT loads what has the name of a tensor in its model, whatever the config says. There an adapted module's own weight
   /// lies under base_layer, and under no other name.
   void place_unasked(const safetensors::entry& t, std::string_view name) {
-    if (!meaning_of(tensors_, t).empty()) return options_.lenient ? pass_over(t) : refuse_unknown(t, name);
+    if (name.empty() || !meaning_of(tensors_, t).empty()) return options_.lenient ? pass_over(t) : refuse_unknown(t, name);
     const std::string bare = without_peft_layers(name);
     const auto module = without_last_segment(bare);
     const bool adapted = modules_.contains(module) || token_rows_.contains(module);
@@ -256,6 +291,19 @@ class peft_keys {
     add_replacing(t, bare, reason::unasked);
   }
 
+  /// Two values for one tensor of the base: which is meant is not known.
+  void check_replacing_once() const {
+    std::map<std::string_view, const safetensors::entry*> seen;
+    for (const auto& each : replacing_) {
+      if (each.why == reason::unused_copy) continue;
+      const auto [other, first] = seen.emplace(each.name, each.tensor);
+      const auto &a = *other->second, &b = *each.tensor;
+      if (!first && !std::equal(a.bytes.begin(), a.bytes.end(), b.bytes.begin(), b.bytes.end()))
+        refuse_tensor(tensors_, b, "one tensor for " + in_quotes(each.name), "another in " + in_quotes(a.name),
+                      "remove the one that is not meant");
+    }
+  }
+
   /// Whether PEFT saves the module, or one that it lies in, whole: it takes every module whose name ends in an entry, also in
   /// the middle of a word.
   bool is_saved(std::string_view module) const {
@@ -266,10 +314,9 @@ class peft_keys {
   }
   /// The name in the base, which has none of PEFT's own modules.
   static std::string without_peft_layers(std::string_view name) {
-    std::string result;
-    for (const auto segment : segments(name))
-      if (segment != "base_layer" && segment != "token_adapter") result += "." + std::string(segment);
-    return result.empty() ? result : result.substr(1);
+    auto parts = segments(name);
+    std::erase_if(parts, [](auto part) { return part == "base_layer" || part == "token_adapter"; });
+    return joined(parts);
   }
   void pass_over(const safetensors::entry& t) {
     const auto meaning = meaning_of(tensors_, t);
@@ -277,6 +324,10 @@ class peft_keys {
                            (meaning.empty() ? "not a part of a LoRA adapter" : std::string(meaning)));
   }
 
+  /// With bias = "all", PEFT up to 0.17 saves every tensor with "bias" in its name.
+  bool is_called_bias(std::string_view name) const {
+    return config_.bias == peft::trained_biases::all && name.find("bias") != std::string_view::npos;
+  }
   bool trains_bias_of(std::string_view module) const {
     if (config_.bias == peft::trained_biases::none) return false;
     return config_.bias == peft::trained_biases::all || modules_.find(module) != modules_.end();
@@ -362,6 +413,7 @@ class peft_keys {
   const peft::read_options& options_;
   std::vector<std::string> saved_modules_;
   std::map<const safetensors::entry*, std::string> unwrapped_;  // names that carried a wrapper
+  std::map<std::string, std::string, std::less<>> own_paths_;   // of modules whose names carried one
   std::optional<bool> prefixed_;
   std::map<std::string, module_tensors, std::less<>> modules_;
   std::map<std::string, const safetensors::entry*, std::less<>> token_rows_;

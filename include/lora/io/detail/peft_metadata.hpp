@@ -25,8 +25,9 @@ namespace lora::inline LORA_DETAIL_ABI::io_detail {
 /// passed over, so that none is parsed then.
 inline std::optional<json_node> json_object_in(const std::string& text) {
 #if defined(__cpp_exceptions)
-  constexpr std::size_t longest = std::size_t{1} << 20;  // a tree takes some hundred bytes for each value
-  if (!text.starts_with('{') || text.size() > longest) return std::nullopt;
+  constexpr std::size_t longest = std::size_t{16} << 20;  // as a config's file
+  const auto first = text.find_first_not_of(" \t\r\n");
+  if (first == std::string::npos || text[first] != '{' || text.size() > longest) return std::nullopt;
   try {
     return parse_json_tree({.text = text, .path = "metadata"});
   } catch (const format_error&) {
@@ -86,12 +87,13 @@ inline std::string number_text(double value) {
 
 /// Where the metadata states another alpha or rank than the config, in sentences.
 inline std::vector<std::string> differences_of_metadata(const peft::config& c, const safetensors::file& tensors) {
+  constexpr std::size_t most = 16;
   std::vector<std::string> result;
   const auto compare = [&](const std::string& where, std::string_view key, std::optional<double> value) {
     const bool alpha = key == "lora_alpha" || key == "alpha" || key == "ss_network_alpha";
     const bool rank = key == "r" || key == "rank" || key == "lora_rank" || key == "ss_network_dim";
     const double ours = alpha ? c.lora_alpha : static_cast<double>(c.r);
-    if (!(alpha || rank) || !value || *value == ours) return;
+    if (!(alpha || rank) || !value || *value == ours || result.size() == most) return;
     result.push_back("metadata " + in_quotes(where) + " says " + number_text(*value) + " and the config has " +
                      (alpha ? "lora_alpha " : "r ") + number_text(ours) +
                      ": PEFT takes the config, other programs may take the metadata");

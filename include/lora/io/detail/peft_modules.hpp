@@ -25,6 +25,8 @@ namespace lora::inline LORA_DETAIL_ABI::io_detail {
 struct adapted {
   peft::entry_kind kind;
   std::string name, looked_up;
+  const peft::pattern_table<index_t>::row* rank = nullptr;  ///< of rank_pattern; null for the config's r
+  const peft::pattern_table<double>::row* alpha = nullptr;  ///< of alpha_pattern; null for lora_alpha
 };
 
 /// The name in the base of an adapted thing, and whether other layers of layer_replication use it too.
@@ -49,8 +51,9 @@ class peft_modules {
 
   adapted identify(const std::string& path, const module_tensors& t) const {
     auto result = told_by_neighbours(path, t);
-    check_decided("rank_pattern", config_.rank_pattern, result.looked_up);
-    check_decided("alpha_pattern", config_.alpha_pattern, result.looked_up);
+    result.looked_up = keys_.own_name(path, result.looked_up);
+    result.rank = decided("rank_pattern", config_.rank_pattern, result.looked_up);
+    result.alpha = decided("alpha_pattern", config_.alpha_pattern, result.looked_up);
     return result;
   }
 
@@ -89,8 +92,8 @@ class peft_modules {
     }
     if (depth == 0 && keys_.modules().contains(path + std::string(out)))
       return {peft::entry_kind::attention_in, path + ".in_proj", path};
-    const auto parameters = parameters_of(bare);
-    if (!parameters.empty() && !selected(bare)) return parameter(bare, depth, parameters, t);
+    const auto parameters = parameters_of(path, bare);
+    if (!parameters.empty() && !selected(path, bare)) return parameter(bare, depth, parameters, t);
     if (depth != 0)
       refuse(t, "an adapter of a module",
              "an adapter inside " + in_quotes(bare) + ", which is neither an attention nor named by target_parameters",
@@ -122,10 +125,12 @@ class peft_modules {
     return steps;
   }
 
+  /// The row of a pattern table that counts for a module; null for none.
   template <class Table>
-  void check_decided(const char* key, const Table& table, const std::string& module) const {
-    if (is_ascii(module)) return;
-    if (const auto* row = table.look_up(module).unicode; row != nullptr) refuse_undecided(key, row->key, module);
+  const typename Table::row* decided(const char* key, const Table& table, const std::string& module) const {
+    const auto answer = table.look_up(module);
+    if (answer.unicode != nullptr) refuse_undecided(key, answer.unicode->key, module);
+    return answer.fits;
   }
   [[noreturn]] void refuse_undecided(const char* key, const std::string& expression, const std::string& module) const {
     detail::raise(
@@ -147,10 +152,13 @@ class peft_modules {
     return {std::string(path), depth};
   }
 
-  bool selected(const std::string& module) const { return rule_.decide(module).selected.value_or(false); }
+  bool selected(const std::string& path, const std::string& module) const {
+    return rule_.decide(keys_.own_name(path, module)).selected.value_or(false);
+  }
 
   /// The parameters of a module that target_parameters names, in its order.
-  std::vector<std::string> parameters_of(std::string_view module) const {
+  std::vector<std::string> parameters_of(const std::string& path, const std::string& bare) const {
+    const std::string module = keys_.own_name(path, bare);
     std::vector<std::string> result;
     std::set<std::string_view> seen;
     for (const auto& target : config_.target_parameters) {
@@ -166,6 +174,9 @@ class peft_modules {
                     const module_tensors& t) const {
     std::size_t wrappers = 0;
     for (std::string path = module; keys_.modules().contains(path); path += ".base_layer") ++wrappers;
+    if (depth >= wrappers)
+      refuse(t, "an adapter inside each of the " + std::to_string(depth + 1) + " wrappers of " + in_quotes(module),
+             std::to_string(wrappers) + " from the outermost on", "the file is incomplete");
     if (names.size() < wrappers || (names.size() > wrappers && listed_in_order(names).size() != wrappers))
       refuse(t, std::to_string(names.size()) + " adapters inside " + in_quotes(module) + ", for " + listed(names),
              std::to_string(wrappers),

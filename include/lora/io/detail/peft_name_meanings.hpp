@@ -46,8 +46,10 @@ inline constexpr std::array peft_name_meanings = std::to_array<name_meaning>({
     {".lora_a", "a name of the MLX format, which is not read yet"},
     {".lora_b", "a name of the MLX format, which is not read yet"},
     {".dora_scale", "a name of the kohya or ComfyUI formats, which are not read yet", name_meaning::where::at_end},
-    {"lokr_", "a factor of LoKr, which is not supported"},
-    {"hada_", "a factor of LoHa, which is not supported"},
+    {".lokr_w", "a factor of LoKr, which is not supported"},
+    {".lokr_t", "a factor of LoKr, which is not supported"},
+    {".hada_w", "a factor of LoHa, which is not supported"},
+    {".hada_t", "a factor of LoHa, which is not supported"},
 });
 
 /// lora_B0, lora_A1 ...: several factors of which a route chooses.

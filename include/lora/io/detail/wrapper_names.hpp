@@ -39,12 +39,13 @@ class unwrapped_name {
     for (std::size_t k = 0; k < all.size(); ++k) {
       if (const auto* wrapper = known(all[k])) {
         note(wrapper->name, wrapper->who);
-      } else if (all[k] == "base_model" && k + 1 < all.size() && all[k + 1] == "model") {
+      } else if (const auto length = prefix_at(all, k); length != 0) {
+        if (length == 3) note("module.", "DataParallel or DistributedDataParallel");
         if (++prefixes == 1) {
           for (const auto segment : rest) front_ += std::string(segment) + ".";
           rest.clear();
         }
-        ++k;
+        k += length - 1;
       } else if (all[k] == "module" && rest.empty()) {
         note("module.", "DataParallel or DistributedDataParallel");
       } else {
@@ -55,7 +56,7 @@ class unwrapped_name {
     if (nested_) note(peft_prefix, "a PeftModel inside a PeftModel");
     if (!front_.empty()) note(front_, "a dict that holds state dicts, or a model around the PeftModel");
     if (prefixes != 0) name_ = peft_prefix;
-    for (std::size_t k = 0; k < rest.size(); ++k) name_ += (k == 0 ? "" : ".") + std::string(rest[k]);
+    name_ += joined(rest);
   }
 
   const std::string& name() const { return name_; }
@@ -72,6 +73,13 @@ class unwrapped_name {
     for (const auto& each : wrapper_segments)
       if (each.name == segment) return &each;
     return nullptr;
+  }
+  /// Segments of base_model.model or base_model.module.model at a place; 0 for none.
+  static std::size_t prefix_at(const std::vector<std::string_view>& all, std::size_t k) {
+    const auto is = [&](std::size_t at, std::string_view name) { return at < all.size() && all[at] == name; };
+    if (!is(k, "base_model")) return 0;
+    if (is(k + 1, "model")) return 2;
+    return is(k + 1, "module") && is(k + 2, "model") ? 3 : 0;
   }
   void note(std::string_view part, std::string_view who) {
     if (!part_.empty()) return;

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// expect: a packed_adapter can only be mixed
+#include "lora/lora.hpp"
+
+#include "lora/dora.hpp"
+
+lora::index_t use(const Eigen::MatrixXf& W, const lora::adapter<float>& l) {
+#ifdef LORA_MUST_FAIL
+  return lora::attach(W, lora::packed_adapter<float>{l}).out_features();
+#else
+  return lora::attach(W, l).out_features();
+#endif
+}

@@ -1,0 +1,10 @@
+// SPDX-License-Identifier: Apache-2.0
+// expect: 16-bit integers do not say which format their bits are
+#include "lora/lora.hpp"
+
+#ifdef LORA_MUST_FAIL
+using stored = std::uint16_t;
+#else
+using stored = lora::bfloat16;
+#endif
+void use(stored* data, const lora::adapter<float>& l) { lora::merge(lora::row_major(data, 4, 3), l); }

@@ -1,0 +1,13 @@
+// SPDX-License-Identifier: Apache-2.0
+// expect: a packed_adapter can only be mixed
+#include "lora/lora.hpp"
+
+#include "lora/rows.hpp"
+
+void use(const Eigen::MatrixXf& W, const std::vector<int>& ids, Eigen::MatrixXf& y, const lora::adapter<float>& l) {
+#ifdef LORA_MUST_FAIL
+  lora::rows(W, ids, y, lora::packed_adapter<float>{l});
+#else
+  lora::rows(W, ids, y, l);
+#endif
+}
