@@ -145,6 +145,22 @@ TEST_CASE("a stack that does not fit, or whose scaling overflows, is not touched
   CHECK(values == std::vector<float>(45, 0.5F));
 }
 
+TEST_CASE("an entry is never empty", "[peft][entry]") {
+  peft::entry<float> from(linear());
+  const peft::entry<float> to = std::move(from);
+  CHECK(from.rank() == 2);  // NOLINT: moving copies
+  CHECK(&from.parts() == &to.parts());
+}
+
+TEST_CASE("a change of the base is for linear modules", "[peft][entry]") {
+  // converted() forms the part from W as it is stored, and would read another shape for these.
+  parts embedding = linear();
+  embedding.kind = kind::embedding;
+  for (const auto& p : {embedding, stack(1), convolution()})
+    for (const auto change : {peft::base_change::pissa, peft::base_change::olora, peft::base_change::kasa})
+      CHECK(test::mentions(refusal(p, [&](parts& each) { each.change = change; }), {"linear modules only"}));
+}
+
 TEST_CASE("marks of one kind are refused for others", "[peft][entry]") {
   CHECK(test::mentions(refusal(linear(), [](parts& p) { p.stored_transposed = true; }), {"for parameters"}));
   CHECK(test::mentions(refusal(linear(), [](parts& p) { p.orientation_unsaid = true; }), {"for parameters"}));

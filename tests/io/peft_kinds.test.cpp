@@ -114,6 +114,10 @@ TEST_CASE("a range may make scaled entries, and may be empty", "[peft][ranges]")
   CHECK(lora::merge(W, none).became_nonfinite == 0);
   lora::unmerge(W, none);
   lora::merge(W, bias, none);
+  lora::unmerge(W, bias, none);
+  Eigen::MatrixXf block = Eigen::MatrixXf::Ones(3, 2);  // no bias, and there is nothing to say so
+  lora::merge(W, block, none);
+  lora::unmerge(W, block, none);
   lora::merge_checked(W, none);
   CHECK(lora::merged(W, none) == before);
   lora::apply(x, y, none);

@@ -215,6 +215,19 @@ TEST_CASE("lists that PEFT reads as regular expressions must be plain", "[peft][
   CHECK_FALSE(peft::matches_target(layers, "m.1.q"));
 }
 
+TEST_CASE("a wrapper of parameters without the outer ones is incomplete", "[peft][names]") {
+  const auto inner =
+      build::file().add(prefix + "m.base_layer.lora_A.weight", {2, 4}).add(prefix + "m.base_layer.lora_B.weight", {3, 2});
+  const std::string version = R"("target_modules":null,"peft_version":"0.21.0",)";
+  refused_with(version + R"("target_parameters":["w"])", inner,
+               {"m.base_layer.lora_A.weight", "2 wrappers of \"m\"", "incomplete"});
+  auto gap = build::file().add(prefix + "m.lora_A.weight", {2, 4}).add(prefix + "m.lora_B.weight", {3, 2});
+  gap.add(prefix + "m.base_layer.base_layer.lora_A.weight", {2, 4})
+      .add(prefix + "m.base_layer.base_layer.lora_B.weight", {3, 2});
+  refused([&] { (void)assemble_with(version + R"("target_parameters":["a","b"])", gap, {.parameter_order = {"a"}}); },
+          {"3 wrappers of \"m\"", "incomplete"});
+}
+
 TEST_CASE("without target_modules, target_parameters adapt no module", "[peft][names]") {
   const std::string parameters = R"("target_parameters":["experts.w"])";
   const auto tensors = pairs({"experts", "q"});
@@ -225,7 +238,7 @@ TEST_CASE("without target_modules, target_parameters adapt no module", "[peft][n
   CHECK_FALSE(peft::matches_target(parse(parameters), "q"));
   // What is excluded is excluded, also where PEFT would choose the targets.
   refused_with(R"("exclude_modules":["q"])", pairs({"q"}),
-               {"q.lora_A.weight", "exclude_modules [\"q\"]", "PEFT loads none of these adapters"});
+               {"q.lora_A.weight", "with exclude_modules [\"q\"]", "PEFT loads none of these adapters"});
 }
 
 TEST_CASE("an unknown key of use_bdlora is listed", "[peft][names]") {

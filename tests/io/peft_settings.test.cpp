@@ -71,9 +71,9 @@ TEST_CASE("target_modules that select nothing are quoted, strictly and leniently
     CHECK(peft::read(dir.path()).names() == std::vector<std::string>{module});
   }
   file_refused(config(R"("target_modules":["q_proj"],"exclude_modules":["q_proj"])"), named(module),
-               {R"(["q_proj"] without exclude_modules ["q_proj"])"});
+               {R"(["q_proj"] with exclude_modules ["q_proj"])"});
   const std::string layers = config(R"("target_modules":["q_proj"],"layers_to_transform":[7])");
-  file_refused(layers, named(module), {"[\"q_proj\"] in layers_to_transform", "none of the 1 modules"});
+  file_refused(layers, named(module), {"[\"q_proj\"] with layers_to_transform", "none of the 1 modules"});
   const build::directory dir;
   peft::write(dir.path(), assemble(layers, named(module), by_tensors));
   CHECK(peft::read(dir.path()).size() == 1);
@@ -103,6 +103,8 @@ TEST_CASE("initializations are compared as PEFT compares them", "[peft][init]") 
       CHECK_FALSE(has(message, "random"));
     }
   CHECK(has(build::refusal([&] { (void)read("lucky"); }), "PEFT knows no such initialization"));
+  for (const std::string value : {"true", "True", "FALSE"})
+    CHECK(has(build::refusal([&] { (void)read(value); }), "without quotes"));
   for (const std::string value : {"corda", "loftq", "lora_ga", "pissa_niter_16"})
     CHECK(has(build::refusal([&] { (void)read(value); }), "random numbers, data"));
 }
@@ -119,8 +121,8 @@ std::string expert(int k) {
 std::string for_all(const char* key, int count, const std::string& before, const std::string& value) {
   std::string result = std::string("\"") + key + "\":{";
   for (int k = 0; k < count; ++k) {
-    std::string name = before;
-    for (const char c : expert(k)) name += before.empty() || c != '.' ? std::string(1, c) : "\\\\.";
+    std::string name = before.empty() ? "" : "^";
+    for (const char c : expert(k)) name += before != "^" || c != '.' ? std::string(1, c) : "\\\\.";
     result += (k == 0 ? "\"" : ",\"") + name + "\":" + value;
   }
   return result + "}";
@@ -143,7 +145,8 @@ TEST_CASE("one key for each of 30,000 modules is a look-up", "[peft][patterns]")
   const auto content = build::to_bytes(build::safetensors("{" + header + "}", static_cast<std::size_t>(count) * 16));
   const auto tensors = lora::safetensors::parse(content, "adapter_model.safetensors");
   // Plain names, and whole names behind ^ as peft::write writes them; r = 2 of the config is the rank of none.
-  for (const std::string before : {"", "^"}) {
+  // The third form has dots that are not escaped, as diffusers writes it.
+  for (const std::string before : {"", "^", "^."}) {
     const auto c = parse(config("\"target_modules\":[" + targets + "]," + for_all("rank_pattern", count, before, "1") + "," +
                                 for_all("alpha_pattern", count, before, "5")));
     const auto file = peft::assemble(c, tensors);
@@ -156,9 +159,9 @@ TEST_CASE("one key for each of 30,000 modules is a look-up", "[peft][patterns]")
 
 TEST_CASE("looking up a key gives what trying all keys in order gives", "[peft][patterns]") {
   const std::vector<std::string> keys{
-      "q",          "a.q", "b.a.q", "^x.q", "^x\\.q", "^b\\.a\\.q$", "a.b.q", "q|k",  "l\\.\\d+\\.q",  "l.1.q",
-      "^l\\.1\\.q", "..q", "",      ".",    "x",      "a.q",         "^",     "^\\^", "l\\.[0-3]\\.q", "^a$",
-      "^a\\$",      "k"};
+      "q",          "a.q",           "b.a.q", "^x.q",  "^x\\.q", "^b\\.a\\.q$", "a.b.q", "q|k",  "l\\.\\d+\\.q", "l.1.q",
+      "^l\\.1\\.q", "..q",           "",      ".",     "x",      "a.q",         "^",     "^\\^", "^a.q",         "^l.1.q",
+      "^..q",       "l\\.[0-3]\\.q", "^a$",   "^a\\$", "k"};
   const std::vector<std::string> modules{"q",      "a.q",     "b.a.q", "x.q",  "xxq", "a.b.q", "k", "l.1.q",
                                          "l.7.q",  "y.l.1.q", "axq",   "ab.q", "",    "a",     "x", "b.x",
                                          "l.12.q", "z.a.b.q", "aq",    "a.",   "a.a", "q.q"};
@@ -232,6 +235,9 @@ TEST_CASE("metadata that says another alpha or rank is a note", "[peft][notes]")
     CHECK(has(found[0], "PEFT takes the config"));
     CHECK(has(found[0], "other programs"));
   }
+  std::string many;
+  for (int k = 0; k < 1000; ++k) many += (k == 0 ? "\\\"" : ",\\\"") + std::to_string(k) + ".r\\\":9";
+  CHECK(notes("{\"x\":\" {" + many + "}\"}").size() == 16);
   CHECK(notes(R"({"lora_alpha":"a lot","x":"{not json","y":"[1,2]","z":"{\"lora_alpha\":\"64\"}"})").empty());
 }
 

@@ -53,6 +53,7 @@ TEST_CASE("a wrapper in a name is named, and stripped on request", "[peft][wrapp
       {"module._orig_mod." + prefix + "m._fsdp_wrapped_module.q", "DataParallel"},
       {"transformer." + prefix + "m.q", "dict"},
       {"model." + prefix + "m.q", "PeftModel"},
+      {"base_model.module.model.m.q", "DataParallel"},
       {prefix + prefix + "m.q", "a PeftModel inside a PeftModel"},
       {prefix + "m." + prefix + "q", "a PeftModel inside a PeftModel"},
       {"state." + prefix + prefix + "m.q", "a PeftModel inside a PeftModel"}};
@@ -99,6 +100,26 @@ TEST_CASE("a dict of several state dicts is no adapter", "[peft][wrappers]") {
     for (const auto& options : {peft::read_options{}, strip, lenient})
       refused([&] { (void)assemble(config(), named("unet." + prefix + "m.q", named(other + "m.k")), options); },
               {"one adapter in a file", "save each by itself"});
+}
+
+TEST_CASE("a config knows the names that its file has", "[peft][wrappers]") {
+  const auto tensors = named(prefix + "_orig_mod.m.q", named(prefix + "_orig_mod.m.k"));
+  for (const std::string pattern :
+       {R"("_orig_mod.m.q")", R"("^_orig_mod\\.m\\.q")", R"("^_orig_mod.m.q")", R"("_orig_mod\\..*q")"}) {
+    const auto file = assemble(config("\"alpha_pattern\":{" + pattern + ":64}"), tensors, strip);
+    INFO(pattern);
+    CHECK(file.at("m.q").scaling() == 32.0);
+    CHECK(file.at("m.k").scaling() == 3.0);
+    CHECK(file.unused_patterns().empty());
+    const build::directory dir;
+    peft::write(dir.path(), file);
+    CHECK(peft::read(dir.path()).at("m.q").scaling() == 32.0);
+  }
+  const auto excluded = R"("exclude_modules":["_orig_mod.m.q"],"target_modules":["_orig_mod.m.q","_orig_mod.m.k"])";
+  CHECK(assemble(config(excluded), tensors, lenient).names() == std::vector<std::string>{"m.k"});
+  const auto parameter = named(prefix + "_orig_mod.m");
+  const auto file = assemble(config(R"("target_parameters":["_orig_mod.m.w"],"peft_version":"0.21.2")"), parameter, strip);
+  CHECK(file.names() == std::vector<std::string>{"m.w"});
 }
 
 TEST_CASE("two names that become one are refused", "[peft][wrappers]") {
@@ -151,7 +172,7 @@ TEST_CASE("lenient gives a tensor of the base that no key explains", "[peft][bas
     CHECK(has(peft::inventory_of(file).text(), "if the base has it"));
     const build::directory dir;
     CHECK(test::mentions(test::refusal<lora::value_error>([&] { peft::write(dir.path(), file); }),
-                         {name.c_str(), "modules_to_save"}));
+                         {name.c_str(), "copy the file"}));
   }
 }
 
@@ -170,8 +191,9 @@ TEST_CASE("a name that PEFT's model does not have is passed over for what it is"
 }
 
 TEST_CASE("names of the base that look like an adapter's are the base's", "[peft][base]") {
-  for (const std::string name : {"m.act.alpha", "m.alphabet.weight", "m.flora_embed.weight", "m.k.weight_scale",
-                                 "m.k.weight_packed", "m.proj_A.weight", "m.loralike.weight"}) {
+  for (const std::string name :
+       {"m.act.alpha", "m.alphabet.weight", "m.flora_embed.weight", "m.k.weight_scale", "m.k.weight_packed",
+        "m.proj_A.weight", "m.loralike.weight", "m.lokr_x.weight", "m.hada_rot.weight"}) {
     INFO(name);
     auto tensors = small().add(prefix + name, {2, 2});
     if (name == "m.proj_A.weight") tensors.add(prefix + "m.proj_B.weight", {2, 3});
@@ -180,6 +202,37 @@ TEST_CASE("names of the base that look like an adapter's are the base's", "[peft
     CHECK(file.passed_over().empty());
     REQUIRE(file.replacements().size() >= 1);
     CHECK(file.replacements()[0].why == reason::unasked);
+  }
+}
+
+TEST_CASE("two values for one tensor of the base are refused", "[peft][base]") {
+  const std::string e = prefix + "m.embed_tokens.";
+  auto table =
+      small().add(e + "token_adapter.trainable_tokens_delta", {1, 4}).add(e + "token_adapter.base_layer.weight", {3, 4});
+  file_refused(config(R"("trainable_token_indices":[1])"), table.add(e + "weight", {3, 4}, 2),
+               {"m.embed_tokens.weight", "one tensor for", "another in"});
+  auto bias = small().add(prefix + "m.k.bias", {3}).add(prefix + "m.k.base_layer.bias", {3}, 2);
+  file_refused(config(R"("bias":"all")"), bias, {"one tensor for \"m.k.bias\""});
+  // The same values twice are no question.
+  auto same = small().add(prefix + "m.k.bias", {3}).add(prefix + "m.k.base_layer.bias", {3});
+  CHECK_NOTHROW(assemble(config(R"("bias":"all")"), same));
+}
+
+TEST_CASE("bias = all takes what old versions called a bias", "[peft][base]") {
+  for (const std::string name : {"m.relative_attention_bias.weight", "m.attn.base_layer.in_proj_bias", "m.dt_bias"}) {
+    INFO(name);
+    const auto file = assemble(config(R"("bias":"all")"), small().add(prefix + name, {3}));
+    REQUIRE(file.replacements().size() == 1);
+    CHECK(file.replacements()[0].why == reason::bias);
+    CHECK_THROWS_AS(assemble(config(R"("bias":"lora_only")"), small().add(prefix + name, {3})), lora::format_error);
+  }
+}
+
+TEST_CASE("a tensor without a name is nothing", "[peft][base]") {
+  for (const std::string name : {"", "base_model.model."}) {
+    auto tensors = name.empty() ? named("m.q") : small();
+    refused([&] { (void)assemble(config(), tensors.add(name, {1})); }, {"lora_A.weight"});
+    CHECK(assemble(config(), tensors, lenient).replacements().empty());
   }
 }
 

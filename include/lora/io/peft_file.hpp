@@ -84,6 +84,7 @@ class adapter_file {
     std::map<std::string, safetensors::dtype, std::less<>> row_dtypes = {};  ///< in which the rows were stored
     std::vector<std::string> left_out = {}, passed_over = {}, unused_patterns = {}, notes = {};
     bool prefixed = true;
+    bool names_changed = false;  ///< the config's keys are for other names
     read_options options = {};
   };
 
@@ -136,6 +137,8 @@ class adapter_file {
   const std::vector<std::string>& passed_over() const { return more_.passed_over; }
   /// Whether the file's names begin with base_model.model.
   bool prefixed() const { return more_.prefixed; }
+  /// Whether names are others than those that the config was written for: renamed, or without a wrapper inside.
+  bool names_changed() const { return more_.names_changed; }
 
   /// The same file with rename(name) in place of the name of every module, parameter and replaced tensor: for a base whose
   /// modules have moved since the adapter was trained. The file's own target_modules has been evaluated before; what is written
@@ -145,7 +148,7 @@ class adapter_file {
   template <class Rename>
   adapter_file renamed(const Rename& rename) const {
     rest more = more_;
-    more.options.select_by_tensors = true;
+    more.names_changed = true;
     more.unused_patterns.clear();  // they are of the old names
     entry_map entries;
     for (const auto& [name, e] : entries_) {

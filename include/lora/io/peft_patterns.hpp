@@ -20,7 +20,7 @@
 namespace lora::inline LORA_DETAIL_ABI::peft {
 
 /// Values under keys that are regular expressions for the end of a module's name. The first key in the order of the file that
-/// fits wins. Plain keys and whole names behind ^ are found by binary search; expressions are tried one by one.
+/// fits wins. Plain keys, also behind ^, are found by binary search; expressions are tried one by one.
 template <class V>
 class pattern_table {
  public:
@@ -43,7 +43,8 @@ class pattern_table {
     if (pattern.cost() > most_cost - cost_) return "more steps than the patterns of a table may have together";
     cost_ += pattern.cost();
     using form = io_detail::module_pattern::form;
-    if (pattern.what() == form::plain) plain_.add(pattern.text(), rows_.size());
+    if (pattern.what() == form::plain) ends_.add(pattern.text(), rows_.size());
+    if (pattern.what() == form::whole) wholes_.add(pattern.text(), rows_.size());
     if (pattern.what() == form::name) names_.emplace(pattern.text(), rows_.size());
     if (pattern.what() == form::expression) {
       expressions_.push_back(rows_.size());
@@ -60,7 +61,7 @@ class pattern_table {
   };
   answer look_up(std::string_view module) const {
     if (!io_detail::is_plain(module)) return look_through(module);
-    std::size_t first = plain_.first(module);
+    std::size_t first = std::min(ends_.first_for_end(module), wholes_.first_for_whole(module));
     if (const auto named = names_.find(module); named != names_.end()) first = std::min(first, named->second);
     for (const auto k : expressions_) {
       if (k > first) break;
@@ -79,9 +80,10 @@ class pattern_table {
   bool empty() const { return rows_.empty(); }
   /// An upper bound for the steps of a look-up of this module.
   double work(std::string_view module) const {
-    const auto per_character =
-        io_detail::is_plain(module) ? cost_of_expressions_ + plain_.groups() + !names_.empty() : cost_;
-    return static_cast<double>(per_character) * static_cast<double>(module.size());
+    const auto size = static_cast<double>(module.size());
+    if (!io_detail::is_plain(module)) return (static_cast<double>(cost_) + static_cast<double>(rows_.size())) * size;
+    return static_cast<double>(cost_of_expressions_ + !names_.empty()) * size + ends_.work_for_end(module) +
+           wholes_.work_for_whole(module);
   }
 
  private:
@@ -101,7 +103,7 @@ class pattern_table {
   static constexpr std::size_t most_cost = std::size_t{1} << 22;
 
   std::vector<row> rows_;
-  io_detail::plain_keys plain_;
+  io_detail::plain_keys ends_, wholes_;
   std::map<std::string, std::size_t, std::less<>> names_;
   std::vector<std::size_t> expressions_;
   std::size_t cost_ = 0, cost_of_expressions_ = 0;

@@ -369,7 +369,7 @@ class config_writer {
   }
   /// Where the tensors chose the modules, or their names were changed, the config names what the file has.
   void resolve_targets() {
-    if (!file_.options().select_by_tensors) return;
+    if (!file_.options().select_by_tensors && !file_.names_changed()) return;
     keys_["target_modules"] = targets();
     for (const char* key : {"exclude_modules", "layers_to_transform", "layers_pattern"}) keys_[key] = json{};
   }

@@ -54,12 +54,20 @@ inline std::optional<std::string> anchored_name(std::string_view key) {
 
 class module_pattern {
  public:
-  enum class form { plain, name, expression };
+  enum class form {
+    plain,       ///< fits the end of a path; a dot fits any character
+    whole,       ///< ^ before a plain key: fits a whole path
+    name,        ///< ^ before characters that all stand for themselves
+    expression,  ///< anything else
+  };
 
   explicit module_pattern(std::string_view key) : text_(key) {
     if (is_plain(key)) return;
     form_ = form::expression;
-    if (auto name = anchored_name(key)) {
+    if (key.starts_with('^') && is_plain(key.substr(1))) {
+      form_ = form::whole;
+      text_.erase(0, 1);
+    } else if (auto name = anchored_name(key)) {
       form_ = form::name;
       text_ = std::move(*name);
     } else {
@@ -71,13 +79,14 @@ class module_pattern {
   std::string fault() const { return compiled_ ? compiled_->fault() : ""; }
 
   form what() const { return form_; }
-  /// The plain key, or the name behind ^.
+  /// The key, or what is behind its ^.
   const std::string& text() const { return text_; }
 
   pattern::verdict match(std::string_view module) const {
     if (compiled_) return compiled_->matches_beginning(code_points(module));
     if (form_ == form::name) return verdict(is_name(module));
-    return verdict(is_plain(module) ? plain_fits(module) : plain_fits_any(code_points(module)));
+    const auto points = code_points(module);
+    return verdict(form_ == form::whole ? whole_fits(points) : plain_fits_any(points));
   }
 
   /// An upper bound for the work of match() per character of a name.
@@ -88,6 +97,11 @@ class module_pattern {
   /// As Python has it: $ is also before a line end at the end.
   bool is_name(std::string_view module) const {
     return module == text_ || (module.ends_with('\n') && module.substr(0, module.size() - 1) == text_);
+  }
+  /// As Python has it: no dot is a line end, and $ is also before one at the end.
+  bool whole_fits(std::u32string_view module) const {
+    const auto fits = [&](std::u32string_view text) { return text.size() == text_.size() && plain_fits(text); };
+    return fits(module) || (module.ends_with(U'\n') && fits(module.substr(0, module.size() - 1)));
   }
   template <class C>
   bool plain_fits(std::basic_string_view<C> module) const {

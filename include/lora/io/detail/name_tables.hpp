@@ -6,6 +6,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <functional>
 #include <map>
 #include <string>
 #include <string_view>
@@ -52,26 +53,52 @@ class plain_keys {
   void add(std::string_view key, std::size_t place) {
     std::string shape(key);
     for (auto& c : shape) c = c == '.' ? '.' : '_';
-    groups_[std::move(shape)].emplace(key, place);  // of equal keys the first counts
+    groups_[key.size()][std::move(shape)].emplace(key, place);  // of equal keys the first counts
   }
-  /// The first place whose key fits a module's name of plain characters; none when there is none.
-  std::size_t first(std::string_view module) const {
+  /// The first place whose key fits the whole of a name of plain characters; none when there is none.
+  std::size_t first_for_whole(std::string_view module) const {
     std::size_t result = none;
-    for (const auto& [shape, keys] : groups_) {
-      if (module.size() < shape.size()) continue;
-      const auto path = module.substr(0, module.size() - shape.size());
-      if (!path.empty() && path.back() != '.') continue;
-      std::string end(module.substr(path.size()));
-      for (std::size_t k = 0; k < end.size(); ++k)
-        if (shape[k] == '.') end[k] = '.';
-      if (const auto found = keys.find(end); found != keys.end()) result = std::min(result, found->second);
+    const auto groups = groups_.find(module.size());
+    if (groups == groups_.end()) return result;
+    for (const auto& [shape, keys] : groups->second) {
+      std::string text(module);
+      for (std::size_t k = 0; k < text.size(); ++k)
+        if (shape[k] == '.') text[k] = '.';
+      if (const auto found = keys.find(text); found != keys.end()) result = std::min(result, found->second);
     }
     return result;
   }
-  std::size_t groups() const { return groups_.size(); }
+  /// The same for the name, or its end behind a dot.
+  std::size_t first_for_end(std::string_view module) const {
+    std::size_t result = first_for_whole(module);
+    for_ends(module, [&](std::string_view end) { result = std::min(result, first_for_whole(end)); });
+    return result;
+  }
+  /// An upper bound for the steps of first_for_whole: each group is memory that the last one did not touch.
+  double work_for_whole(std::string_view module) const {
+    constexpr double miss = 100;
+    const auto groups = groups_.find(module.size());
+    return groups == groups_.end()
+               ? 1
+               : static_cast<double>(groups->second.size()) * (miss + static_cast<double>(module.size()));
+  }
+  double work_for_end(std::string_view module) const {
+    double result = work_for_whole(module);
+    for_ends(module, [&](std::string_view end) { result += work_for_whole(end); });
+    return result;
+  }
 
  private:
-  std::map<std::string, std::map<std::string, std::size_t, std::less<>>> groups_;
+  template <class Call>
+  static void for_ends(std::string_view module, const Call& call) {
+    for (auto dot = module.find('.'); dot != std::string_view::npos; dot = module.find('.')) {
+      module.remove_prefix(dot + 1);
+      call(module);
+    }
+  }
+
+  using group = std::map<std::string, std::size_t, std::less<>>;
+  std::map<std::size_t, std::map<std::string, group>> groups_;  // by length, then by shape
 };
 
 }  // namespace lora::inline LORA_DETAIL_ABI::io_detail

@@ -49,6 +49,7 @@ class assembler {
     note_unused(config_.rank_pattern, used_ranks_, "rank_pattern");
     note_unused(config_.alpha_pattern, used_alphas_, "alpha_pattern");
     more_.prefixed = keys_.prefixed();
+    more_.names_changed = keys_.names_changed();
     more_.options = options_;
     return {config_, std::move(entries_), std::move(more_)};
   }

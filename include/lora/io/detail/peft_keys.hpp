@@ -102,6 +102,10 @@ class peft_keys {
   const std::vector<std::string>& left_out() const { return left_out_; }
   const std::vector<std::string>& passed_over() const { return passed_over_; }
   const std::vector<std::string>& notes() const { return notes_; }
+  /// Whether a module's name is another than the config knows it by.
+  bool names_changed() const {
+    return std::any_of(own_paths_.begin(), own_paths_.end(), [](const auto& each) { return each.first != each.second; });
+  }
   /// Whether the file's names begin with base_model.model.
   bool prefixed() const { return prefixed_.value_or(true); }
 
@@ -112,10 +116,10 @@ class peft_keys {
     if (own == own_paths_.end()) return module;
     const auto from = segments(path), to = segments(module);
     const auto differ = std::mismatch(from.begin(), from.end(), to.begin(), to.end());
-    auto parts = segments(own->second);
-    parts.resize(parts.size() - std::min(parts.size(), static_cast<std::size_t>(from.end() - differ.first)));
-    parts.insert(parts.end(), differ.second, to.end());
-    return joined(parts);
+    auto own_parts = segments(own->second);
+    own_parts.resize(own_parts.size() - std::min(own_parts.size(), static_cast<std::size_t>(from.end() - differ.first)));
+    own_parts.insert(own_parts.end(), differ.second, to.end());
+    return joined(own_parts);
   }
   /// A tensor's name without wrappers and base_model.model.
   std::string_view bare(const safetensors::entry& t) const {
@@ -229,8 +233,8 @@ class peft_keys {
 
   /// m.lora_A.default: a factor of a state that PEFT did not save, not a module with a factor.
   static bool has_factor_inside(std::string_view path) {
-    const auto parts = segments(path);
-    return std::any_of(parts.begin(), parts.end(), [](auto part) {
+    const auto all = segments(path);
+    return std::any_of(all.begin(), all.end(), [](auto part) {
       return part == "lora_A" || part == "lora_B" || part.starts_with("lora_embedding_") || part == "lora_magnitude_vector";
     });
   }
@@ -314,9 +318,9 @@ class peft_keys {
   }
   /// The name in the base, which has none of PEFT's own modules.
   static std::string without_peft_layers(std::string_view name) {
-    auto parts = segments(name);
-    std::erase_if(parts, [](auto part) { return part == "base_layer" || part == "token_adapter"; });
-    return joined(parts);
+    auto all = segments(name);
+    std::erase_if(all, [](auto part) { return part == "base_layer" || part == "token_adapter"; });
+    return joined(all);
   }
   void pass_over(const safetensors::entry& t) {
     const auto meaning = meaning_of(tensors_, t);
