@@ -158,7 +158,7 @@ struct scaled_norm {
 /// and those of numbers above 1e154 overflow: such rows are scaled by a power of two first.
 template <class At>
 scaled_norm norm_of(index_t count, const At& at) {
-  constexpr double smallest = 0x1p-960;  // what a square loses to underflow is 2^-114 of this
+  constexpr double smallest = 0x1p-960;  // what each of the squares loses to underflow is 2^-114 of this
   double squares = 0;
   for (index_t j = 0; j < count; ++j) squares += at(j) * at(j);
   if (detail::is_finite(squares) && squares >= smallest) return {std::sqrt(squares), 0};
@@ -189,7 +189,7 @@ double quotient(index_t output, const M& magnitude, const scaled_norm& norm) {
   if (!detail::is_finite(norm.value) || norm.value == 0)
     refuse("a row of W + delta whose norm is " + std::to_string(norm.value));
   const double result = norm.exponent == 0 ? m / norm.value : std::ldexp(m / norm.value, -norm.exponent);
-  if (!detail::is_finite(result)) refuse("a row of W + delta whose norm is that small");
+  if (!detail::is_finite(result)) refuse("a row of W + delta whose norm is so small that magnitude / norm overflows");
   return result;
 }
 
@@ -240,7 +240,7 @@ class attached_dora {
     stored_in_out_ = true;
     return std::move(*this);
   }
-  /// No adapter, or none that does anything: the verbs then leave every bit as it is.
+  /// No adapter and every factor 1: the verbs then leave every bit as it is.
   bool changes_nothing() const { return adapters_.empty() && (base_scale_.array() == Acc(1)).all(); }
 
  private:
@@ -502,10 +502,10 @@ void rows(const M& W, const R& ids, Y&& y, const attached_dora<Acc>& layer) {
     const auto each = detail::each_of(layer.adapters());
     const auto sum = rows_detail::gather<acc>("rows", each, tokens, weight.cols(), weight.rows());
     const rows_detail::times_constant<value, acc> scaled(scale);
-    const bool untouched = layer.changes_nothing() && scale == 1.0;
+    const bool untouched = layer.changes_nothing();
     sum.run(to, [&](value& element, acc delta, index_t i, index_t t) {
       const acc base = detail::widen<acc>(weight(tokens[static_cast<std::size_t>(t)], i));
-      if (untouched) return void(element = detail::narrow<value>(base));
+      if (untouched) return void(element = scaled(base));
       element = scaled(static_cast<acc>(layer.base_scale()(i)) * base + delta);
     });
   };

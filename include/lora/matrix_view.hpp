@@ -22,9 +22,9 @@ namespace lora::inline LORA_DETAIL_ABI {
 
 namespace detail {
 
-/// The most rows or columns that a view may have, with elements or without: 2^48, more than a
-/// memory holds, so that a count of tiles or panels fits index_t.
-inline constexpr index_t most_extent = std::numeric_limits<index_t>::max() >> (sizeof(index_t) == 8 ? 15 : 6);
+/// The most rows or columns that a view may have, with elements or without, so that a count of tiles
+/// or panels fits index_t: below 2^48, more than a memory holds, and 2^27 where index_t has 32 bits.
+inline constexpr index_t most_extent = std::numeric_limits<index_t>::max() >> (sizeof(index_t) == 8 ? 15 : 4);
 
 /// Whether `outer` runs of `inner` elements, `stride` apart, have an address each: one comparison
 /// for usual sizes.

@@ -168,7 +168,7 @@ class packed_weight {
   /// work(panel, first output, outputs) on the threads that would multiply by it, so that memory of its own lies near them.
   template <class Work>
   void each_panel(const Work& work) const {
-    if (elements_.size() == 0) return;  // any number of outputs may have no element
+    if (elements_.size() == 0) return;  // without in_features there is nothing to pack
     detail::parallel(detail::threads_for(static_cast<double>(elements_.size())), [&](const detail::team& team) {
       team.for_each(count(), [&](index_t p) { work(p, p * width, std::min(width, out_features_ - p * width)); });
     });

@@ -11,7 +11,7 @@
 //            or a factor is double), with s folded into lora_B; then y is added. down must not return double where that is
 //            float: it does not compile.
 //   error    |result - exact| <= u_y |exact| + (1+u_y) (u |y| + gamma_{R+3} sum |s| |lora_B| |U| +
-//            underflow) + eta_y/2 beside the error of U = down(lora_A) itself; underflow = eta (R +
+//            underflow) + eta_y/2 plus the error of U = down(lora_A) itself; underflow = eta (R +
 //            1 + sum over ranks of |U|); the names are those of docs/numerics.md. down runs in the
 //            caller's floating-point mode, all else in the default one.
 //   overflow counted nowhere: y holds the infinity.
@@ -22,6 +22,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cstddef>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -70,25 +71,37 @@ struct expansion {
   }
 };
 
-/// Checks everything of an adapter but its in_features, which the caller's product decides.
-template <class Each>
-index_t checked_rank(const char* operation, const Each& each, index_t out_features) {
+/// The scaling of each adapter, and the ranks of those that take part. Decided once: down may change the floating-point mode, and
+/// a scaling may be a product.
+struct checked_adapters {
   index_t rank = 0;
+  std::vector<double> scalings;
+};
+
+/// Checks everything of the adapters but their in_features, which the caller's product decides.
+template <class Each>
+checked_adapters check_all(const char* operation, const Each& each, index_t out_features) {
+  const lora::detail::default_environment environment;
+  checked_adapters result;
   each([&](const auto& l) {
     const auto& lora_A = l.lora_A();
     lora::detail::check_adapter(operation, l, out_features, as_matrix(lora_A).cols());
-    if (lora::detail::is_read(l)) rank += static_cast<index_t>(l.rank());
+    result.scalings.push_back(static_cast<double>(l.scaling()));
+    if (!lora::detail::is_zero(result.scalings.back())) result.rank += static_cast<index_t>(l.rank());
   });
-  return rank;
+  return result;
 }
 
 /// The expansion of all adapters, with U from down.
 template <class Acc, class Down, class Each>
 expansion<Acc> expand(const char* operation, const Down& down, const Each& each, index_t out, index_t columns) {
-  expansion<Acc> result(out, checked_rank(operation, each, out), columns);
+  const auto checked = check_all(operation, each, out);
+  expansion<Acc> result(out, checked.rank, columns);
   index_t at = 0;
+  std::size_t k = 0;
   each([&](const auto& l) {
-    if (!lora::detail::is_read(l)) return;
+    const double scaling = checked.scalings[k++];
+    if (lora::detail::is_zero(scaling)) return;
     const auto& lora_A = l.lora_A();
     const auto& lora_B = l.lora_B();
     const auto& held = down(as_matrix(lora_A));
@@ -100,7 +113,7 @@ expansion<Acc> expand(const char* operation, const Down& down, const Each& each,
       lora::detail::raise_shape(operation, "down(lora_A) is " + lora::detail::shape_text(U.rows(), U.cols()) +
                                                ", not rank x positions, which is " +
                                                lora::detail::shape_text(static_cast<index_t>(l.rank()), columns));
-    result.set_B(at, as_matrix(lora_B), static_cast<double>(l.scaling()));
+    result.set_B(at, as_matrix(lora_B), scaling);
     for (index_t j = 0; U.rows() != 0 && j < columns; ++j)
       for (index_t i = 0; i < U.rows(); ++i) result.U(at + i, j) = lora::detail::widen<Acc>(U(i, j));
     at += U.rows();

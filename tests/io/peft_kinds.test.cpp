@@ -150,6 +150,31 @@ TEST_CASE("a stack takes no bias and no magnitude, rows no bias", "[peft][kinds]
   CHECK(y == Eigen::MatrixXf::Constant(3, 1, 7));
 }
 
+TEST_CASE("biases of entries do not depend on the caller's floating-point mode", "[peft][kinds]") {
+  using mode = lora::detail::control_register;
+  const auto parts = assemble(config(), linear()).at("m").parts();
+  const auto e = with_extras(parts, {0x1p-140F, 1, 0x1.000002p0F}, {});
+  const auto run = [&] {
+    Eigen::MatrixXf W = Eigen::MatrixXf::Ones(3, 4), x = Eigen::MatrixXf::Zero(4, 1),
+                    y = Eigen::MatrixXf::Constant(3, 1, 0x1p-141F);
+    Eigen::VectorXf b = Eigen::VectorXf::Constant(3, 0x1p-141F);
+    lora::merge(W, b, e);
+    lora::apply(x, y, e);
+    return std::pair(b, Eigen::VectorXf(y));
+  };
+  const auto want = run();
+  CHECK(want.first(0) == 0x1p-141F + 3 * 0x1p-140F);
+  if (!mode::is_known) WARN("skipped: the floating-point mode of this processor is not known");
+  const auto before = mode::read();
+  mode::write(before | mode::mode);  // flush, and round toward zero
+  const auto got = run();
+  const bool kept = (mode::read() & mode::mode) == mode::mode;
+  mode::write(before);
+  CHECK(kept);
+  CHECK(test::same_bits(got.first, want.first));
+  CHECK(test::same_bits(got.second, want.second));
+}
+
 TEST_CASE("what PEFT refuses for a kind is refused by name", "[peft][kinds]") {
   const std::string dora = "\"use_dora\":true", bias = "\"lora_bias\":true", kasa = "\"kasa_config\":{}";
   file_refused(config(dora), attention().add(prefix + "a.lora_magnitude_vector", {9}),

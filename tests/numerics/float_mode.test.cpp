@@ -191,3 +191,26 @@ TEST_CASE("what the caller computes for a verb is computed in its own mode", "[e
       y, l);
   CHECK(inside == test::flush);
 }
+
+TEST_CASE("which adapters apply_through reads does not depend on the caller's mode", "[float_mode]") {
+  using mode = lora::detail::control_register;
+  // Finite factors, and a scaling that a flushing caller would take for 0.
+  const lora::adapter<double> l{Eigen::MatrixXd::Constant(1, 1, 0x1p1000),
+                                Eigen::MatrixXd::Ones(1, 1),
+                                {.alpha = 0x1p-1000, .rule = lora::scaling_rule::fixed}};
+  const auto small = lora::scaled(0x1p-60, l);
+  const auto before = mode::read();
+  if (!mode::is_known) WARN("skipped: the floating-point mode of this processor is not known");
+  for (const bool down_changes_it : {false, true}) {
+    Eigen::MatrixXd y = Eigen::MatrixXd::Zero(1, 1);
+    mode::write(before | mode::mode);
+    lora::apply_through(
+        [&](const auto& A) {
+          if (down_changes_it) mode::write(before);
+          return Eigen::MatrixXd(Eigen::MatrixXd::Constant(1, 1, A(0, 0)));
+        },
+        y, l, small);
+    mode::write(before);
+    CHECK(y(0, 0) == 1 + 0x1p-60 * 0x1p-1000 * 0x1p1000);
+  }
+}

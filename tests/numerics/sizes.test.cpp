@@ -85,3 +85,20 @@ TEST_CASE("any number of tokens of no outputs takes no time", "[sizes]") {
   lora::apply_through([](const auto&) { return test::col_matrix<float>(0, large); }, y, l);
   CHECK(y.size() == 0);
 }
+
+TEST_CASE("a rank that no adapter has is refused", "[sizes]") {
+  // Factors without elements may claim any rank, which would be added up and looped over.
+  using lora::basic_adapter;
+  const basic_adapter<rows_of, rows_of> l(rows_of(nullptr, large, 0), rows_of(nullptr, 0, large),
+                                          {.alpha = 1, .rule = lora::scaling_rule::fixed});
+  const output_rows W(nullptr, 0, 0);
+  CHECK_THROWS_AS(lora::packed_adapter<float>(l), lora::shape_error);
+  CHECK_THROWS_AS(lora::merge(W, std::vector(70'000, l)), lora::shape_error);
+  CHECK_THROWS_AS(lora::merge(lora::rounding::peft, W, l), lora::shape_error);
+  CHECK_THROWS_AS(lora::apply(columns_of(nullptr, 0, 1), output_columns(nullptr, 0, 1), l), lora::shape_error);
+  CHECK_THROWS_AS(
+      lora::apply_through([](const auto&) { return test::col_matrix<float>(0, 1); }, output_columns(nullptr, 0, 1), l),
+      lora::shape_error);
+  lora::linear<float> layer{W};
+  CHECK_THROWS_AS(layer.attach("l", l), lora::shape_error);
+}

@@ -104,7 +104,7 @@ struct dora_bound {
     const exact_column inverse = g[0].cwiseInverse(), rest = (1 - P[0].array() - 2 * u).inverse() * (1 + 4 * u);
     const exact_matrix e = exact_matrix((P[0].array() + 3 * u).matrix().asDiagonal() * q.cwiseAbs()) +
                            exact_matrix(inverse.asDiagonal() * deltas(rank + 2));
-    return rest.asDiagonal() * e;
+    return exact_matrix(rest.asDiagonal() * e).array() + eta;  // the quotient may be subnormal
   }
   /// Of y = W' x + b before it is stored, by forward.
   exact_matrix mixed(const exact_matrix& x, const exact_column& bias) const {

@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Eigen's core, silent where gcc 12 is wrong. The AVX-512 intrinsics of gcc 12 leave registers undefined on purpose, and gcc
+// Eigen's core, without gcc 12's false warnings. The AVX-512 intrinsics of gcc 12 leave registers undefined on purpose, and gcc
 // warns of them wherever Eigen inlines one (GCC bug 105593, mended in 13): 400 warnings in this project's examples. A program
 // that includes Eigen before lora gets them as it would without lora.
 #pragma once

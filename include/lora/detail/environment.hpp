@@ -3,7 +3,8 @@
 // The floating-point mode of a thread: how sums and products round, and what happens to subnormal
 // numbers. Programs change it for themselves (audio engines and torch.set_flush_denormal flush
 // subnormals; -ffast-math links code that does), and a new thread has the mode of the thread that
-// made it. The library's arithmetic and its bounds need the default mode.
+// made it. The library's arithmetic and its bounds need the default mode. ARMv7 NEON always flushes,
+// and on processors that are not listed below the caller's mode is used as it is.
 #pragma once
 
 #include <cstdint>
@@ -29,8 +30,8 @@ struct control_register {
     asm volatile("stmxcsr %0" : "=m"(value) : : "memory");
     return value;
   }
-  // The clobber keeps loads and stores, and so the arithmetic between them, on their side of the
-  // change.
+  // The clobber keeps loads and stores on their side of the change. Arithmetic on values that stay
+  // in registers may move across it: verbs load what they compute with, and store it.
   static void write(bits value) { asm volatile("ldmxcsr %0" : : "m"(value) : "memory"); }
 #elif defined(_MSC_VER) && defined(_M_X64)
   using bits = std::uint32_t;

@@ -112,6 +112,14 @@ inline void check_fit(const char* operation, index_t adapter_out, index_t adapte
   if (!is_finite(scaling)) raise_value(operation, "the adapter's scaling is not finite");
 }
 
+/// Throws for a rank that no adapter has: factors without elements may claim any, and ranks are added up and looped over.
+inline void check_rank(const char* operation, index_t rank) {
+  constexpr index_t most = 0x7fffffff;
+  if (rank > most)
+    raise_shape(operation,
+                "the adapter's rank is " + std::to_string(rank) + "; at most " + std::to_string(most) + " is taken");
+}
+
 template <low_rank L>
 void check_factors(const char* operation, const L& l, index_t out_features, index_t in_features) {
   const auto& lora_A = l.lora_A();
@@ -121,6 +129,7 @@ void check_factors(const char* operation, const L& l, index_t out_features, inde
   if (a.rows() != b.cols() || a.rows() != static_cast<index_t>(l.rank()))
     raise_shape(operation, "the adapter says rank " + std::to_string(l.rank()) + " but lora_A is " +
                                shape_text(a.rows(), a.cols()) + " and lora_B is " + shape_text(b.rows(), b.cols()));
+  check_rank(operation, a.rows());
   check_fit(operation, b.rows(), a.cols(), static_cast<double>(l.scaling()), out_features, in_features);
 }
 

@@ -28,6 +28,7 @@
 #include <utility>
 #include <vector>
 
+#include "lora/detail/environment.hpp"
 #include "lora/dora.hpp"
 #include "lora/io/detail/module_path.hpp"
 #include "lora/io/peft_entry.hpp"
@@ -239,6 +240,7 @@ auto oriented(const char* operation, const View& stored, const list<T>& all, con
 /// s * bias of the entries, added up in double.
 template <class T>
 std::vector<double> bias_sum(index_t out_features, const list<T>& all) {
+  const lora::detail::default_environment environment;
   std::vector<double> sum(static_cast<std::size_t>(out_features), 0.0);
   for (const auto& each : all) {
     const auto& values = each.of().lora_bias();
@@ -256,6 +258,7 @@ void add_with_bias(const View& y, const list<T>& all, const Run& run) {
   sums.setZero(y.rows(), y.cols());
   run(sums);
   const auto bias = bias_sum(y.rows(), all);
+  const lora::detail::default_environment environment;
   for (index_t j = 0; j < y.cols(); ++j)
     for (index_t i = 0; i < y.rows(); ++i)
       y(i, j) = lora::detail::narrow<value>(lora::detail::widen<Acc>(y(i, j)) +
@@ -265,6 +268,7 @@ void add_with_bias(const View& y, const list<T>& all, const Run& run) {
 /// b := round(b + sign * sum), for a bias that check_bias has seen.
 template <class View>
 void add_bias(const View& bias, double sign, const std::vector<double>& sum) {
+  const lora::detail::default_environment environment;
   using value = typename View::value_type;
   for (index_t k = 0; k < bias.size(); ++k) {
     value& element = bias.cols() == 1 ? bias(k, 0) : bias(0, k);

@@ -391,13 +391,14 @@ class peft_keys {
 
   [[noreturn]] void refuse_unknown(const safetensors::entry& t, std::string_view name) const {
     const std::string expected = "a name that ends in lora_A.weight or lora_B.weight";
-    if (const auto meaning = meaning_of(tensors_, t); !meaning.empty())
-      refuse_tensor(tensors_, t, expected, std::string(meaning));
-    // The first unknown name may say nothing where a later one tells what the file is.
+    // The first unknown name may say little where a later one tells what the file is. An alpha says the least.
+    const auto own = meaning_of(tensors_, t);
+    if (!own.empty() && last_segment(name) != "alpha") refuse_tensor(tensors_, t, expected, std::string(own));
     for (const auto* other : other_)
-      if (const auto meaning = meaning_of(tensors_, *other); !meaning.empty())
+      if (const auto meaning = meaning_of(tensors_, *other); !meaning.empty() && last_segment(other->name) != "alpha")
         refuse_tensor(tensors_, t, expected, "another",
                       "the file has also " + in_quotes(other->name) + ": " + std::string(meaning));
+    if (!own.empty()) refuse_tensor(tensors_, t, expected, std::string(own));
     const std::string lenient =
         "PEFT loads it where the base has a tensor of this name, and read_options::lenient gives it as "
         "a replacement";
