@@ -53,7 +53,10 @@ inline bool is_number(std::string_view text) {
 /// The path of these segments.
 inline std::string joined(const std::vector<std::string_view>& parts) {
   std::string result;
-  for (std::size_t k = 0; k < parts.size(); ++k) result += (k == 0 ? "" : ".") + std::string(parts[k]);
+  for (std::size_t k = 0; k < parts.size(); ++k) {
+    if (k != 0) result += '.';
+    result += parts[k];
+  }
   return result;
 }
 
