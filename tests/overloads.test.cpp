@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Each verb has an overload that takes mistaken calls, for its sentence (detail/refusals.hpp). Calls that other overloads take
-// by a conversion, calls of a user's own functions, and what looks alike must not reach it; that they compile is the test.
+// Each verb has an overload that takes mistaken calls, for its sentence (detail/refusals.hpp).
+// Calls that other overloads take by a conversion, calls of a user's own functions, and what looks
+// alike must not reach it; that they compile is the test.
 #include <algorithm>
 #include <atomic>
 #include <optional>
@@ -100,8 +101,8 @@ TEST_CASE("unqualified names of the standard library stay theirs", "[overloads]"
   CHECK(forward<const lora::bfloat16&>(one) == one);
 }
 
-// A user's own functions, found beside those of lora by argument-dependent look-up: an argument is a matrix
-// or vector of lora::bfloat16. Each call needs a conversion.
+// A user's own functions, found beside those of lora by argument-dependent look-up: an argument is
+// a matrix or vector of lora::bfloat16. Each call needs a conversion.
 namespace mine {
 
 using M = Eigen::Matrix<lora::bfloat16, Eigen::Dynamic, Eigen::Dynamic>;

@@ -122,7 +122,8 @@ class adapter : public basic_adapter<detail::row_major_matrix<T>, detail::row_ma
   explicit adapter(const L& other)
       : adapter(other.lora_A(), other.lora_B(), {.alpha = other.scaling(), .rule = scaling_rule::fixed}) {}
 
-  /// What makes no adapter gets a sentence: factors of integers or arrays, a scaling without alpha, a bare number.
+  /// What makes no adapter gets a sentence: factors of integers or arrays, a scaling without alpha,
+  /// a bare number.
   template <class A, class B>
     requires detail::mistaken_factors<A, B>
   adapter(const A&, const B&, const lora::scaling&) : base(detail::refuse_factors_of<A, B, base>()) {}

@@ -91,7 +91,8 @@ refuse_lines("${headers}" "(^|[^_a-z])assert\\(" "checks stay in a release build
 set(all_but_eigen ${headers})
 list(REMOVE_ITEM all_but_eigen include/lora/detail/eigen.hpp)
 refuse_lines("${all_but_eigen}" "#include <Eigen/Core>" "lora/detail/eigen.hpp includes it without false alarms")
-# Every header of Eigen includes its core, so that one above detail/eigen.hpp has the same false alarms.
+# Every header of Eigen includes its core, so that one above detail/eigen.hpp has the same false
+# alarms.
 foreach(file IN LISTS all_but_eigen)
   file(STRINGS "${ROOT}/${file}" includes REGEX "^#include (<Eigen/|\"lora/detail/eigen\\.hpp\")")
   list(POP_FRONT includes first)

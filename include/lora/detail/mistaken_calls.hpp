@@ -1,12 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Which calls get a sentence of refusals.hpp. A verb is found by argument-dependent look-up wherever an
-// argument is of the library, a matrix of lora::bfloat16 too, and an overload that takes everything would
-// beat a user's own function of that name that needs a conversion. So such an overload takes part only in
-// calls of which each argument is known here, one of them is an adapter of some kind, and the order is that
-// of the verb or its exchange. Matrices, spans and types of a user alone never are such a call; a number or
-// a type of a user among the arguments, or a class that derives from one of the library, ends it too.
-// Nothing here asks for a complete type.
+// Which calls get a sentence of refusals.hpp. A verb is found by argument-dependent look-up
+// wherever an argument is of the library, a matrix of lora::bfloat16 too, and an overload that
+// takes everything would beat a user's own function of that name that needs a conversion. So such
+// an overload takes part only in calls of which each argument is known here, one of them is an
+// adapter of some kind, and the order is that of the verb or its exchange. Matrices, spans and
+// types of a user alone never are such a call; a number or a type of a user among the arguments, or
+// a class that derives from one of the library, ends it too. Nothing here asks for a complete type.
 #pragma once
 
 #include <concepts>
@@ -126,7 +126,7 @@ template <class A>
 concept pointer_to_numbers = pointer_like<A> && number<bare<decltype(*std::declval<const bare<A>&>())>>;
 template <class A>
 concept range_of_numbers = range_like<A> && number<element_of<A>>;
-/// A matrix, or what is given instead of one: of other elements, an array, elements without a shape.
+/// A matrix, or what is given instead of one: of other elements, an array, or without a shape.
 template <class A>
 concept matrix_kind = any_matrix<A> || eigen_array<A> || pointer_to_numbers<A> || range_of_numbers<A>;
 template <class A>
@@ -195,8 +195,8 @@ inline constexpr bool mistaken_on_product<Down, Y, L...> = matrix_kind<Y> && kno
 template <class... A>
 inline constexpr bool mistaken_on_adapters = sizeof...(A) > 0 && (recognisable<A> && ...);
 
-/// with_bias(W, b) of a b that is wrong. No adapter tells that it is ours. A W of built-in numbers or panels
-/// does: such a call is found by its name alone.
+/// with_bias(W, b) of a b that is wrong. No adapter tells that it is ours. A W of built-in numbers
+/// or panels does: such a call is found by its name alone.
 template <class M, class B>
 inline constexpr bool mistaken_on_bias = false;
 template <class M, class B>
@@ -206,7 +206,7 @@ template <class M, class B>
   requires(exactly_ours<M> && packed_weight_like<M>)
 inline constexpr bool mistaken_on_bias<M, B> = matrix_kind<B> && !activations<B>;
 
-// --- Constructors, which std::is_constructible asks about: they take what is a mistake beyond doubt. ---
+// --- Constructors. std::is_constructible asks, so they take what is a mistake beyond doubt. ---
 
 template <class Base>
 concept mistaken_base = !matrix_like<Base> && (any_matrix<Base> || eigen_array<Base>);

@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Why a call does not compile, in a sentence. A failed `requires` names a concept and not the mistake, so
-// each verb has one more overload, of const references alone, which every other overload beats. Only calls
-// of mistaken_calls.hpp reach it. Its body asks the functions below, which say what is wrong with the first
-// argument at fault. They return true, for the static_assert that makes a compiler ask them before it
-// complains of anything else.
+// Why a call does not compile, in a sentence. A failed `requires` names a concept and not the
+// mistake, so each verb has one more overload, of const references alone, which every other
+// overload beats. Only calls of mistaken_calls.hpp reach it. Its body asks the functions below,
+// which say what is wrong with the first argument at fault. They return true, for the static_assert
+// that makes a compiler ask them before it complains of anything else.
 //
-// Such a call is an error inside `requires { lora::merge(W, l); }`, too, and not false. Generic code asks the
-// public concepts instead: matrix_like of W, activations of x and y, low_rank or low_rank_range of l,
-// weight_decomposed or attachable (lora/dora.hpp), peft::adapter_entry (lora/io/peft_entry.hpp).
+// Such a call is an error inside `requires { lora::merge(W, l); }`, too, and not false. Generic
+// code asks the public concepts instead: matrix_like of W, activations of x and y, low_rank or
+// low_rank_range of l, weight_decomposed or attachable (lora/dora.hpp), peft::adapter_entry
+// (lora/io/peft_entry.hpp).
 #pragma once
 
 #include <concepts>
