@@ -28,6 +28,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/detail/factors.hpp
   include/lora/detail/huge_pages.hpp
   include/lora/detail/memory.hpp
+  include/lora/detail/mistaken_calls.hpp
   include/lora/detail/mix.hpp
   include/lora/detail/operands.hpp
   include/lora/detail/overlap.hpp

@@ -122,15 +122,16 @@ class adapter : public basic_adapter<detail::row_major_matrix<T>, detail::row_ma
   explicit adapter(const L& other)
       : adapter(other.lora_A(), other.lora_B(), {.alpha = other.scaling(), .rule = scaling_rule::fixed}) {}
 
-  /// What makes no adapter gets a sentence: factors that are no matrices, a scaling without alpha, a bare number.
+  /// What makes no adapter gets a sentence: factors of integers or arrays, a scaling without alpha,
+  /// a bare number.
   template <class A, class B>
-    requires(!(matrix_like<A> && matrix_like<B>))
+    requires detail::mistaken_factors<A, B>
   adapter(const A&, const B&, const lora::scaling&) : base(detail::refuse_factors_of<A, B, base>()) {}
-  template <class A, class B>
+  template <matrix_like A, matrix_like B>
   adapter(const A&, const B&, const detail::scaling_without_alpha&) : base(detail::refuse_scaling<A, base>()) {}
-  template <class A, class B, class S>
+  template <matrix_like A, matrix_like B, class S>
     requires std::is_arithmetic_v<S>
-  adapter(const A&, const B&, const S&) : base(detail::refuse_scaling<S, base>()) {}
+  adapter(const A&, const B&, S) = delete;  // an adapter needs its alpha by name: {.alpha = 16}
 };
 
 template <matrix_like A, matrix_like B>

@@ -67,9 +67,9 @@ void apply(const X& x, Y&& y, const L&... l) {
   apply(space, x, std::forward<Y>(y), l...);
 }
 
-/// What is no call of it gets a sentence.
+/// A mistaken call of it gets a sentence.
 template <class... A>
-  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 3)
+  requires detail::mistaken_on_activations<A...>
 auto apply(const A&...) {
   static_assert(detail::refuse_on_activations<detail::verb::apply, A...>());
 }

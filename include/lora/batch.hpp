@@ -48,9 +48,9 @@ class batch {
         detail::never<F>,
         "lora::batch: the vector of adapters is a temporary, and the batch would look at it: give it a name first");
   }
-  /// What is no list of packed adapters gets a sentence.
+  /// A mistaken list gets a sentence.
   template <class R>
-    requires(!std::is_convertible_v<const R&, std::span<const packed_adapter<F>>> && !std::is_same_v<R, batch>)
+    requires detail::mistaken_list<R> && (!std::is_convertible_v<const R&, std::span<const packed_adapter<F>>>)
   explicit batch(const R&) {
     static_assert(detail::refuse_adapter<detail::verb::batch, R>());
   }
@@ -152,8 +152,9 @@ template <class F>
 batch(const std::vector<packed_adapter<F>>&) -> batch<F>;
 template <class F>
 batch(std::span<const packed_adapter<F>>) -> batch<F>;
-template <class R>
-batch(const R&) -> batch<float>;  // for the sentence about what is no list of packed adapters
+template <detail::mistaken_list R>
+batch(const R&) -> batch<float>;  // for the sentence
+static_assert(detail::batch_like<batch<float>>);
 
 namespace detail {
 template <class F>

@@ -100,9 +100,9 @@ auto delta_weight(const L&... l) {
   return result;
 }
 
-/// What is no call of it gets a sentence.
+/// A mistaken call of it gets a sentence.
 template <class... A>
-  requires(!(detail::adapters<A> && ...))
+  requires(!(detail::adapters<A> && ...) && detail::mistaken_on_adapters<A...>)
 auto delta_weight(const A&...) {
   static_assert(detail::refuse_on_adapters<detail::verb::delta_weight, A...>());
 }

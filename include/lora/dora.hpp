@@ -93,6 +93,8 @@ dora_view<T> scaled(double weight, const dora_adapter<T>& adapter) {
 template <scalar T>
 void scaled(double weight, dora_adapter<T>&& temporary) = delete;  // the view would outlive it
 
+static_assert(detail::dora_like<dora_adapter<float>> && detail::dora_like<dora_view<float>>);
+
 namespace dora_detail {
 
 template <class L>
@@ -249,6 +251,7 @@ class attached_dora {
   index_t in_features_;
   bool stored_in_out_ = false;
 };
+static_assert(detail::attached_like<attached_dora<float>>);
 
 namespace dora_detail {
 
@@ -535,9 +538,9 @@ void apply_through(const Down& down, Y&& y, const attached_dora<Acc>& layer) {
   });
 }
 
-/// What is no call of it gets a sentence.
+/// A mistaken call of it gets a sentence.
 template <class... A>
-  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 1)
+  requires detail::mistaken_on_weight<A...>
 auto attach(const A&...) {
   static_assert(detail::refuse_on_weight<detail::verb::attach, A...>());
 }

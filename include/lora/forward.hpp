@@ -102,11 +102,11 @@ auto with_bias(const packed_weight<T>& W, const V& b) {
   const auto bias = detail::checked_bias(W.out_features(), W.in_features(), b);
   return biased<const packed_weight<T>&, std::remove_const_t<decltype(bias)>>{W, bias};
 }
-/// What is no call of it gets a sentence.
-template <class... A>
-  requires(sizeof...(A) == 2)
-auto with_bias(const A&...) {
-  static_assert(detail::refuse_on_bias<A...>());
+/// A mistaken call of it gets a sentence.
+template <class M, class B>
+  requires detail::mistaken_on_bias<M, B>
+auto with_bias(const M&, const B&) {
+  static_assert(detail::refuse_on_bias<M, B>());
 }
 
 /// Magnitudes below this count as zero inside W * x, for elements T of W and X of x and an accumulator Acc: the smallest normal
@@ -277,9 +277,9 @@ void forward(const M& W, const X& x, Y&& y, const batch<F>& who) {
   forward(space, W, x, std::forward<Y>(y), who);
 }
 
-/// What is no call of it gets a sentence.
+/// A mistaken call of it gets a sentence.
 template <class... A>
-  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 3)
+  requires detail::mistaken_on_layer<A...>
 auto forward(const A&...) {
   static_assert(detail::refuse_on_layer<detail::verb::forward, A...>());
 }

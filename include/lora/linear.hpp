@@ -118,9 +118,9 @@ class linear {
     }
   }
 
-  /// What is no base gets a sentence.
+  /// A mistaken base gets a sentence.
   template <class Base>
-    requires(!matrix_like<Base> && !detail::is_biased<Base> && !std::is_same_v<Base, linear>)
+    requires detail::mistaken_base<Base>
   explicit linear(const Base&, reload_function = nullptr) {
     static_assert(detail::refuse_weight<detail::verb::linear, Base>());
   }
@@ -162,7 +162,7 @@ class linear {
   }
   /// What is no adapter gets a sentence.
   template <class Panels = void, class L>
-    requires(!low_rank<L>)
+    requires(!low_rank<L> && detail::recognisable<L>)
   void attach(const std::string&, const L&) {
     static_assert(detail::refuse_adapter<detail::verb::linear, L>());
   }
@@ -268,7 +268,7 @@ class linear {
   }
   /// What is no call of it gets a sentence.
   template <class... A>
-    requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 2)
+    requires detail::mistaken_on_linear<A...>
   auto forward(const A&...) const {
     static_assert(detail::refuse_on_activations<detail::verb::linear, A...>());
   }
@@ -431,6 +431,8 @@ linear(const Base&) -> linear<detail::storage_t<detail::element_t<Base>>>;
 template <class W, class B>
 linear(const biased<W, B>&) -> linear<detail::storage_t<typename W::value_type>>;
 template <class Base>
-linear(const Base&) -> linear<float>;  // for the sentence about what is no base
+  requires detail::mistaken_base<Base>
+linear(const Base&) -> linear<float>;  // for the sentence
+static_assert(detail::linear_like<linear<float>>);
 
 }  // namespace lora::inline LORA_DETAIL_ABI

@@ -181,24 +181,24 @@ void merge_checked(M&& W, const L&... l) {
   merge_checked(space, std::forward<M>(W), l...);
 }
 
-/// What is no call of these verbs gets a sentence.
+/// A mistaken call of these verbs gets a sentence.
 template <class... A>
-  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 1)
+  requires detail::mistaken_on_weight<A...>
 auto merge(const A&...) {
   static_assert(detail::refuse_on_weight<detail::verb::merge, A...>());
 }
 template <class... A>
-  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 1)
+  requires detail::mistaken_on_weight<A...>
 auto unmerge(const A&...) {
   static_assert(detail::refuse_on_weight<detail::verb::unmerge, A...>());
 }
 template <class... A>
-  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 1)
+  requires detail::mistaken_on_weight<A...>
 auto merged(const A&...) {
   static_assert(detail::refuse_on_weight<detail::verb::merged, A...>());
 }
 template <class... A>
-  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 1)
+  requires detail::mistaken_on_weight<A...>
 auto merge_checked(const A&...) {
   static_assert(detail::refuse_on_weight<detail::verb::merge_checked, A...>());
 }

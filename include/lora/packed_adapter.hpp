@@ -69,9 +69,9 @@ class packed_adapter {
   explicit packed_adapter(const L& l)
     requires(!std::is_same_v<F, bfloat16>)
       : packed_adapter(l, pack_tag{}) {}
-  /// What is no adapter gets a sentence.
+  /// A mistaken adapter gets a sentence.
   template <class L>
-    requires(!low_rank<L> && !std::is_same_v<L, packed_adapter>)
+    requires(detail::mistaken_adapter<L> && !std::is_same_v<L, packed_adapter>)
   explicit packed_adapter(const L&, lora::U_format = lora::U_format::accumulator) {
     static_assert(detail::refuse_adapter<detail::verb::pack, L>());
   }
@@ -132,8 +132,8 @@ class packed_adapter {
 
 template <low_rank L>
 packed_adapter(const L&) -> packed_adapter<accumulator_t<L>>;
-template <class L>
-packed_adapter(const L&) -> packed_adapter<float>;  // for the sentence about what is no adapter
+template <detail::mistaken_adapter L>
+packed_adapter(const L&) -> packed_adapter<float>;  // for the sentence
 
 /// w * (a packed adapter). Holds a pointer to it: the packed adapter must outlive this.
 template <scalar F>
@@ -156,6 +156,9 @@ class scaled_packed_adapter {
   const packed_adapter<F>* adapter_;
   double weight_;
 };
+
+static_assert(detail::packed_adapter_like<packed_adapter<float>>);
+static_assert(detail::packed_adapter_like<scaled_packed_adapter<float>>);
 
 /// As scaled(w, adapter): the packed adapter must outlive the result. Throws value_error when the weight is not finite.
 template <scalar F>

@@ -82,9 +82,9 @@ class packed_weight {
     elements_ = detail::array<T>(count() * panel(), detail::lifetime::model);
     pack(view);
   }
-  /// What is no matrix gets a sentence.
+  /// A mistaken matrix gets a sentence.
   template <class M>
-    requires(!matrix_like<M> && !std::is_same_v<M, packed_weight>)
+    requires detail::mistaken_base<M>
   explicit packed_weight(const M&) {
     static_assert(detail::refuse_weight<detail::verb::pack, M>());
   }
@@ -181,7 +181,9 @@ class packed_weight {
 template <matrix_like M>
 packed_weight(const M&) -> packed_weight<detail::storage_t<detail::element_t<M>>>;
 template <class M>
-packed_weight(const M&) -> packed_weight<float>;  // for the sentence about what is no matrix
+  requires detail::mistaken_base<M>
+packed_weight(const M&) -> packed_weight<float>;  // for the sentence
+static_assert(detail::packed_weight_like<packed_weight<float>>);
 
 namespace detail {
 template <class W>

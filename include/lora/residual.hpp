@@ -20,6 +20,8 @@
 // This header compiles slowly (Eigen's decompositions); nothing else of the library includes it.
 #pragma once
 
+#include "lora/detail/eigen.hpp"
+
 #include <Eigen/QR>
 #include <Eigen/SVD>
 #include <algorithm>
@@ -27,7 +29,6 @@
 
 #include "lora/concepts.hpp"
 #include "lora/detail/convert.hpp"
-#include "lora/detail/eigen.hpp"
 #include "lora/detail/environment.hpp"
 #include "lora/error.hpp"
 #include "lora/matrix_view.hpp"

@@ -259,9 +259,9 @@ void apply(const R& ids, Y&& y, const replaced_rows<T>& replaced, double scale =
   }
 }
 
-/// What is no call of it gets a sentence.
+/// A mistaken call of it gets a sentence.
 template <class... A>
-  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 3)
+  requires detail::mistaken_on_layer<A...>
 auto rows(const A&...) {
   static_assert(detail::refuse_on_rows<A...>());
 }

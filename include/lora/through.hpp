@@ -141,9 +141,9 @@ void apply_through(const Down& down, Y&& y, const L&... l) {
   });
 }
 
-/// What is no call of it gets a sentence.
+/// A mistaken call of it gets a sentence.
 template <class... A>
-  requires detail::taken_as_they_are<A...> && (sizeof...(A) >= 2)
+  requires detail::mistaken_on_product<A...>
 auto apply_through(const A&...) {
   static_assert(detail::refuse_on_product<A...>());
 }

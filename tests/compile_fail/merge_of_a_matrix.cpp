@@ -4,7 +4,7 @@
 
 void use(Eigen::MatrixXf& W, const Eigen::MatrixXf& A, const Eigen::MatrixXf& B) {
 #ifdef LORA_MUST_FAIL
-  lora::merge(W, A, B);
+  lora::merge(W, lora::adapter<float>{A, B, {.alpha = 16}}, B);
 #else
   lora::merge(W, lora::adapter<float>{A, B, {.alpha = 16}});
 #endif

@@ -91,6 +91,15 @@ refuse_lines("${headers}" "(^|[^_a-z])assert\\(" "checks stay in a release build
 set(all_but_eigen ${headers})
 list(REMOVE_ITEM all_but_eigen include/lora/detail/eigen.hpp)
 refuse_lines("${all_but_eigen}" "#include <Eigen/Core>" "lora/detail/eigen.hpp includes it without false alarms")
+# Every header of Eigen includes its core, so that one above detail/eigen.hpp has the same false
+# alarms.
+foreach(file IN LISTS all_but_eigen)
+  file(STRINGS "${ROOT}/${file}" includes REGEX "^#include (<Eigen/|\"lora/detail/eigen\\.hpp\")")
+  list(POP_FRONT includes first)
+  if(first MATCHES "<Eigen/")
+    fault("${file}: lora/detail/eigen.hpp stands above every header of Eigen, which includes its core: ${first}")
+  endif()
+endforeach()
 refuse_lines("${outside_detail}" "immintrin|arm_neon|#pragma omp|<omp\\.h>" "intrinsics and OpenMP belong in detail/")
 
 # --- Words: what a user reads says merged and mixed, and once what PEFT calls the latter. ---

@@ -31,6 +31,7 @@ plant(include/lora/merge.hpp "#include \"nowhere.hpp\"" "which is no header of t
 plant(include/lora/stray.hpp "// SPDX-License-Identifier: Apache-2.0" "lora/stray.hpp stands in no layer")
 plant(include/lora/merge.hpp "#pragma omp parallel" "belong in detail/")
 plant(include/lora/merge.hpp "#include <Eigen/Core>" "includes it without false alarms")
+plant(include/lora/scaling.hpp "#include <Eigen/QR>" "stands above every header of Eigen")
 plant(include/lora/merge.hpp "using namespace std;" "no using namespace")
 string(ASCII 195 169 unprintable)
 plant(include/lora/merge.hpp "// ${unprintable}" "only printable ASCII")

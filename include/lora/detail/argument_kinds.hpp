@@ -61,7 +61,7 @@ concept attached_like = requires(const bare<A>& a) {
 /// packed_adapter and scaled_packed_adapter.
 template <class A>
 concept packed_adapter_like =
-    requires(const bare<A>& a) { a.A_panels(); } || requires(const bare<A>& a) { a.adapter->A_panels(); };
+    requires(const bare<A>& a) { a.A_panels(); } || requires(const bare<A>& a) { a.adapter().A_panels(); };
 template <class A>
 concept packed_weight_like = requires(const bare<A>& a) {
   a.panels();

@@ -1,9 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Why a call does not compile, in a sentence. A failed `requires` names a concept and not the mistake, so each verb has one
-// more overload, of const references alone, which every other overload beats. What reaches it is no call of that verb; its
-// body asks the functions below, which say what is wrong with the first argument at fault. They return true, for the
-// static_assert that makes a compiler ask them before it complains of anything else.
+// Why a call does not compile, in a sentence. A failed `requires` names a concept and not the
+// mistake, so each verb has one more overload, of const references alone, which every other
+// overload beats. Only calls of mistaken_calls.hpp reach it. Its body asks the functions below,
+// which say what is wrong with the first argument at fault. They return true, for the static_assert
+// that makes a compiler ask them before it complains of anything else.
+//
+// Such a call is an error inside `requires { lora::merge(W, l); }`, too, and not false. Generic
+// code asks the public concepts instead: matrix_like of W, activations of x and y, low_rank or
+// low_rank_range of l, weight_decomposed or attachable (lora/dora.hpp), peft::adapter_entry
+// (lora/io/peft_entry.hpp).
 #pragma once
 
 #include <concepts>
@@ -13,10 +19,7 @@
 #include "lora/concepts.hpp"
 #include "lora/detail/argument_kinds.hpp"
 #include "lora/detail/convert.hpp"
-
-namespace lora::inline LORA_DETAIL_ABI {
-class workspace;
-}
+#include "lora/detail/mistaken_calls.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
@@ -41,11 +44,6 @@ enum class verb {
 /// False, for a static_assert of a branch that is not to be taken.
 template <class...>
 inline constexpr bool never = false;
-
-/// Arguments that no overload takes by a conversion, which an overload that takes them as they are would beat.
-template <class... A>
-concept taken_as_they_are =
-    ((!std::is_arithmetic_v<A> && (std::same_as<A, workspace> || !std::is_base_of_v<workspace, A>)) && ...);
 
 // --- An adapter, or a range of them. ---
 
@@ -264,7 +262,7 @@ inline constexpr bool takes_weight = matrix_like<M> ||
 template <verb V, class M>
 constexpr bool refuse_weight() {
   if constexpr (takes_weight<V, M>) {
-  } else if constexpr (low_rank<M> || entry_like<M> || dora_like<M> || packed_adapter_like<M> || factors_like<M>) {
+  } else if constexpr (recognisable<M>) {
     static_assert(never<M>,
                   "lora: an adapter stands where the weight is expected: the weight comes first, then the adapters");
   } else if constexpr (eigen_array<M>) {
@@ -335,10 +333,6 @@ constexpr bool refuse_ids() {
 }
 
 // --- Calls. ---
-
-/// What may stand before W or x: a workspace, or a rounding policy.
-template <class A>
-inline constexpr bool goes_first = std::is_same_v<A, workspace> || std::is_empty_v<A>;
 
 /// verb(W, l...), with or without something before W.
 template <verb V, class M, class... L>

@@ -176,6 +176,7 @@ inline constexpr bool is_entry<scaled_entry<T>> = true;
 template <class E>
 concept adapter_entry = entry_detail::is_entry<std::remove_cvref_t<E>>;
 
+static_assert(lora::detail::entry_like<entry<float>> && lora::detail::entry_like<scaled_entry<float>>);
 static_assert(!low_rank<entry<float>> && !low_rank<scaled_entry<float>>,
               "an entry must not pass as an adapter: what else it holds would be ignored");
 

@@ -186,5 +186,6 @@ class adapter_file {
   entry_map entries_;
   rest more_;
 };
+static_assert(lora::detail::file_like<adapter_file<float>>);
 
 }  // namespace lora::inline LORA_DETAIL_ABI::peft

@@ -1,0 +1,12 @@
+// SPDX-License-Identifier: Apache-2.0
+// expect: a packed_adapter can only be mixed, by forward and apply, because its panels do not give
+#include "lora/lora.hpp"
+
+void use([[maybe_unused]] Eigen::MatrixXf& W, const lora::adapter<float>& l) {
+  const lora::packed_adapter<float> packed{l};
+#ifdef LORA_MUST_FAIL
+  lora::merge(W, lora::scaled(0.5, packed));
+#else
+  lora::merge(W, lora::scaled(0.5, l));
+#endif
+}
