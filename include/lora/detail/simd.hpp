@@ -365,7 +365,7 @@ struct simd {
  private:
   template <class F>
   static vector each(const F& f) {
-    vector v;
+    vector v{};  // gcc does not see that every element is set
     for (int k = 0; k < width; ++k) v[k] = f(k);
     return v;
   }
