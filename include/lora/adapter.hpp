@@ -63,14 +63,6 @@ template <class A, class B, class Result>
   else
     static_assert(refuse_weight<verb::factors, B>());
 }
-template <class T, class Result>
-[[noreturn]] Result refuse_scaling() {
-  static_assert(
-      never<T>,
-      "lora: an adapter needs its alpha by name, because alpha, alpha / rank and alpha / sqrt(rank) are all in use: "
-      "{.alpha = 16}, {.alpha = 16, .rule = lora::scaling_rule::rank_stabilized}, or for a number s that multiplies "
-      "lora_B * lora_A as it is {.alpha = s, .rule = lora::scaling_rule::fixed}");
-}
 
 }  // namespace detail
 
@@ -122,13 +114,10 @@ class adapter : public basic_adapter<detail::row_major_matrix<T>, detail::row_ma
   explicit adapter(const L& other)
       : adapter(other.lora_A(), other.lora_B(), {.alpha = other.scaling(), .rule = scaling_rule::fixed}) {}
 
-  /// What makes no adapter gets a sentence: factors of integers or arrays, a scaling without alpha,
-  /// a bare number.
+  /// What makes no adapter gets a sentence: factors of integers or arrays, a bare number.
   template <class A, class B>
     requires detail::mistaken_factors<A, B>
   adapter(const A&, const B&, const lora::scaling&) : base(detail::refuse_factors_of<A, B, base>()) {}
-  template <matrix_like A, matrix_like B>
-  adapter(const A&, const B&, const detail::scaling_without_alpha&) : base(detail::refuse_scaling<A, base>()) {}
   template <matrix_like A, matrix_like B, class S>
     requires std::is_arithmetic_v<S>
   adapter(const A&, const B&, S) = delete;  // an adapter needs its alpha by name: {.alpha = 16}

@@ -42,13 +42,6 @@ struct scaling {
   scaling_rule rule = scaling_rule::standard;
 };
 
-namespace detail {
-/// A scaling whose alpha was forgotten: `{}`, or `{.rule = ...}`.
-struct scaling_without_alpha {
-  scaling_rule rule = scaling_rule::standard;
-};
-}  // namespace detail
-
 /// s for a rank, in double as PEFT computes it (one division, and one square root for rank_stabilized). Throws value_error
 /// when alpha is not finite, the rank is negative, or the rank is 0 and the rule divides by it.
 inline double resolve(const scaling& scale, index_t rank) {

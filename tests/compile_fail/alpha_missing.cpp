@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// expect: an adapter needs its alpha by name
+// expect: cannot convert .*scaling
 #include "lora/lora.hpp"
 
 double scaling(const Eigen::MatrixXf& A, const Eigen::MatrixXf& B) {
