@@ -13,6 +13,7 @@
 namespace build {
 
 inline const std::string prefix = "base_model.model.";
+inline const lora::peft::read_options lenient{.lenient = true};
 
 /// A config with more keys behind the ones that every adapter needs.
 inline std::string config(const std::string& more = "", const std::string& rank = "2") {
@@ -30,6 +31,11 @@ lora::peft::adapter_file<T> assemble(const std::string& json, const file& tensor
 }
 inline void file_refused(const std::string& json, const file& tensors, std::initializer_list<std::string_view> parts) {
   refused([&] { (void)assemble(json, tensors); }, parts);
+}
+
+/// A rank-2 adapter of a 3 x 4 layer under a whole tensor name, added to a file.
+inline file factors_of(const std::string& whole, file into = {}) {
+  return into.add(whole + ".lora_A.weight", {2, 4}, 0.5F).add(whole + ".lora_B.weight", {3, 2}, 0.25F);
 }
 
 }  // namespace build

@@ -24,14 +24,14 @@ using build::assemble;
 using build::config;
 using build::file_refused;
 using build::has;
+using build::lenient;
 using build::parse;
 using build::prefix;
 using build::refused;
 
 build::file named(const std::string& module, build::file into = {}) {
-  return into.add(prefix + module + ".lora_A.weight", {2, 4}, 0.5F).add(prefix + module + ".lora_B.weight", {3, 2}, 0.25F);
+  return build::factors_of(prefix + module, std::move(into));
 }
-const peft::read_options lenient{.lenient = true};
 const peft::read_options by_tensors{.select_by_tensors = true};
 
 /// A file with metadata, which is text already.

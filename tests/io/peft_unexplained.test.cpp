@@ -19,19 +19,16 @@ namespace {
 namespace peft = lora::peft;
 using build::assemble;
 using build::config;
+using build::factors_of;
 using build::file_refused;
 using build::has;
+using build::lenient;
 using build::prefix;
 using build::refused;
 using reason = peft::replacement::reason;
 
-/// A rank-2 adapter of a 3 x 4 layer under a whole tensor name.
-build::file named(const std::string& whole, build::file into = {}) {
-  return into.add(whole + ".lora_A.weight", {2, 4}, 0.5F).add(whole + ".lora_B.weight", {3, 2}, 0.25F);
-}
-build::file small() { return named(prefix + "m.q"); }
+build::file small() { return factors_of(prefix + "m.q"); }
 
-const peft::read_options lenient{.lenient = true};
 const peft::read_options strip{.wrappers = peft::wrapper_names::strip};
 
 }  // namespace
@@ -59,7 +56,7 @@ TEST_CASE("a wrapper in a name is named, and stripped on request", "[peft][wrapp
       {"state." + prefix + prefix + "m.q", "a PeftModel inside a PeftModel"}};
   for (const auto& [name, who] : rows) {
     INFO(name);
-    const auto tensors = named(name);
+    const auto tensors = factors_of(name);
     file_refused(config(), tensors,
                  {name + ".lora_A.weight", who, prefix + "m.q.lora_A.weight", "wrapper_names::strip", "unwrapped"});
     for (const auto& options : {strip, lenient}) {
@@ -71,7 +68,7 @@ TEST_CASE("a wrapper in a name is named, and stripped on request", "[peft][wrapp
       CHECK(has(file.notes()[0], "was taken off 2 names; PEFT loads none"));
     }
   }
-  const auto unprefixed = assemble(config(), named("module.m.q"), strip);
+  const auto unprefixed = assemble(config(), factors_of("module.m.q"), strip);
   CHECK(unprefixed.names() == std::vector<std::string>{"m.q"});
   CHECK_FALSE(unprefixed.prefixed());
 }
@@ -79,31 +76,31 @@ TEST_CASE("a wrapper in a name is named, and stripped on request", "[peft][wrapp
 TEST_CASE("names that only look like a wrapper are the base's", "[peft][wrappers]") {
   for (const std::string name : {"m.module.q", "my_orig_mod.q", "m._orig_module.q", "modules.q", "m.base_model.q"}) {
     INFO(name);
-    CHECK(assemble(config(), named(prefix + name)).names() == std::vector<std::string>{name});
+    CHECK(assemble(config(), factors_of(prefix + name)).names() == std::vector<std::string>{name});
   }
-  const auto kept = assemble(config(), named(prefix + "module.q"), {.wrappers = peft::wrapper_names::keep});
+  const auto kept = assemble(config(), factors_of(prefix + "module.q"), {.wrappers = peft::wrapper_names::keep});
   CHECK(kept.names() == std::vector<std::string>{"module.q"});
 }
 
 TEST_CASE("two adapters of nested PeftModels are no adapter", "[peft][wrappers]") {
-  const auto both = named(prefix + prefix + "m.q.base_layer", named(prefix + "m.q"));
+  const auto both = factors_of(prefix + prefix + "m.q.base_layer", factors_of(prefix + "m.q"));
   for (const auto& options : {peft::read_options{}, strip, lenient})
     refused([&] { (void)assemble(config(), both, options); },
             {"one adapter in a file", "a PeftModel inside a PeftModel", "save each by itself"});
   // Both under the outer model's names: what is inside the module is no wrapper of PEFT's either.
-  const auto inner = named(prefix + "m.q.base_layer", named(prefix + "m.q"));
+  const auto inner = factors_of(prefix + "m.q.base_layer", factors_of(prefix + "m.q"));
   file_refused(config(), inner, {"an adapter inside \"m.q\"", "a PeftModel around a PeftModel"});
 }
 
 TEST_CASE("a dict of several state dicts is no adapter", "[peft][wrappers]") {
   for (const std::string& other : {prefix, "text_encoder." + prefix})
     for (const auto& options : {peft::read_options{}, strip, lenient})
-      refused([&] { (void)assemble(config(), named("unet." + prefix + "m.q", named(other + "m.k")), options); },
+      refused([&] { (void)assemble(config(), factors_of("unet." + prefix + "m.q", factors_of(other + "m.k")), options); },
               {"one adapter in a file", "save each by itself"});
 }
 
 TEST_CASE("a config knows the names that its file has", "[peft][wrappers]") {
-  const auto tensors = named(prefix + "_orig_mod.m.q", named(prefix + "_orig_mod.m.k"));
+  const auto tensors = factors_of(prefix + "_orig_mod.m.q", factors_of(prefix + "_orig_mod.m.k"));
   for (const std::string pattern :
        {R"("_orig_mod.m.q")", R"("^_orig_mod\\.m\\.q")", R"("^_orig_mod.m.q")", R"("_orig_mod\\..*q")"}) {
     const auto file = assemble(config("\"alpha_pattern\":{" + pattern + ":64}"), tensors, strip);
@@ -117,13 +114,13 @@ TEST_CASE("a config knows the names that its file has", "[peft][wrappers]") {
   }
   const auto excluded = R"("exclude_modules":["_orig_mod.m.q"],"target_modules":["_orig_mod.m.q","_orig_mod.m.k"])";
   CHECK(assemble(config(excluded), tensors, lenient).names() == std::vector<std::string>{"m.k"});
-  const auto parameter = named(prefix + "_orig_mod.m");
+  const auto parameter = factors_of(prefix + "_orig_mod.m");
   const auto file = assemble(config(R"("target_parameters":["_orig_mod.m.w"],"peft_version":"0.21.2")"), parameter, strip);
   CHECK(file.names() == std::vector<std::string>{"m.w"});
 }
 
 TEST_CASE("two names that become one are refused", "[peft][wrappers]") {
-  const auto twice = named(prefix + "_orig_mod.m.q", named(prefix + "m.q"));
+  const auto twice = factors_of(prefix + "_orig_mod.m.q", factors_of(prefix + "m.q"));
   refused([&] { (void)assemble(config(), twice, strip); }, {"one adapter for a module", "a second tensor"});
   const std::string rows = ".token_adapter.trainable_tokens_delta";
   auto tokens = small().add(prefix + "e" + rows, {1, 3});
@@ -132,7 +129,7 @@ TEST_CASE("two names that become one are refused", "[peft][wrappers]") {
 }
 
 TEST_CASE("replacements and trained rows lose their wrapper, too, and are written without it", "[peft][wrappers]") {
-  auto tensors = named(prefix + "_orig_mod.m.q").add(prefix + "_orig_mod.score.weight", {2, 4});
+  auto tensors = factors_of(prefix + "_orig_mod.m.q").add(prefix + "_orig_mod.score.weight", {2, 4});
   tensors.add(prefix + "_orig_mod.e.token_adapter.trainable_tokens_delta", {1, 3});
   const std::string json = config(R"("modules_to_save":["score"],"trainable_token_indices":{"e":[1]})");
   const auto file = assemble(json, tensors, strip);
@@ -142,13 +139,13 @@ TEST_CASE("replacements and trained rows lose their wrapper, too, and are writte
   peft::write(dir.path(), file);
   CHECK(peft::read(dir.path()).names() == std::vector<std::string>{"m.q"});
   // The order of keys is that of the names as they are written.
-  auto crossed = named("base_model.model.m.q").add(prefix + "_orig_mod.a.weight", {1}).add(prefix + "b.weight", {1});
+  auto crossed = factors_of("base_model.model.m.q").add(prefix + "_orig_mod.a.weight", {1}).add(prefix + "b.weight", {1});
   const auto both = assemble(config(R"("modules_to_save":["a","b"])"), crossed, strip);
   peft::write(dir.path(), both);
   CHECK(peft::read(dir.path()).replacements().at(0).key == "a.weight");
   // A name that was kept needs the option again.
   const peft::read_options keep{.wrappers = peft::wrapper_names::keep};
-  peft::write(dir.path(), assemble(config(), named(prefix + "module.q"), keep));
+  peft::write(dir.path(), assemble(config(), factors_of(prefix + "module.q"), keep));
   CHECK(peft::read(dir.path(), keep).names() == std::vector<std::string>{"module.q"});
   refused([&] { (void)peft::read(dir.path()); }, {"module."});
 }
@@ -230,7 +227,7 @@ TEST_CASE("bias = all takes what old versions called a bias", "[peft][base]") {
 
 TEST_CASE("a tensor without a name is nothing", "[peft][base]") {
   for (const std::string name : {"", "base_model.model."}) {
-    auto tensors = name.empty() ? named("m.q") : small();
+    auto tensors = name.empty() ? factors_of("m.q") : small();
     refused([&] { (void)assemble(config(), tensors.add(name, {1})); }, {"lora_A.weight"});
     CHECK(assemble(config(), tensors, lenient).replacements().empty());
   }
@@ -265,7 +262,7 @@ TEST_CASE("the head of a task is saved without a word in modules_to_save", "[pef
     file_refused(json, file, {name, "task_type"});
   }
   // PEFT adapts no head that it saves, so it would not load an adapter of one.
-  const auto head = named(prefix + "classifier", small());
+  const auto head = factors_of(prefix + "classifier", small());
   file_refused(config(R"("task_type":"SEQ_CLS","target_modules":["q","classifier"])"), head,
                {"classifier", "PEFT would ignore"});
   CHECK(assemble(config(R"("task_type":"CAUSAL_LM","target_modules":["q","classifier"])"), head).size() == 2);

@@ -51,7 +51,7 @@ struct dora_bound {
   }
   dora_bound(const exact_matrix& base, std::vector<dora_piece> list, long double unit, long double step)
       : W(base), merged(base), pieces(std::move(list)), u(unit), eta(step) {
-    exact_column product = exact_column::Ones(W.rows()), grown = product, sign = product;
+    exact_column product = exact_column::Ones(W.rows()), grown = product;
     g.resize(pieces.size() + 1);
     P.resize(pieces.size() + 1);
     std::vector<exact_column> signed_g(pieces.size() + 1);
