@@ -23,6 +23,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/detail/activations.hpp
   include/lora/detail/argument_kinds.hpp
   include/lora/detail/convert.hpp
+  include/lora/detail/delta_rows.hpp
   include/lora/detail/environment.hpp
   include/lora/detail/eigen.hpp
   include/lora/detail/factors.hpp
@@ -58,6 +59,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/rows.hpp
   include/lora/scaled.hpp
   include/lora/scaling.hpp
+  include/lora/steps.hpp
   include/lora/tensor_view.hpp
   include/lora/through.hpp
   include/lora/version.hpp

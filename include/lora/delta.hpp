@@ -21,45 +21,11 @@
 
 #include "lora/detail/eigen.hpp"
 #include "lora/detail/refusals.hpp"
+#include "lora/detail/delta_rows.hpp"
 #include "lora/detail/update.hpp"
 #include "lora/workspace.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
-namespace detail {
-
-/// Sink: the delta itself, row by row of the update.
-template <class Update, class Acc>
-class delta_sink {
- public:
-  using value_type = Acc;
-  static constexpr bool down = false, takes_tiles = true, writes = true;
-
-  delta_sink(Acc* destination, index_t stride) : origin_{destination, stride} {}
-
-  struct place {
-    Acc* to;
-    index_t stride;
-
-    void next() { to += Update::width; }
-    void fetch() const {}
-    LORA_DETAIL_INLINE bool plain(const typename Update::tile& delta) const {
-      LORA_DETAIL_UNROLL
-      for (int i = 0; i < tile_rows; ++i) Update::spill(delta[i][0], delta[i][1], to + i * stride);
-      return true;
-    }
-  };
-  place at(index_t row, index_t col) const { return {origin_.to + row * origin_.stride + col, origin_.stride}; }
-  void part(tally&, index_t row, index_t col, index_t count, const Acc* delta) const {
-    std::copy_n(delta, count, at(row, col).to);
-  }
-  void done() const {}
-
- private:
-  place origin_;
-};
-
-}  // namespace detail
-
 /// Magnitudes below this count as zero inside lora_B * lora_A, where Acc accumulates the delta
 /// weight of an L: the smallest normal float where both factors are bfloat16, Acc is float and the
 /// build has the processor's dot products (AVX512-BF16); 0 everywhere else. It goes for merge,

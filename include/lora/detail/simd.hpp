@@ -113,6 +113,13 @@ struct simd<float> {
     const __m512i o = _mm512_and_si512(rounded_up(odd), _mm512_set1_epi32(static_cast<int>(0xffff'0000u)));
     return _mm512_castsi512_ps(_mm512_or_si512(e, o));
   }
+  /// Two vectors of neighbours become their even and their odd elements.
+  static void unzip(vector& first, vector& second) {
+    const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
+    const vector evens = _mm512_permutex2var_ps(first, even, second);
+    second = _mm512_permutex2var_ps(first, _mm512_add_epi32(even, _mm512_set1_epi32(1)), second);
+    first = evens;
+  }
   static vector load_half(const float16* p) {
     return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
   }
@@ -120,21 +127,31 @@ struct simd<float> {
     const __m512i low = _mm512_castsi256_si512(_mm512_cvtps_ph(first, _MM_FROUND_TO_NEAREST_INT));
     return _mm512_castsi512_ps(_mm512_inserti64x4(low, _mm512_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT), 1));
   }
-  /// Pairs of bfloat16, or halves: rounds and writes usual elements (see looks_first), of bfloat16 no subnormal numbers, which
-  /// the instruction takes for zero.
-  static void store_usual(bfloat16* p, vector even, vector odd) {
+  /// As join_pairs or join_halves, for usual elements (see looks_first): for bfloat16 no subnormal
+  /// numbers, which the instruction takes for zero.
+  template <class T>
+  static vector join_usual(vector first, vector second) {
+    if constexpr (std::is_same_v<T, float16>) {
+      return join_halves(first, second);
+    } else {
 #if defined(LORA_DETAIL_DOTS)
-    const __m512i lanes = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
-                                           23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
-    _mm512_storeu_si512(p, _mm512_permutexvar_epi16(lanes, std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(odd, even))));
+      const __m512i lanes = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8,  //
+                                             23, 7, 22, 6, 21, 5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+      const __m512i joined = std::bit_cast<__m512i>(_mm512_cvtne2ps_pbh(second, first));
+      return _mm512_castsi512_ps(_mm512_permutexvar_epi16(lanes, joined));
 #else
-    _mm512_storeu_ps(p, join_pairs(even, odd));
+      return join_pairs(first, second);
 #endif
+    }
   }
-  static void store_usual(float16* p, vector first, vector second) {
-    const auto at = reinterpret_cast<__m256i*>(p);
-    _mm256_storeu_si256(at, _mm512_cvtps_ph(first, _MM_FROUND_TO_NEAREST_INT));
-    _mm256_storeu_si256(at + 1, _mm512_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT));
+  /// Elements of T in memory whose bits are not those of v.
+  template <class T>
+  static std::size_t differing(const T* p, vector v) {
+    const __m512i before = _mm512_loadu_si512(p), after = _mm512_castps_si512(v);
+    if constexpr (sizeof(T) == 2)
+      return static_cast<std::size_t>(_mm_popcnt_u32(_mm512_cmpneq_epi16_mask(before, after)));
+    else
+      return static_cast<std::size_t>(_mm_popcnt_u32(_mm512_cmpneq_epi32_mask(before, after)));
   }
 #if defined(LORA_DETAIL_DOTS)
   /// c plus the two products of each 32-bit lane's pair of bfloat16, one addition after the other. Subnormal operands and
@@ -174,6 +191,10 @@ struct simd<double> {
   static bool all_finite(vector v) {
     const __m512i exponent = _mm512_set1_epi64(0x7ff0'0000'0000'0000);
     return _mm512_cmpeq_epi64_mask(_mm512_and_si512(_mm512_castpd_si512(v), exponent), exponent) == 0;
+  }
+  static std::size_t differing(const double* p, vector v) {
+    return static_cast<std::size_t>(
+        _mm_popcnt_u32(_mm512_cmpneq_epi64_mask(_mm512_loadu_si512(p), _mm512_castpd_si512(v))));
   }
 };
 /// Of 32 registers: 8 x 2 accumulators, 2 of the right operand, 1 broadcast.
@@ -222,6 +243,15 @@ struct simd<float> {
     const __m256i e = _mm256_srli_epi32(rounded_up(even), 16);
     return _mm256_castsi256_ps(_mm256_blend_epi16(e, rounded_up(odd), 0xaa));
   }
+  /// Two vectors of neighbours become their even and their odd elements.
+  static void unzip(vector& first, vector& second) {
+    const auto ordered = [](vector v) {
+      return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
+    };
+    const vector evens = ordered(_mm256_shuffle_ps(first, second, 0x88));
+    second = ordered(_mm256_shuffle_ps(first, second, 0xdd));
+    first = evens;
+  }
 #if defined(__F16C__)
   static vector load_half(const float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
   static vector join_halves(vector first, vector second) {
@@ -243,6 +273,13 @@ struct simd<float> {
     return load(reinterpret_cast<const float*>(halves));
   }
 #endif
+  /// Elements of T in memory whose bits are not those of v.
+  template <class T>
+  static std::size_t differing(const T* p, vector v) {
+    const __m256i before = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), after = _mm256_castps_si256(v);
+    const __m256i same = sizeof(T) == 2 ? _mm256_cmpeq_epi16(before, after) : _mm256_cmpeq_epi32(before, after);
+    return static_cast<std::size_t>(std::popcount(~static_cast<std::uint32_t>(_mm256_movemask_epi8(same)))) / sizeof(T);
+  }
 
  private:
   /// Bits plus what carries into the upper half when rounding to nearest even.
@@ -268,6 +305,11 @@ struct simd<double> {
   static bool all_finite(vector v) {
     const __m256i exponent = _mm256_set1_epi64x(0x7ff0'0000'0000'0000);
     return _mm256_movemask_epi8(_mm256_cmpeq_epi64(_mm256_and_si256(_mm256_castpd_si256(v), exponent), exponent)) == 0;
+  }
+  static std::size_t differing(const double* p, vector v) {
+    const __m256i before = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i same = _mm256_cmpeq_epi64(before, _mm256_castpd_si256(v));
+    return static_cast<std::size_t>(std::popcount(~static_cast<std::uint32_t>(_mm256_movemask_epi8(same)))) / 8;
   }
 };
 /// Of 16 registers: 6 x 2 accumulators, 2 of the right operand, 1 broadcast.
@@ -350,6 +392,12 @@ struct simd {
     }
     return from_bits(pairs);
   }
+  /// Two vectors of neighbours become their even and their odd elements.
+  static void unzip(vector& first, vector& second) {
+    const auto at = [one = first, two = second](int k) { return k < width ? one[k] : two[k - width]; };
+    first = each([&](int k) { return at(2 * k); });
+    second = each([&](int k) { return at(2 * k + 1); });
+  }
   static vector load_half(const float16* p) {
     return each([&](int k) { return static_cast<T>(p[k]); });
   }
@@ -360,6 +408,15 @@ struct simd {
       halves[width + k] = float16(second[k]);
     }
     return from_bits(halves);
+  }
+  /// Elements of S in memory whose bits are not those of v.
+  template <class S>
+  static std::size_t differing(const S* p, vector v) {
+    S after[sizeof(vector) / sizeof(S)];
+    std::memcpy(after, &v, sizeof v);
+    std::size_t count = 0;
+    for (std::size_t k = 0; k < sizeof(vector) / sizeof(S); ++k) count += std::memcmp(p + k, after + k, sizeof(S)) != 0;
+    return count;
   }
 
  private:

@@ -22,18 +22,18 @@ namespace lora::inline LORA_DETAIL_ABI::detail {
 /// a signaling NaN, whose bits are kept by hand.
 template <bool Store, class Acc, class T>
 void subtract_and_round(tally& seen, const T* source, T* destination, const Acc* less, index_t count, index_t step = 1) {
-  std::size_t became = 0, nonfinite = 0;
+  tally mine;
   for (index_t j = 0; j < count; ++j) {
     const T before = source[j * step];
     T after = narrow<T>(widen<Acc>(before) - less[j]);
     if (is_zero(less[j]) && !is_finite(before)) std::memcpy(&after, source + j * step, sizeof(T));
-    if constexpr (Store) destination[j * step] = after;
     const bool bad = !is_finite(after);
-    nonfinite += bad;
-    became += bad && is_finite(before);
+    mine.nonfinite += bad;
+    mine.became_nonfinite += bad && is_finite(before);
+    mine.changed += std::memcmp(&after, source + j * step, sizeof(T)) != 0;
+    if constexpr (Store) destination[j * step] = after;
   }
-  seen.nonfinite += nonfinite;
-  seen.became_nonfinite += became;
+  seen += mine;
 }
 
 /// Whether a tile's sums are taken from a weight of T and rounded in registers.
@@ -78,6 +78,17 @@ LORA_DETAIL_INLINE void store_row(T* destination, typename simd<Acc>::vector fir
     v::store(destination, first);
     v::store(destination + v::width, second);
   }
+}
+
+/// Elements of a row that round_row made (or of join_usual) whose bits are not those in memory.
+template <class Acc, class T>
+LORA_DETAIL_INLINE std::size_t differing_in_row(const T* before, typename simd<Acc>::vector first,
+                                                typename simd<Acc>::vector second) {
+  using v = simd<Acc>;
+  if constexpr (sizeof(T) == 2)
+    return v::differing(before, first);
+  else
+    return v::differing(before, first) + v::differing(before + v::width, second);
 }
 
 /// The order of columns in which a weight of T that is row by row in memory is rounded.
@@ -135,16 +146,20 @@ class rounding_sink {
       sum[i][1] = simd<Acc>::subtract(w[1], sum[i][1]);
     }
     /// A row at once, which keeps fewer operations waiting for the last multiply-adds.
-    LORA_DETAIL_INLINE void usual(typename Update::tile& sum) const {
+    LORA_DETAIL_INLINE void usual(typename Update::tile& sum, tally& counts) const {
+      std::size_t changed = 0;
       LORA_DETAIL_UNROLL
       for (int i = 0; writes && i < tile_rows; ++i) {
         subtract_row(sum, i);
-        simd<Acc>::store_usual(destination(i), sum[i][0], sum[i][1]);
+        const auto joined = simd<Acc>::template join_usual<T>(sum[i][0], sum[i][1]);
+        changed += simd<Acc>::differing(source(i), joined);
+        store_bits(destination(i), joined);
       }
+      counts.changed += changed;
     }
     /// In registers until all of it is known to be finite. All rows are read before the first is written: where rows lie a
     /// multiple of 4 KiB apart a read would wait for the write.
-    LORA_DETAIL_INLINE bool plain(typename Update::tile& sum) const {
+    LORA_DETAIL_INLINE bool plain(typename Update::tile& sum, tally& counts) const {
       watch<Acc, T> seen;
       LORA_DETAIL_UNROLL
       for (int i = 0; i < tile_rows; ++i) {
@@ -152,9 +167,13 @@ class rounding_sink {
         round_row<T>(sum[i][0], sum[i][1], seen);
       }
       if (!seen.all_finite()) return false;
+      std::size_t changed = 0;
       LORA_DETAIL_UNROLL
-      for (int i = 0; writes && i < tile_rows; ++i)
+      for (int i = 0; writes && i < tile_rows; ++i) {
+        changed += differing_in_row<Acc>(source(i), sum[i][0], sum[i][1]);
         store_row<Acc>(destination(i), sum[i][0], sum[i][1], Where == writing::elsewhere && past_caches);
+      }
+      counts.changed += changed;
       return true;
     }
   };
@@ -220,19 +239,26 @@ class panel_sink {
       sum[i][0] = simd<Acc>::subtract(w[0], sum[i][0]);
       sum[i][1] = simd<Acc>::subtract(w[1], sum[i][1]);
     }
-    LORA_DETAIL_INLINE void usual(typename Update::tile& sum) const {
+    LORA_DETAIL_INLINE void usual(typename Update::tile& sum, tally& counts) const {
+      std::size_t changed = 0;
+      const auto put = [&](int i, const auto& first, const auto& second) {
+        const auto joined = simd<Acc>::template join_usual<T>(first, second);
+        changed += simd<Acc>::differing(from + i * width, joined);
+        store_bits(to + i * width, joined);
+      };
       LORA_DETAIL_UNROLL
       for (int i = 0; writes && i < tile_rows; ++i) {
         subtract_row(sum, i);
         if constexpr (group == 1) {
-          simd<Acc>::store_usual(to + i * width, sum[i][0], sum[i][1]);
+          put(i, sum[i][0], sum[i][1]);
         } else if (i % group != 0) {
-          simd<Acc>::store_usual(to + (i - 1) * width, sum[i - 1][0], sum[i][0]);
-          simd<Acc>::store_usual(to + i * width, sum[i - 1][1], sum[i][1]);
+          put(i - 1, sum[i - 1][0], sum[i][0]);
+          put(i, sum[i - 1][1], sum[i][1]);
         }
       }
+      counts.changed += changed;
     }
-    LORA_DETAIL_INLINE bool plain(typename Update::tile& sum) const {
+    LORA_DETAIL_INLINE bool plain(typename Update::tile& sum, tally& counts) const {
       watch<Acc, T> seen;
       LORA_DETAIL_UNROLL
       for (int i = 0; i < tile_rows; ++i) {
@@ -245,11 +271,17 @@ class panel_sink {
         }
       }
       if (!seen.all_finite()) return false;
+      std::size_t changed = 0;
       LORA_DETAIL_UNROLL
       for (int i = 0; writes && i < tile_rows; i += group) {
+        changed += differing_in_row<Acc>(from + i * width, sum[i][0], sum[i][1]);
         store_row<Acc>(to + i * width, sum[i][0], sum[i][1], past_caches);
-        if constexpr (group == 2) store_bits(to + (i + 1) * width, sum[i][1]);
+        if constexpr (group == 2) {
+          changed += simd<Acc>::differing(from + (i + 1) * width, sum[i][1]);
+          store_bits(to + (i + 1) * width, sum[i][1]);
+        }
       }
+      counts.changed += changed;
       return true;
     }
   };

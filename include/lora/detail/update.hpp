@@ -25,6 +25,22 @@ namespace lora::inline LORA_DETAIL_ABI::detail {
 struct tally {
   std::size_t became_nonfinite = 0;  ///< finite before, infinite or NaN after
   std::size_t nonfinite = 0;         ///< infinite or NaN after
+  std::size_t changed = 0;           ///< other bits after than before
+
+  tally& operator+=(const tally& other) {
+    became_nonfinite += other.became_nonfinite;
+    nonfinite += other.nonfinite;
+    changed += other.changed;
+    return *this;
+  }
+};
+
+/// Rows first_row ... end_row - 1 and columns first_col ... end_col - 1 of an update.
+struct window {
+  index_t first_row, end_row, first_col, end_col;
+
+  index_t rows() const { return end_row - first_row; }
+  index_t cols() const { return end_col - first_col; }
 };
 
 /// The sign of an update by what it is for: the sinks that round subtract it from the weight (delta_weight packs +1 and
@@ -67,37 +83,48 @@ class rank_update {
   }
 
   index_t rank() const { return rank_; }
+  index_t rows() const { return rows_; }
+  index_t cols() const { return cols_; }
 
   /// Gives every tile of the sums to the sink, on any thread. Tiles come in bands, along the rows or, where Sink::down,
   /// along the columns: place = sink.at(first row, first column) is where a band begins, and place.next() goes on by a
   /// tile. Where all of the tile lies inside and Sink::takes_tiles, place.fetch() may fetch what comes later and
-  /// place.plain(tile), which may overwrite the sums, writes; if it says false, having written nothing, or at the edges, the
+  /// place.plain(tile, tally), which may overwrite the sums, writes; if it says false, having written nothing, or at the edges, the
   /// sums are formed again for sink.part(tally, row, first column, columns, sums) of each row. Where looks_first,
-  /// place.is_usual() is asked before the tile is formed, and place.usual(tile) writes one that is. sink.done() ends it, on
+  /// place.is_usual() is asked before the tile is formed, and place.usual(tile, tally) writes one that is. sink.done() ends it, on
   /// every thread. Sink::writes is false for a sink that only counts. None of these throws or allocates. Rows and columns are
   /// those of the transpose if column-major. Returns the sum of the tallies.
   template <class Sink>
   tally run(const Sink& sink) const {
-    if (rows_ == 0 || cols_ == 0) return {};
-    const int threads = threads_for(static_cast<double>(rows_) * static_cast<double>(cols_) * static_cast<double>(rank_));
-    std::atomic<std::size_t> became_nonfinite{0}, nonfinite{0};
-    const index_t across = Sink::down ? factors_.col_panels() : factors_.row_panels();
-    const index_t along = Sink::down ? factors_.row_panels() : factors_.col_panels();
-    const index_t strip = panels_in_strip(along, Sink::down ? tile_rows : width);
-    bool small = false;
-    if constexpr (looks_first_of<Sink>) small = factors_.is_below(usual_delta<typename Sink::value_type>);
+    return run(sink, {0, rows_, 0, cols_});
+  }
+  /// The same for a window of the update, whose first row and column are the sink's row and column 0.
+  template <class Sink>
+  tally run(const Sink& sink, const window& part) const {
+    if (part.rows() == 0 || part.cols() == 0) return {};
+    const int threads =
+        threads_for(static_cast<double>(part.rows()) * static_cast<double>(part.cols()) * static_cast<double>(rank_));
+    const grid cut = cut_for<Sink>(part);
+    const bool small = is_small<Sink>();
+    std::atomic<std::size_t> became_nonfinite{0}, nonfinite{0}, changed{0};
     parallel(threads, [&](const team& team) {
       tally mine;
-      team.for_each(across * pieces(along, strip), [&](index_t task) {
-        const index_t fixed = task % across, first = task / across * strip;
-        const index_t p = Sink::down ? first : fixed, q = Sink::down ? fixed : first, count = std::min(strip, along - first);
-        by_way([&](auto dots) { band<dots()>(sink, p, q, count, small, mine); });
-      });
+      team.for_each(cut.tasks(), [&](index_t task) { run_task(sink, part, cut, task, small, mine); });
       sink.done();
       became_nonfinite += mine.became_nonfinite;
       nonfinite += mine.nonfinite;
+      changed += mine.changed;
     });
-    return {became_nonfinite, nonfinite};
+    return {became_nonfinite, nonfinite, changed};
+  }
+  /// The same on the calling thread.
+  template <class Sink>
+  void run_here(const Sink& sink, const window& part, tally& seen) const {
+    if (part.rows() == 0 || part.cols() == 0) return;
+    const grid cut = cut_for<Sink>(part);
+    const bool small = is_small<Sink>();
+    for (index_t task = 0; task < cut.tasks(); ++task) run_task(sink, part, cut, task, small, seen);
+    sink.done();
   }
 
  private:
@@ -112,6 +139,33 @@ class rank_update {
       if (factors_.multiplies_by_dots()) return f(std::true_type{});
     }
     f(std::false_type{});
+  }
+  /// The panels of a window: `across` bands, cut into strips of `strip` panels along them.
+  struct grid {
+    index_t first_row, first_col;  ///< panels
+    index_t across, along, strip;
+    index_t tasks() const { return across * pieces(along, strip); }
+  };
+  template <class Sink>
+  grid cut_for(const window& part) const {
+    const index_t p = part.first_row / tile_rows, q = part.first_col / width;
+    const index_t rows = pieces(part.end_row, tile_rows) - p, cols = pieces(part.end_col, width) - q;
+    const index_t along = Sink::down ? rows : cols;
+    return {p, q, Sink::down ? cols : rows, along, panels_in_strip(along, Sink::down ? tile_rows : width)};
+  }
+  template <class Sink>
+  bool is_small() const {
+    if constexpr (looks_first_of<Sink>)
+      return factors_.is_below(usual_delta<typename Sink::value_type>);
+    else
+      return false;
+  }
+  template <class Sink>
+  void run_task(const Sink& sink, const window& part, const grid& cut, index_t task, bool small, tally& mine) const {
+    const index_t fixed = task % cut.across, first = task / cut.across * cut.strip;
+    const index_t p = cut.first_row + (Sink::down ? first : fixed), q = cut.first_col + (Sink::down ? fixed : first);
+    const index_t count = std::min(cut.strip, cut.along - first);
+    by_way([&](auto dots) { band<dots()>(sink, part, p, q, count, small, mine); });
   }
   index_t panels_in_strip(index_t panels, index_t panel_width) const {
     const index_t panel_bytes = std::max<index_t>(1, factors_.steps()) * panel_width * static_cast<index_t>(sizeof(Acc));
@@ -148,11 +202,20 @@ class rank_update {
   /// `count` tiles from row panel p and column panel q on. All that the loop needs is in locals: a store of a vector may
   /// alias whatever lies in an object. A function of its own, where nothing else wants the registers.
   template <bool ByDots, class Sink>
-  LORA_DETAIL_APART void band(const Sink& sink, index_t p, index_t q, index_t count, bool small, tally& mine) const {
-    const index_t whole_rows = rows_ / tile_rows, whole_cols = cols_ / width;
+  LORA_DETAIL_APART void band(const Sink& sink, const window& part, index_t p, index_t q, index_t count, bool small,
+                              tally& mine) const {
+    // A window may begin inside a tile: such tiles are at its edge, too.
+    if (count > 0 && (Sink::down ? p * tile_rows < part.first_row : q * width < part.first_col)) {
+      careful(sink, part, p, q, mine);
+      ++(Sink::down ? p : q);
+      --count;
+    }
+    const bool cut_across = Sink::down ? q * width < part.first_col : p * tile_rows < part.first_row;
+    const index_t whole_rows = cut_across ? 0 : part.end_row / tile_rows, whole_cols = part.end_col / width;
     const factors all = factors_;
     const Acc *left = all.left(p), *right = all.right(q);
-    auto place = sink.at(p * tile_rows, q * width);
+    auto place = sink.at(std::max<index_t>(0, p * tile_rows - part.first_row),
+                         std::max<index_t>(0, q * width - part.first_col));
     fetching_panel next(Sink::down ? all.right(q + 1) : all.left(p + 1), all.steps() * (Sink::down ? width : tile_rows),
                         count);
     for (; count > 0; --count) {
@@ -166,14 +229,14 @@ class rank_update {
             tile sum;
             form<ByDots>(all, left, right, sum);
             if constexpr (looks_first_of<Sink>) {
-              if (written) place.usual(sum);
+              if (written) place.usual(sum, mine);
             }
-            if (!written) written = place.plain(sum);
+            if (!written) written = place.plain(sum, mine);
           }
           place.next();
         }
       }
-      if (!written) careful(sink, p, q, mine);
+      if (!written) careful(sink, part, p, q, mine);
       if constexpr (Sink::down) {
         ++p;
         left += all.steps() * tile_rows;
@@ -242,16 +305,18 @@ class rank_update {
 
   /// A tile at the edge, or one that the sink did not take: formed again, and told row by row.
   template <class Sink>
-  LORA_DETAIL_APART void careful(const Sink& sink, index_t p, index_t q, tally& mine) const {
+  LORA_DETAIL_APART void careful(const Sink& sink, const window& part, index_t p, index_t q, tally& mine) const {
     tile sum;
     by_way([&](auto dots) { form<dots()>(factors_, factors_.left(p), factors_.right(q), sum); });
-    const index_t rows = std::min<index_t>(tile_rows, rows_ - p * tile_rows);
+    const index_t first_row = std::max(p * tile_rows, part.first_row), end_row = std::min(p * tile_rows + tile_rows, part.end_row);
+    const index_t first_col = std::max(q * width, part.first_col), end_col = std::min(q * width + width, part.end_col);
     LORA_DETAIL_UNROLL
     for (int i = 0; i < tile_rows; ++i) {
-      if (i >= rows) break;
+      const index_t row = p * tile_rows + i;
+      if (row < first_row || row >= end_row) continue;
       Acc values[width];
       spill(sum[i][0], sum[i][1], values);
-      sink.part(mine, p * tile_rows + i, q * width, std::min(width, cols_ - q * width), values);
+      sink.part(mine, row - part.first_row, first_col - part.first_col, end_col - first_col, values + (first_col - q * width));
     }
   }
 

@@ -1,0 +1,261 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// What an adapter of any kind does to a layer: an ordered list of steps. A kind (LoRA, DoRA, LoHa, IA3, ...) says its steps
+// and nothing else; every verb is written once over them.
+//
+//   step         in a merge: row i of W             in a mix: y, which starts as W x
+//   low_rank     row += s lora_B(i, :) lora_A       y += s lora_B (lora_A x)
+//   delta        row += s D(i, :)                   y += s D x
+//   gain         row *= g_i                         y = diag(g) y
+//   input        row := row T                       W and the steps before it see T x in place of x
+//   shift        bias_i += c_i                      y += c, after all other steps, with the base's bias
+//
+// Steps of several adapters follow each other in the order of the call. The steps before a gain or an
+// input map are changed by it: W' = diag(g) (W + s B A) T for low_rank, gain, input in this order.
+//
+// A kind of your own is a class with out_features(), in_features(), a value_type, and
+//   template <class Acc> std::vector<lora::step<Acc>> steps(const lora::step_request<Acc>&) const;
+// docs/kinds.md shows one.
+#pragma once
+
+#include <concepts>
+#include <iterator>
+#include <memory>
+#include <string>
+#include <type_traits>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "lora/adapter.hpp"
+#include "lora/concepts.hpp"
+#include "lora/detail/operands.hpp"
+#include "lora/error.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI {
+
+/// lora_A and lora_B in the format that they are stored in, with their scaling. Cheap to copy. Owns
+/// the factors together with its copies, or looks at factors that live elsewhere.
+class any_factors {
+ public:
+  using view = std::variant<adapter_view<float>, adapter_view<double>, adapter_view<float16>, adapter_view<bfloat16>>;
+
+  /// Shares the ownership of factors.
+  template <scalar T>
+  explicit any_factors(std::shared_ptr<const adapter<T>> owner) : view_(adapter_view<T>(*owner)), owner_(std::move(owner)) {}
+  /// Looks at factors, which must outlive the result and its copies.
+  template <scalar T>
+  static any_factors view_of(const adapter<T>& l) {
+    return any_factors(adapter_view<T>(l), nullptr);
+  }
+  /// Looks at factors that `owner` keeps alive.
+  template <scalar T>
+  any_factors(const adapter_view<T>& l, std::shared_ptr<const void> owner) : view_(l), owner_(std::move(owner)) {}
+  /// Copies the factors of any adapter, in their format (the wider one, if they differ).
+  template <low_rank L>
+  static any_factors copy_of(const L& l) {
+    using a = detail::storage_t<detail::factor_scalar_A<L>>;
+    using b = detail::storage_t<detail::factor_scalar_B<L>>;
+    using format = std::conditional_t<std::is_same_v<a, b>, a, accumulator_t<a, b>>;
+    return any_factors(std::make_shared<const adapter<format>>(l));
+  }
+
+  index_t rank() const {
+    return std::visit([](const auto& l) { return l.rank(); }, view_);
+  }
+  index_t out_features() const {
+    return std::visit([](const auto& l) { return l.out_features(); }, view_);
+  }
+  index_t in_features() const {
+    return std::visit([](const auto& l) { return l.in_features(); }, view_);
+  }
+  double scaling() const {
+    return std::visit([](const auto& l) { return l.scaling(); }, view_);
+  }
+  /// visit(adapter_view<T>).
+  template <class Visit>
+  decltype(auto) visit(const Visit& visit) const {
+    return std::visit(visit, view_);
+  }
+
+ private:
+  view view_;
+  std::shared_ptr<const void> owner_;
+};
+
+/// T of an input step: a map of in_features to in_features. Thread-safe.
+template <class Acc>
+class input_map {
+ public:
+  virtual ~input_map() = default;
+  /// x := T x for `tokens` columns of in_features elements, `stride` apart.
+  virtual void columns(Acc* x, index_t tokens, index_t stride) const = 0;
+  /// row := row T for `count` rows of in_features elements, `stride` apart.
+  virtual void rows(Acc* rows, index_t count, index_t stride) const = 0;
+  /// row := row T^-1; value_error naming the operation where T has no inverse. Called once with count 0
+  /// before anything is written.
+  virtual void undo_rows(const char* operation, Acc* rows, index_t count, index_t stride) const = 0;
+};
+
+/// D of a delta step: an out_features x in_features matrix that is not kept. Thread-safe.
+template <class Acc>
+class delta_source {
+ public:
+  virtual ~delta_source() = default;
+  /// Rows first ... first + count - 1 of D, `stride` apart. Called by several threads at once.
+  virtual void rows(index_t first, index_t count, Acc* to, index_t stride) const = 0;
+  /// y := D x for `tokens` columns; x has in_features elements a column, y out_features, no gaps.
+  virtual void product(const Acc* x, index_t tokens, Acc* y) const = 0;
+  /// Factors with lora_B lora_A = D (scaling 1) where mixing by them costs less than product; else null.
+  virtual const any_factors* expanded() const { return nullptr; }
+};
+
+struct low_rank_step {
+  any_factors factors;
+  double strength = 1;  ///< multiplies factors.scaling()
+};
+template <class Acc>
+struct delta_step {
+  std::shared_ptr<const delta_source<Acc>> source;
+  double scale = 1;
+};
+template <class Acc>
+struct gain_step {
+  std::vector<Acc> gain;     ///< out_features
+  bool scales_bias = false;  ///< the base's bias, and shifts before it, too
+};
+template <class Acc>
+struct input_step {
+  std::shared_ptr<const input_map<Acc>> map;
+};
+struct shift_step {
+  std::vector<double> shift;  ///< out_features
+};
+
+/// One step; see the top of this file.
+template <class Acc>
+using step = std::variant<low_rank_step, delta_step<Acc>, gain_step<Acc>, input_step<Acc>, shift_step>;
+
+/// Reads rows of a base weight, widened: out_features x in_features. Thread-safe.
+template <class Acc>
+class weight_rows {
+ public:
+  virtual ~weight_rows() = default;
+  virtual index_t out_features() const = 0;
+  virtual index_t in_features() const = 0;
+  virtual void read(index_t first, index_t count, Acc* to, index_t stride) const = 0;
+};
+
+/// What a verb asks a kind's steps for.
+template <class Acc>
+struct step_request {
+  const char* operation;                    ///< the verb, for messages
+  double strength = 1;                      ///< of scaled(strength, adapter), finite
+  const weight_rows<Acc>* weight = nullptr;  ///< the pristine base; null where the verb has none (apply)
+};
+
+/// A class that says its steps.
+template <class K>
+concept adapter_kind = requires(const detail::bare<K>& k, const step_request<float>& f, const step_request<double>& d) {
+  typename detail::bare<K>::value_type;
+  { k.out_features() } -> std::convertible_to<index_t>;
+  { k.in_features() } -> std::convertible_to<index_t>;
+  { k.template steps<float>(f) } -> std::same_as<std::vector<step<float>>>;
+  { k.template steps<double>(d) } -> std::same_as<std::vector<step<double>>>;
+};
+/// A run-time number of them.
+template <class R>
+concept adapter_kind_range = !adapter_kind<R> && !low_rank<R> && requires(const detail::bare<R>& r) {
+  { *std::begin(r) } -> adapter_kind;
+  { std::end(r) };
+};
+
+template <adapter_kind K>
+class scaled_kind;
+namespace detail {
+template <class K>
+inline constexpr bool is_scaled_kind = false;
+template <class K>
+inline constexpr bool is_scaled_kind<scaled_kind<K>> = true;
+}  // namespace detail
+
+/// strength * (an adapter of any kind): its steps at that strength. Looks at the adapter, which must outlive it.
+template <adapter_kind K>
+class scaled_kind {
+ public:
+  using value_type = typename K::value_type;
+
+  /// Throws value_error when the strength is not finite.
+  scaled_kind(double strength, const K& of) : strength_(strength), of_(&of) {
+    if (!detail::is_finite(strength)) detail::raise_value("scaled", "the strength is not finite");
+  }
+  double strength() const { return strength_; }
+  const K& of() const { return *of_; }
+  index_t out_features() const { return of_->out_features(); }
+  index_t in_features() const { return of_->in_features(); }
+  template <class Acc>
+  std::vector<step<Acc>> steps(step_request<Acc> request) const {
+    request.strength *= strength_;
+    return of_->template steps<Acc>(request);
+  }
+
+ private:
+  double strength_;
+  const K* of_;
+};
+
+/// The adapter at `strength` times its own; strengths multiply when nested. 0: the adapter is not read.
+template <adapter_kind K>
+  requires(!low_rank<K> && !detail::is_scaled_kind<K>)
+scaled_kind<K> scaled(double strength, const K& of) {
+  return {strength, of};
+}
+template <adapter_kind K>
+scaled_kind<K> scaled(double strength, const scaled_kind<K>& of) {
+  return {strength * of.strength(), of.of()};
+}
+template <adapter_kind K>
+  requires(!low_rank<K> && !detail::is_scaled_kind<K>)
+void scaled(double strength, const K&& temporary) = delete;  // the result would look at it: give it a name first
+
+namespace detail {
+
+template <class K>
+  requires(adapter_kind<K> && !low_rank<K>)
+inline constexpr bool holds_double<K> = std::is_same_v<typename K::value_type, double>;
+template <adapter_kind_range R>
+inline constexpr bool holds_double<R> = holds_double<bare<decltype(*std::begin(std::declval<const bare<R>&>()))>>;
+
+/// Adapters of any kind, and ranges of them.
+template <class L>
+concept any_adapters = adapters<L> || adapter_kind<L> || adapter_kind_range<L>;
+
+/// visit(l) for one adapter of any kind, or for each of a range.
+template <class Visit, class L>
+void visit_kinds(const Visit& visit, const L& l) {
+  if constexpr (low_rank<L> || adapter_kind<L>)
+    visit(l);
+  else
+    for (const auto& each : l) visit(each);
+}
+
+/// Throws unless the kind is for such a weight.
+inline void check_kind_shape(const char* operation, index_t out, index_t in, index_t out_features, index_t in_features) {
+  check_fit(operation, out, in, 1.0, out_features, in_features);
+}
+
+/// The steps of adapters of a call, in order. Low-rank ones are looked at where they are row-major,
+/// else copied.
+template <class Acc, class L>
+void append_steps(std::vector<step<Acc>>& all, const step_request<Acc>& request, const L& l) {
+  if constexpr (low_rank<L>) {
+    if (!is_read(l)) return;
+    all.push_back(low_rank_step{any_factors::copy_of(l), request.strength});
+  } else {
+    auto some = l.template steps<Acc>(request);
+    for (auto& one : some) all.push_back(std::move(one));
+  }
+}
+
+}  // namespace detail
+}  // namespace lora::inline LORA_DETAIL_ABI
