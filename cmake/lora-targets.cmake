@@ -29,6 +29,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/detail/factors.hpp
   include/lora/detail/huge_pages.hpp
   include/lora/detail/memory.hpp
+  include/lora/detail/merge_steps.hpp
   include/lora/detail/mistaken_calls.hpp
   include/lora/detail/mix.hpp
   include/lora/detail/operands.hpp
@@ -39,9 +40,12 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/detail/product.hpp
   include/lora/detail/rank_product.hpp
   include/lora/detail/refusals.hpp
+  include/lora/detail/row_change.hpp
+  include/lora/detail/row_pass.hpp
   include/lora/detail/simd.hpp
   include/lora/detail/sinks.hpp
   include/lora/detail/stack.hpp
+  include/lora/detail/stored_rows.hpp
   include/lora/detail/tile.hpp
   include/lora/detail/update.hpp
   include/lora/error.hpp
@@ -52,9 +56,11 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/lora.hpp
   include/lora/matrix_view.hpp
   include/lora/merge.hpp
+  include/lora/merge_report.hpp
   include/lora/packed_adapter.hpp
   include/lora/packed_weight.hpp
   include/lora/residual.hpp
+  include/lora/prepared_merge.hpp
   include/lora/rounding.hpp
   include/lora/rows.hpp
   include/lora/scaled.hpp

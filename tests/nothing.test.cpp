@@ -62,11 +62,11 @@ TEST_CASE("a merge of nothing changes no bit", "[nothing]") {
   unchanged(lora::unmerge(W));
   unchanged(lora::unmerge(W, none));
   unchanged(lora::unmerge(space, W, none));
-  unchanged(lora::merge(lora::rounding::peft, W));
-  unchanged(lora::merge(lora::rounding::peft, W, none));
-  unchanged(lora::merge(lora::rounding::peft_safe, W, none));
-  unchanged(lora::unmerge(lora::rounding::peft, W, none));
-  unchanged(lora::merge(lora::rounding::peft, W, unread));
+  unchanged(lora::merge(lora::rounding::as_peft, W));
+  unchanged(lora::merge(lora::rounding::as_peft, W, none));
+  unchanged(lora::merge(lora::rounding::as_peft_safe, W, none));
+  unchanged(lora::unmerge(lora::rounding::as_peft, W, none));
+  unchanged(lora::merge(lora::rounding::as_peft, W, unread));
   CHECK(test::same_bits(lora::merged(W), base));
   CHECK(test::same_bits(lora::merged(W, none), base));
 

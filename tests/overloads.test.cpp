@@ -77,7 +77,7 @@ TEST_CASE("numbers are converted", "[overloads]") {
 
 TEST_CASE("more special verbs are taken first", "[overloads]") {
   matrix W = matrix::Zero(2, 3);
-  lora::merge(lora::rounding::peft, W, l);
+  lora::merge(lora::rounding::as_peft, W, l);
   const lora::rounding::peft_safe_policy policy;
   lora::merge(policy, W, l);
   CHECK(W == matrix::Constant(2, 3, 2));

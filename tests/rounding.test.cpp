@@ -19,8 +19,8 @@ TEST_CASE("peft rounds the sum once, peft_safe the delta first", "[rounding]") {
   const lora::adapter<float> l{A, B, {.alpha = 1}};
   const auto base = matrix<float>::Constant(2, 2, 255.5F).cast<bfloat16>().eval();  // 256, the tie's even side
   auto W = base, S = base;
-  lora::merge(lora::rounding::peft, W, l);
-  lora::merge(lora::rounding::peft_safe, S, l);
+  lora::merge(lora::rounding::as_peft, W, l);
+  lora::merge(lora::rounding::as_peft_safe, S, l);
   CHECK(static_cast<float>(W(0, 0)) == 258.0F);
   CHECK(static_cast<float>(S(0, 0)) == 258.0F);
   CHECK(static_cast<float>(W(1, 0)) == 256.0F);
@@ -30,8 +30,8 @@ TEST_CASE("peft rounds the sum once, peft_safe the delta first", "[rounding]") {
   tie << 0.5F + 0x1p-9F, 0.25F;
   const lora::adapter<float> t{A, tie, {.alpha = 1}};
   W = S = matrix<float>::Constant(2, 2, 128).cast<bfloat16>().eval();
-  lora::merge(lora::rounding::peft, W, t);
-  lora::merge(lora::rounding::peft_safe, S, t);
+  lora::merge(lora::rounding::as_peft, W, t);
+  lora::merge(lora::rounding::as_peft_safe, S, t);
   CHECK(static_cast<float>(W(0, 1)) == 129.0F);
   CHECK(static_cast<float>(S(0, 1)) == 128.0F);
 }
@@ -40,14 +40,13 @@ TEST_CASE("a rounding policy checks what merge checks and writes nothing before"
   matrix<float> W = matrix<float>::Constant(3, 4, 1), A = matrix<float>::Ones(2, 4), B = matrix<float>::Ones(3, 2);
   const lora::adapter<float> l{A, B, {.alpha = 4}};
   matrix<float> wrong = matrix<float>::Constant(4, 3, 1);
-  CHECK_THROWS_AS(lora::merge(lora::rounding::peft, wrong, l), lora::shape_error);
+  CHECK_THROWS_AS(lora::merge(lora::rounding::as_peft, wrong, l), lora::shape_error);
   CHECK(wrong == matrix<float>::Constant(4, 3, 1));
-  CHECK_THROWS_AS(lora::add_delta(lora::rounding::peft, W, wrong), lora::shape_error);
-  lora::merge(lora::rounding::peft, W, l, lora::scaled(0.5, l));
+  lora::merge(lora::rounding::as_peft, W, l, lora::scaled(0.5, l));
   CHECK(W == matrix<float>::Constant(3, 4, 1 + 4 + 2));
-  lora::unmerge(lora::rounding::peft_safe, W, l, lora::scaled(0.5, l));
+  lora::unmerge(lora::rounding::as_peft_safe, W, l, lora::scaled(0.5, l));
   CHECK(W == matrix<float>::Constant(3, 4, 1));
   matrix<float16> H = matrix<float16>::Constant(3, 4, float16(60000.0F));
   const lora::adapter<float> big{A, B, {.alpha = 40000}};
-  CHECK(lora::merge(lora::rounding::peft, H, big).became_nonfinite == 12);
+  CHECK(lora::merge(lora::rounding::as_peft, H, big).became_nonfinite == 12);
 }

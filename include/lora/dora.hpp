@@ -37,6 +37,7 @@
 #include <algorithm>
 #include <cmath>
 #include <iterator>
+#include <memory>
 #include <span>
 #include <string>
 #include <type_traits>
@@ -47,36 +48,148 @@
 #include "lora/delta.hpp"
 #include "lora/detail/eigen.hpp"
 #include "lora/detail/refusals.hpp"
+#include "lora/detail/row_pass.hpp"
 #include "lora/forward.hpp"
 #include "lora/merge.hpp"
 #include "lora/rows.hpp"
+#include "lora/steps.hpp"
 #include "lora/through.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
 
-/// Factors with their scaling, and a magnitude for each output. Owns both; immutable. Not an adapter of the other verbs (it
-/// is not low_rank): those would leave the magnitude out.
+namespace detail {
+
+/// A norm as value * 2^exponent: that of a row of doubles may lie outside of double's range.
+struct scaled_norm {
+  double value;
+  int exponent;
+};
+
+/// The norm of `count` numbers at(j), in double. Squares of numbers below 1e-145 would lose digits,
+/// and those of numbers above 1e154 overflow: such rows are scaled by a power of two first. The squares
+/// are added in eight sums, which a compiler can keep in one vector.
+template <class At>
+scaled_norm norm_of(index_t count, const At& at) {
+  constexpr double smallest = 0x1p-960;  // what each of the squares loses to underflow is 2^-114 of this
+  constexpr index_t lanes = 8;
+  double sums[lanes] = {};
+  const index_t whole = count / lanes * lanes;
+  for (index_t j = 0; j < whole; j += lanes)
+    for (index_t n = 0; n < lanes; ++n) sums[n] += at(j + n) * at(j + n);
+  for (index_t j = whole; j < count; ++j) sums[j - whole] += at(j) * at(j);
+  double squares = 0;
+  for (const double sum : sums) squares += sum;
+  if (is_finite(squares) && squares >= smallest) return {std::sqrt(squares), 0};
+  double largest = 0;
+  for (index_t j = 0; j < count; ++j) {
+    if (!is_finite(at(j))) return {std::abs(at(j)), 0};
+    largest = std::max(largest, std::abs(at(j)));
+  }
+  if (is_zero(largest)) return {0, 0};
+  const int exponent = std::ilogb(largest);
+  squares = 0;
+  for (index_t j = 0; j < count; ++j) {
+    const double scaled = std::ldexp(at(j), -exponent);
+    squares += scaled * scaled;
+  }
+  return {std::sqrt(squares), exponent};
+}
+
+/// magnitude / norm as a finite Acc; value_error where it is not defined or not held.
+template <class Acc>
+Acc gain_of(const char* operation, index_t output, double magnitude, const scaled_norm& norm) {
+  const auto refuse = [&](const std::string& what) {
+    raise_value(operation, "output " + std::to_string(output) + " has " + what + ", so that magnitude / norm is not defined");
+  };
+  if (!is_finite(magnitude)) refuse("a magnitude that is not finite");
+  if (!is_finite(norm.value) || is_zero(norm.value))
+    refuse("a row of W + delta whose norm is " + std::to_string(norm.value));
+  const double result =
+      norm.exponent == 0 ? magnitude / norm.value : std::ldexp(magnitude / norm.value, -norm.exponent);
+  if (!is_finite(result)) refuse("a row of W + delta whose norm is so small that magnitude / norm overflows");
+  if (!is_finite(static_cast<Acc>(result)))
+    raise_value(operation, "output " + std::to_string(output) + " has magnitude / norm = " + std::to_string(result) +
+                               ", which the accumulator does not hold");
+  return static_cast<Acc>(result);
+}
+
+/// m_i / |row i of (W + delta)| for all rows, in one pass over W. The norms are in double.
+template <class Acc, class T>
+std::vector<Acc> gains_of(const step_request<Acc>& request, const low_rank_step& l, const std::vector<T>& magnitude) {
+  const weight_rows<Acc>& W = *request.weight;
+  const index_t out = W.out_features(), in = W.in_features();
+  const delta_rows<Acc> delta(request.operation, std::span<const low_rank_step>(&l, 1), out, in, 1.0);
+  std::vector<Acc> gains(static_cast<std::size_t>(out));
+  constexpr double cost_of_one = 16;
+  each_block<Acc>(out, in, 1, true, cost_of_one, [&](const row_block<Acc>& block, tally&) {
+    W.read(block.first, block.count, block.rows, block.stride);
+    if (delta.rank() != 0)
+      delta.write(block.first, block.count, block.scratch, block.stride);
+    else
+      std::fill_n(block.scratch, block.count * block.stride, Acc(0));
+    for (index_t i = 0; i < block.count; ++i) {
+      const Acc *const w = block.rows + i * block.stride, *const d = block.scratch + i * block.stride;
+      const auto output = static_cast<std::size_t>(block.first + i);
+      const scaled_norm norm =
+          norm_of(in, [&](index_t j) { return static_cast<double>(w[j]) + static_cast<double>(d[j]); });
+      gains[output] = gain_of<Acc>(request.operation, block.first + i, widen<double>(magnitude[output]), norm);
+    }
+  });
+  if (in == 0 && out != 0) gain_of<Acc>(request.operation, 0, 1.0, {0, 0});
+  return gains;
+}
+
+/// The steps of factors with a magnitude.
+template <class Acc, class T>
+std::vector<step<Acc>> dora_steps(const step_request<Acc>& request, const any_factors& factors, const std::vector<T>& magnitude) {
+  if (request.weight == nullptr)
+    raise_value(request.operation,
+                "a DoRA adapter scales the base's part, too, by norms of W as it was before any merge: call "
+                "lora::mixed(W, adapters...) then, once, and pass what it returns");
+  const low_rank_step low{factors, request.strength};
+  std::vector<step<Acc>> all;
+  if (!is_zero(low.strength * factors.scaling())) all.push_back(low);
+  all.push_back(gain_step<Acc>{.gain = gains_of(request, low, magnitude)});
+  return all;
+}
+
+}  // namespace detail
+
+/// Factors with their scaling, and a magnitude for each output. Immutable; copies share the factors. It is not
+/// low_rank: what it adds depends on W.
 template <scalar T>
-class dora_adapter {
+class [[nodiscard]] dora_adapter {
  public:
+  using value_type = T;
+
   /// Throws as adapter; shape_error when there is not one magnitude for each output.
   template <matrix_like A, matrix_like B>
   dora_adapter(const A& lora_A, const B& lora_B, const lora::scaling& scale, std::vector<T> magnitude)
       : dora_adapter(lora::adapter<T>(lora_A, lora_B, scale), std::move(magnitude)) {}
   dora_adapter(lora::adapter<T> factors, std::vector<T> magnitude)
-      : factors_(std::move(factors)), magnitude_(std::move(magnitude)) {
-    if (static_cast<index_t>(magnitude_.size()) != factors_.out_features())
-      detail::raise_shape("dora_adapter", std::to_string(magnitude_.size()) + " magnitudes for " +
-                                              std::to_string(factors_.out_features()) + " outputs");
+      : factors_(std::make_shared<const lora::adapter<T>>(std::move(factors))),
+        magnitude_(std::make_shared<const std::vector<T>>(std::move(magnitude))) {
+    if (static_cast<index_t>(magnitude_->size()) != factors_->out_features())
+      detail::raise_shape("dora_adapter", std::to_string(magnitude_->size()) + " magnitudes for " +
+                                              std::to_string(factors_->out_features()) + " outputs");
   }
 
-  const lora::adapter<T>& factors() const { return factors_; }
-  const std::vector<T>& magnitude() const { return magnitude_; }
+  const lora::adapter<T>& factors() const { return *factors_; }
+  const std::vector<T>& magnitude() const { return *magnitude_; }
+  index_t out_features() const { return factors_->out_features(); }
+  index_t in_features() const { return factors_->in_features(); }
+
+  /// The delta, then the gains m / n. At strength 0 the factors are not read and the gains stay, as in PEFT.
+  template <class Acc>
+  std::vector<step<Acc>> steps(const step_request<Acc>& request) const {
+    return detail::dora_steps(request, any_factors(factors_), *magnitude_);
+  }
 
  private:
-  lora::adapter<T> factors_;
-  std::vector<T> magnitude_;
+  std::shared_ptr<const lora::adapter<T>> factors_;
+  std::shared_ptr<const std::vector<T>> magnitude_;
 };
+static_assert(adapter_kind<dora_adapter<float>> && detail::dora_like<dora_adapter<float>>);
 
 /// A look at factors at some strength and a magnitude, or at factors alone (an empty span: a plain adapter in the order).
 template <scalar T>
@@ -84,21 +197,14 @@ struct dora_view {
   scaled_adapter<lora::adapter<T>> factors;
   std::span<const T> magnitude;
 };
-
-/// The delta at weight times its scaling; the magnitude stays. This is what PEFT's scale of an adapter does.
-template <scalar T>
-dora_view<T> scaled(double weight, const dora_adapter<T>& adapter) {
-  return {scaled_adapter<lora::adapter<T>>(weight, adapter.factors()), adapter.magnitude()};
-}
-template <scalar T>
-void scaled(double weight, dora_adapter<T>&& temporary) = delete;  // the view would outlive it
-
-static_assert(detail::dora_like<dora_adapter<float>> && detail::dora_like<dora_view<float>>);
+static_assert(detail::dora_like<dora_view<float>>);
 
 namespace dora_detail {
 
 template <class L>
 inline constexpr bool is_dora = false;
+template <class T>
+inline constexpr bool is_dora<scaled_kind<dora_adapter<T>>> = true;
 template <class T>
 inline constexpr bool is_dora<dora_adapter<T>> = true;
 template <class T>
@@ -108,6 +214,10 @@ template <class L>
 struct scalar_of;
 template <class T>
 struct scalar_of<dora_adapter<T>> {
+  using type = T;
+};
+template <class T>
+struct scalar_of<scaled_kind<dora_adapter<T>>> {
   using type = T;
 };
 template <class T>
@@ -150,51 +260,6 @@ using acc_t = accumulator_t<T, typename operand<L>::type...>;
 template <class Acc>
 using column = Eigen::Matrix<Acc, Eigen::Dynamic, 1>;
 
-/// A norm as value * 2^exponent: that of a row of doubles may lie outside of double's range.
-struct scaled_norm {
-  double value;
-  int exponent;
-};
-
-/// The norm of `count` numbers at(j), in double. Squares of numbers below 1e-145 would lose digits,
-/// and those of numbers above 1e154 overflow: such rows are scaled by a power of two first.
-template <class At>
-scaled_norm norm_of(index_t count, const At& at) {
-  constexpr double smallest = 0x1p-960;  // what each of the squares loses to underflow is 2^-114 of this
-  double squares = 0;
-  for (index_t j = 0; j < count; ++j) squares += at(j) * at(j);
-  if (detail::is_finite(squares) && squares >= smallest) return {std::sqrt(squares), 0};
-  double largest = 0;
-  for (index_t j = 0; j < count; ++j) {
-    if (!detail::is_finite(at(j))) return {std::abs(at(j)), 0};
-    largest = std::max(largest, std::abs(at(j)));
-  }
-  if (largest == 0) return {0, 0};
-  const int exponent = std::ilogb(largest);
-  squares = 0;
-  for (index_t j = 0; j < count; ++j) {
-    const double scaled = std::ldexp(at(j), -exponent);
-    squares += scaled * scaled;
-  }
-  return {std::sqrt(squares), exponent};
-}
-
-/// magnitude / norm; value_error where it is not defined or no double.
-template <class M>
-double quotient(index_t output, const M& magnitude, const scaled_norm& norm) {
-  const auto refuse = [output](const std::string& what) {
-    detail::raise_value("attach",
-                        "output " + std::to_string(output) + " has " + what + ", so that magnitude / norm is not defined");
-  };
-  const auto m = detail::widen<double>(magnitude);
-  if (!detail::is_finite(m)) refuse("a magnitude that is not finite");
-  if (!detail::is_finite(norm.value) || norm.value == 0)
-    refuse("a row of W + delta whose norm is " + std::to_string(norm.value));
-  const double result = norm.exponent == 0 ? m / norm.value : std::ldexp(m / norm.value, -norm.exponent);
-  if (!detail::is_finite(result)) refuse("a row of W + delta whose norm is so small that magnitude / norm overflows");
-  return result;
-}
-
 /// m / n for each row of W + delta.
 template <class Acc, class View, class M>
 column<double> factors_of(const View& W, const adapter<Acc>& l, const M& magnitude) {
@@ -205,9 +270,10 @@ column<double> factors_of(const View& W, const adapter<Acc>& l, const M& magnitu
     const auto delta = delta_weight(basic_adapter(as_matrix(l.lora_A()), as_matrix(l.lora_B()).middle_rows(first, rows),
                                                   {.alpha = l.scaling(), .rule = scaling_rule::fixed}));
     for (index_t i = 0; i < rows; ++i) {
-      const scaled_norm norm = norm_of(
+      const detail::scaled_norm norm = detail::norm_of(
           W.cols(), [&](index_t j) { return detail::widen<double>(W(first + i, j)) + static_cast<double>(delta(i, j)); });
-      result(first + i) = quotient(first + i, magnitude[static_cast<std::size_t>(first + i)], norm);
+      result(first + i) = detail::gain_of<double>(
+          "attach", first + i, detail::widen<double>(magnitude[static_cast<std::size_t>(first + i)]), norm);
     }
   }
   return result;
@@ -270,6 +336,10 @@ class attacher {
     } else {
       detail::visit_adapters([&](const auto& one) { add_one(one, std::span<const Acc>()); }, l);
     }
+  }
+  template <class T>
+  void add(const scaled_kind<dora_adapter<T>>& l) {
+    add_one(scaled_adapter<adapter<T>>(l.strength(), l.of().factors()), std::span<const T>(l.of().magnitude()));
   }
   template <class T>
   void add(const dora_adapter<T>& l) {
@@ -417,15 +487,6 @@ merge_report unmerge(M&& W, const attached_dora<Acc>& layer) {
         detail::raise_value("unmerge", "output " + std::to_string(i) + " has the magnitude 0, so its row of W is lost");
     return dora_detail::each_element(weight, layer, [](Acc w, Acc delta, Acc g) { return (w - delta) / g; });
   });
-}
-
-/// attach and merge in one: at least one argument is an adapter with a magnitude, or a range of such.
-template <class M, class... L>
-  requires matrix_like<M> && (attachable<L> && ...) && ((weight_decomposed<L> || weight_decomposed_range<L>) || ...)
-merge_report merge(M&& W, const L&... l) {
-  detail::refuse_temporary<M>();
-  const auto weight = detail::output_view(W);
-  return lora::merge(W, lora::attach(weight, l...));
 }
 
 /// y := round(diag(g_0) y + sum of deltas * x), for y = W * x without bias.

@@ -387,7 +387,7 @@ class linear {
       merged_ = reload_ ? std::move(pristine_) : packed_weight<T>::unfilled(out_features(), in_features());
     }
     is_merged_ = update.rank() != 0;
-    if (is_merged_) return {detail::write_panels(update, reload_ ? merged_ : pristine_, merged_).became_nonfinite};
+    if (is_merged_) return detail::report_of(detail::write_panels(update, reload_ ? merged_ : pristine_, merged_), out_features() * in_features());
     if (reload_) pristine_ = std::move(merged_);
     merged_ = {};
     return {};

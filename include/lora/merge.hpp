@@ -33,17 +33,14 @@
 
 #include "lora/detail/eigen.hpp"
 #include "lora/detail/refusals.hpp"
+#include "lora/detail/merge_steps.hpp"
 #include "lora/detail/sinks.hpp"
+#include "lora/merge_report.hpp"
 #include "lora/packed_weight.hpp"
+#include "lora/steps.hpp"
 #include "lora/workspace.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
-
-/// What a merge did to the numbers.
-struct merge_report {
-  /// Elements that were finite and are now infinite or NaN: an overflow of W's format, or a factor that is not finite.
-  std::size_t became_nonfinite = 0;
-};
 
 namespace detail {
 
@@ -68,19 +65,38 @@ tally subtract_update(const rank_update<Acc, Order, Columns, Dots>& update, cons
   return update.run(rounding_sink<rank_update<Acc, Order, Columns, Dots>, Acc, T, Order, Where>(weight));
 }
 
+inline merge_report report_of(const tally& seen, index_t elements) {
+  return {.elements = static_cast<std::size_t>(elements),
+          .changed = seen.changed,
+          .nonfinite_before = seen.nonfinite - seen.became_nonfinite,  // nothing becomes finite
+          .nonfinite_after = seen.nonfinite,
+          .became_nonfinite = seen.became_nonfinite,
+          .weights = 1};
+}
+/// The report of a merge of nothing, which has not looked.
+inline merge_report untouched(index_t elements) { return report_of({}, elements); }
+
 template <class M, class... L>
 merge_report merge_signed(workspace& space, const char* operation, double sign, M& W, const L&... l) {
   const default_environment environment;
   if constexpr (is_packed_weight<M>) {
     const auto update = update_for(space, operation, sign, W, l...);
-    return update.rank() == 0 ? merge_report{} : merge_report{write_panels(update, W, W).became_nonfinite};
+    const index_t size = W.out_features() * W.in_features();
+    return update.rank() == 0 ? untouched(size) : report_of(write_panels(update, W, W), size);
   } else {
     const auto weight = output_view(W);
     const auto update = update_for(space, operation, sign, weight, l...);
     refuse_factor_overlap(operation, "W", weight, each_of(l...));
-    if (update.rank() == 0) return {};
-    return {subtract_update<writing::in_place>(update, weight).became_nonfinite};
+    if (update.rank() == 0) return untouched(weight.size());
+    return report_of(subtract_update<writing::in_place>(update, weight), weight.size());
   }
+}
+
+inline void refuse_nonfinite(const tally& seen, index_t size) {
+  if (seen.nonfinite != 0)
+    raise_value("merge_checked", std::to_string(seen.nonfinite) + " of " + std::to_string(size) +
+                                     " elements would not be finite (" + std::to_string(seen.became_nonfinite) +
+                                     " of them are finite now); W is untouched");
 }
 
 template <class M>
@@ -152,33 +168,206 @@ auto merged(const M& W, const L&... l) {
 /// merge, or a value_error with W untouched when an element of the result is not finite (also one that was not before).
 template <class M, class... L>
   requires detail::mergeable<M> && (detail::adapters<L> && ...)
-void merge_checked(workspace& space, M&& W, const L&... l) {
+merge_report merge_checked(workspace& space, M&& W, const L&... l) {
   detail::refuse_temporary<M>();
   const detail::default_environment environment;
-  const auto judge = [](const detail::tally& seen, index_t size) {
-    if (seen.nonfinite != 0)
-      detail::raise_value("merge_checked", std::to_string(seen.nonfinite) + " of " + std::to_string(size) +
-                                               " elements would not be finite (" + std::to_string(seen.became_nonfinite) +
-                                               " of them are finite now); W is untouched");
-  };
   if constexpr (detail::is_packed_weight<detail::bare<M>>) {
     const auto update = detail::update_for(space, "merge_checked", detail::merging, W, l...);
-    judge(detail::check_panels(update, W), W.out_features() * W.in_features());
-    if (update.rank() != 0) detail::write_panels(update, W, W);
+    const index_t size = W.out_features() * W.in_features();
+    detail::refuse_nonfinite(detail::check_panels(update, W), size);
+    return update.rank() == 0 ? detail::untouched(size) : detail::report_of(detail::write_panels(update, W, W), size);
   } else {
     const auto weight = detail::output_view(W);
     const auto update = detail::update_for(space, "merge_checked", detail::merging, weight, l...);
     detail::refuse_factor_overlap("merge_checked", "W", weight, detail::each_of(l...));
-    judge(detail::subtract_update<detail::writing::nowhere>(update, weight), weight.size());
-    if (update.rank() != 0) detail::subtract_update<detail::writing::in_place>(update, weight);
+    detail::refuse_nonfinite(detail::subtract_update<detail::writing::nowhere>(update, weight), weight.size());
+    if (update.rank() == 0) return detail::untouched(weight.size());
+    return detail::report_of(detail::subtract_update<detail::writing::in_place>(update, weight), weight.size());
   }
 }
 
 template <class M, class... L>
   requires detail::mergeable<M> && (detail::adapters<L> && ...)
-void merge_checked(M&& W, const L&... l) {
+merge_report merge_checked(M&& W, const L&... l) {
   workspace space;
-  merge_checked(space, std::forward<M>(W), l...);
+  return merge_checked(space, std::forward<M>(W), l...);
+}
+
+namespace detail {
+
+/// An argument list with an adapter that is more than low-rank factors.
+template <class... L>
+concept of_kinds = (any_adapters<L> && ...) && !(adapters<L> && ...);
+
+/// Steps prepared from a weight, such as a mixed_form.
+template <class F>
+concept prepared_steps = requires(const F& f) {
+  { f.steps()[0].index() } -> std::convertible_to<std::size_t>;
+  { f.out_features() } -> std::convertible_to<index_t>;
+};
+template <prepared_steps F>
+using accumulator_of = std::conditional_t<
+    std::is_same_v<bare<decltype(std::declval<const F&>().steps()[0])>, step<double>>, double, float>;
+
+/// call(W as out_features x in_features), for a W as the adapters' base stores it.
+template <class M, class Call>
+auto as_out_in(M& W, bool stored_in_out, const Call& call) {
+  if constexpr (is_packed_weight<M>) {
+    return call(W);
+  } else {
+    const auto weight = output_view(W);
+    return stored_in_out ? call(weight.transpose()) : call(weight);
+  }
+}
+
+/// A reader of a weight's rows, widened.
+template <class Acc, class T, storage_order Order>
+auto rows_of(const matrix_view<T, Order>& W) {
+  return matrix_rows<Acc, T, Order>(W);
+}
+template <class Acc, class T>
+auto rows_of(const packed_weight<T>& W) {
+  return panel_rows<Acc, T>(W, nullptr);
+}
+
+template <writing Where, class Acc, class T, storage_order Order>
+merge_report merge_into(const char* operation, double sign, const matrix_view<T, Order>& W, std::span<const step<Acc>> steps) {
+  const tally seen = pass_over<Where, Acc>(operation, sign, W, steps);
+  if constexpr (Where == writing::nowhere) refuse_nonfinite(seen, W.size());
+  return report_of(seen, W.size());
+}
+template <writing Where, class Acc, class T>
+merge_report merge_into(const char* operation, double sign, packed_weight<T>& W, std::span<const step<Acc>> steps) {
+  static_assert(Where == writing::in_place, "lora::merge_checked: adapters of this kind are checked in a plain matrix");
+  return report_of(pass_over<Acc>(operation, sign, W, W, steps), W.out_features() * W.in_features());
+}
+
+/// call(W out x in, its steps in Acc): what every verb for adapters of any kind does first.
+template <class M, class Call, class... L>
+auto with_steps(const char* operation, double sign, M& W, const Call& call, const L&... l) {
+  const default_environment environment;
+  return as_out_in(W, are_stored_in_out(operation, l...), [&](auto&& weight) {
+    using acc = accumulator_t<bare<decltype(weight)>, L...>;
+    const auto rows = rows_of<acc>(weight);
+    const rows_reader<acc, bare<decltype(rows)>> base(rows);
+    // After a merge W is no longer what a kind may ask about.
+    const step_request<acc> request{operation, 1.0, sign == merging ? &base : nullptr};
+    const auto steps = steps_of<acc>(request, rows.out_features(), rows.in_features(), l...);
+    return call(weight, std::span<const step<acc>>(steps));
+  });
+}
+
+template <class M, class V, class... L>
+merge_report merge_with_bias(const char* operation, double sign, M&& W, V&& bias, const L&... l) {
+  refuse_temporary<M>();
+  refuse_temporary<V>();
+  const auto b = output_view(bias);
+  return with_steps(operation, sign, W, [&](auto& weight, auto steps) {
+    const auto report = [&] {
+      if constexpr (is_packed_weight<bare<decltype(weight)>>) {
+        check_bias_shape(operation, b.rows(), b.cols(), weight.out_features());
+      } else {
+        check_bias_shape(operation, b.rows(), b.cols(), weight.rows());
+        refuse_overlap(operation, "the bias", b, "W", weight);
+      }
+      const bias_change change = bias_change_of(steps);  // before anything is written
+      if (sign == unmerging && std::any_of(change.gain.begin(), change.gain.end(), [](double g) { return is_zero(g); }))
+        raise_value(operation, "an adapter scales an output by 0, so its bias is lost");
+      const merge_report seen = merge_into<writing::in_place>(operation, sign, weight, steps);
+      change_bias(b, sign, change);
+      return seen;
+    };
+    return report();
+  }, l...);
+}
+
+template <class M, class F>
+merge_report merge_prepared(const char* operation, double sign, M&& W, const F& form) {
+  refuse_temporary<M>();
+  const default_environment environment;
+  using acc = accumulator_of<F>;
+  return as_out_in(W, is_stored_in_out(form), [&](auto&& weight) {
+    const auto rows = rows_of<acc>(weight);
+    if (rows.out_features() != form.out_features() || rows.in_features() != form.in_features())
+      raise_shape(operation, "W is " + shape_text(rows.out_features(), rows.in_features()) +
+                                 " (out_features x in_features) and the adapters were attached to one of " +
+                                 shape_text(form.out_features(), form.in_features()) +
+                                 (rows.out_features() == form.in_features() && rows.in_features() == form.out_features()
+                                      ? ": pass W as it was attached"
+                                      : ""));
+    const auto steps = std::span<const step<acc>>(form.steps());
+    refuse_shifts(operation, steps);
+    return merge_into<writing::in_place>(operation, sign, weight, steps);
+  });
+}
+
+}  // namespace detail
+
+/// The same for adapters of any kind, in order: each changes the rows that those before it made, in the
+/// accumulator, and W is rounded once. A W that the base stores in x out is passed so.
+template <class M, class... L>
+  requires detail::mergeable<M> && detail::of_kinds<L...>
+merge_report merge(M&& W, const L&... l) {
+  detail::refuse_temporary<M>();
+  return detail::with_steps("merge", detail::merging, W, [](auto& weight, auto steps) {
+    detail::refuse_shifts("merge", steps);
+    return detail::merge_into<detail::writing::in_place>("merge", detail::merging, weight, steps);
+  }, l...);
+}
+template <class M, class... L>
+  requires detail::mergeable<M> && detail::of_kinds<L...>
+merge_report unmerge(M&& W, const L&... l) {
+  detail::refuse_temporary<M>();
+  return detail::with_steps("unmerge", detail::unmerging, W, [](auto& weight, auto steps) {
+    detail::refuse_shifts("unmerge", steps);
+    return detail::merge_into<detail::writing::in_place>("unmerge", detail::unmerging, weight, steps);
+  }, l...);
+}
+
+/// The same with the bias of the layer, for adapters with a bias of their own (b := b + c) and those that
+/// scale outputs with their bias (b := g b): computed in double, rounded once.
+template <class M, class V, class... L>
+  requires detail::mergeable<M> && activations<V> && (sizeof...(L) > 0) && (detail::any_adapters<L> && ...)
+merge_report merge(M&& W, V&& bias, const L&... l) {
+  return detail::merge_with_bias("merge", detail::merging, std::forward<M>(W), std::forward<V>(bias), l...);
+}
+template <class M, class V, class... L>
+  requires detail::mergeable<M> && activations<V> && (sizeof...(L) > 0) && (detail::any_adapters<L> && ...)
+merge_report unmerge(M&& W, V&& bias, const L&... l) {
+  return detail::merge_with_bias("unmerge", detail::unmerging, std::forward<M>(W), std::forward<V>(bias), l...);
+}
+
+template <class M, class... L>
+  requires matrix_like<M> && detail::of_kinds<L...>
+merge_report merge_checked(M&& W, const L&... l) {
+  detail::refuse_temporary<M>();
+  return detail::with_steps("merge_checked", detail::merging, W, [](auto& weight, auto steps) {
+    using detail::writing;
+    detail::refuse_shifts("merge_checked", steps);
+    detail::merge_into<writing::nowhere>("merge_checked", detail::merging, weight, steps);
+    return detail::merge_into<writing::in_place>("merge_checked", detail::merging, weight, steps);
+  }, l...);
+}
+
+template <class M, class... L>
+  requires detail::mergeable<M> && detail::of_kinds<L...>
+auto merged(const M& W, const L&... l) {
+  auto result = lora::merged(W);  // a copy; merging in place then needs no second one
+  merge(result, l...);
+  return result;
+}
+
+/// The same for steps that were prepared from the weight as it was before any merge: what mixed(W, l...)
+/// returned. unmerge gives the base back within rounding, not bit for bit; value_error where it is lost.
+template <class M, detail::prepared_steps F>
+  requires detail::mergeable<M>
+merge_report merge(M&& W, const F& form) {
+  return detail::merge_prepared("merge", detail::merging, std::forward<M>(W), form);
+}
+template <class M, detail::prepared_steps F>
+  requires detail::mergeable<M>
+merge_report unmerge(M&& W, const F& form) {
+  return detail::merge_prepared("unmerge", detail::unmerging, std::forward<M>(W), form);
 }
 
 /// A mistaken call of these verbs gets a sentence.

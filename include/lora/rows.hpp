@@ -231,7 +231,7 @@ merge_report merge(M&& W, const replaced_rows<T>& replaced) {
       value& element = weight(replaced.ids()[k], j);
       const bool was_finite = detail::is_finite(element);
       element = detail::narrow<value>(detail::widen<accumulator_t<value, T>>(replaced.values()(static_cast<index_t>(k), j)));
-      if (was_finite && !detail::is_finite(element)) ++report.became_nonfinite;
+      report.became_nonfinite += was_finite && !detail::is_finite(element);
     }
   return report;
 }

@@ -77,7 +77,7 @@ auto scaled(double weight, L&& adapter) {
 }
 /// What is no adapter gets a sentence.
 template <class L>
-  requires(!low_rank<L> && detail::recognisable<L>)
+  requires(!low_rank<L> && !detail::says_steps<L> && detail::recognisable<L>)
 auto scaled(double, const L&) {
   static_assert(detail::refuse_adapter<detail::verb::scaled, L>());
 }

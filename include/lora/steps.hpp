@@ -130,6 +130,7 @@ struct input_step {
 };
 struct shift_step {
   std::vector<double> shift;  ///< out_features
+  std::string of = {};        ///< whose it is, for messages
 };
 
 /// One step; see the top of this file.
@@ -239,22 +240,50 @@ void visit_kinds(const Visit& visit, const L& l) {
     for (const auto& each : l) visit(each);
 }
 
-/// Throws unless the kind is for such a weight.
-inline void check_kind_shape(const char* operation, index_t out, index_t in, index_t out_features, index_t in_features) {
-  check_fit(operation, out, in, 1.0, out_features, in_features);
-}
-
-/// The steps of adapters of a call, in order. Low-rank ones are looked at where they are row-major,
-/// else copied.
+/// The steps of an adapter, behind those that are there. Factors of a low-rank one are copied.
 template <class Acc, class L>
 void append_steps(std::vector<step<Acc>>& all, const step_request<Acc>& request, const L& l) {
   if constexpr (low_rank<L>) {
-    if (!is_read(l)) return;
-    all.push_back(low_rank_step{any_factors::copy_of(l), request.strength});
+    if (is_read(l)) all.push_back(low_rank_step{any_factors::copy_of(l), request.strength});
   } else {
     auto some = l.template steps<Acc>(request);
     for (auto& one : some) all.push_back(std::move(one));
   }
+}
+
+/// The steps of adapters of any kind and ranges of them, in order. Checks that each is for the shape.
+template <class Acc, class... L>
+std::vector<step<Acc>> steps_of(const step_request<Acc>& request, index_t out_features, index_t in_features, const L&... l) {
+  std::vector<step<Acc>> all;
+  const auto add = [&]<class K>(const K& one) {
+    if constexpr (low_rank<K>)
+      check_adapter(request.operation, one, out_features, in_features);
+    else
+      check_fit(request.operation, one.out_features(), one.in_features(), 1.0, out_features, in_features);
+    append_steps(all, request, one);
+  };
+  (visit_kinds(add, l), ...);
+  return all;
+}
+
+/// Whether the base stores the weight of an adapter in_features x out_features, and its verbs take it so.
+template <class K>
+bool is_stored_in_out(const K& k) {
+  if constexpr (requires { { k.stored_in_out() } -> std::convertible_to<bool>; })
+    return k.stored_in_out();
+  else
+    return false;
+}
+
+/// The same for all adapters of a call. Throws value_error when they disagree.
+template <class... L>
+bool are_stored_in_out(const char* operation, const L&... l) {
+  bool any = false, all = true;
+  const auto look = [&](const auto& one) { (is_stored_in_out(one) ? any : all) = is_stored_in_out(one); };
+  (visit_kinds(look, l), ...);
+  if (any && !all)
+    raise_value(operation, "one adapter is for a weight stored in x out, and another for one stored out x in");
+  return any;
 }
 
 }  // namespace detail

@@ -7,8 +7,8 @@
 void use(Eigen::MatrixXf& W, const lora::adapter<float>& l) {
 #ifdef LORA_MUST_FAIL
   lora::workspace space;
-  lora::merge(lora::rounding::peft, space, W, l);
+  lora::merge(lora::rounding::as_peft, space, W, l);
 #else
-  lora::merge(lora::rounding::peft, W, l);
+  lora::merge(lora::rounding::as_peft, W, l);
 #endif
 }

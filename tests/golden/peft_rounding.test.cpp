@@ -9,6 +9,7 @@
 #include "lora/rounding.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
+#include "support/dense_delta.hpp"
 
 namespace {
 
@@ -65,20 +66,20 @@ std::size_t check(const std::string& id, bool dyadic) {
     const std::string module = word.size() > 1 ? word[word.size() - 2] : "";
     const auto merge_from_delta = [&](matrix<T>& W, const std::string& mode, const std::vector<std::string>& adapters) {
       for (const auto& a : adapters) {
-        const auto delta = load<D>(io, "delta." + a + "." + module + ".weight");
+        const test::dense_delta delta(load<D>(io, "delta." + a + "." + module + ".weight"));
         if (mode == "safe")
-          lora::add_delta(lora::rounding::peft_safe, W, delta);
+          lora::merge(lora::rounding::as_peft_safe, W, delta);
         else
-          lora::add_delta(lora::rounding::peft, W, delta);
+          lora::merge(lora::rounding::as_peft, W, delta);
       }
     };
     const auto merge_from_factors = [&](matrix<T>& W, const std::string& mode, const std::vector<std::string>& adapters) {
       for (const auto& a : adapters) {
         const auto& l = files.at(a).at(module).factors();
         if (mode == "safe")
-          lora::merge(lora::rounding::peft_safe, W, l);
+          lora::merge(lora::rounding::as_peft_safe, W, l);
         else
-          lora::merge(lora::rounding::peft, W, l);
+          lora::merge(lora::rounding::as_peft, W, l);
       }
     };
     if (word[0] == "delta") {
@@ -95,7 +96,8 @@ std::size_t check(const std::string& id, bool dyadic) {
       merge_from_delta(W, word[1], adapters);
       if (word[0] == "unmerged")
         for (auto a = adapters.rbegin(); a != adapters.rend(); ++a)
-          lora::subtract_delta(W, load<D>(io, "delta." + *a + "." + module + ".weight"));
+          lora::unmerge(lora::rounding::as_peft, W,
+                        test::dense_delta(load<D>(io, "delta." + *a + "." + module + ".weight")));
       CHECK(test::same_bits(W, load<T>(io, name)));
       ++compared;
       if (!dyadic) continue;
@@ -103,15 +105,15 @@ std::size_t check(const std::string& id, bool dyadic) {
       merge_from_factors(again, word[1], adapters);
       if (word[0] == "unmerged")
         for (auto a = adapters.rbegin(); a != adapters.rend(); ++a)
-          lora::unmerge(lora::rounding::peft, again, files.at(*a).at(module).factors());
+          lora::unmerge(lora::rounding::as_peft, again, files.at(*a).at(module).factors());
       CHECK(test::same_bits(again, load<T>(io, name)));
     } else if (word[0] == "drift") {
       auto W = load<T>(base, module + ".weight");
       const int cycles = std::stoi(word[1].substr(6));
-      const auto delta = load<D>(io, "delta." + word[3] + "." + module + ".weight");
+      const test::dense_delta delta(load<D>(io, "delta." + word[3] + "." + module + ".weight"));
       for (int k = 0; k < cycles; ++k) {
         merge_from_delta(W, word[2], {word[3]});
-        lora::subtract_delta(W, delta);
+        lora::unmerge(lora::rounding::as_peft, W, delta);
       }
       CHECK(test::same_bits(W, load<T>(io, name)));
       ++compared;

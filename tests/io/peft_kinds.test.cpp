@@ -88,9 +88,9 @@ TEST_CASE("PEFT's unmerge takes a range that makes its adapters", "[peft][ranges
   const made views(3, [&](std::size_t k) { return lora::scaled(0.7, owners[k]); });
   const made copies(3, [&](std::size_t k) { return lora::adapter<float>(lora::scaled(0.7, owners[k])); });
   test::matrix<lora::bfloat16> want = W, from_views = W, from_copies = W;
-  for (const std::size_t k : {2U, 1U, 0U}) lora::unmerge(lora::rounding::peft, want, lora::scaled(0.7, owners[k]));
-  lora::unmerge(lora::rounding::peft, from_views, views);
-  lora::unmerge(lora::rounding::peft, from_copies, copies);
+  for (const std::size_t k : {2U, 1U, 0U}) lora::unmerge(lora::rounding::as_peft, want, lora::scaled(0.7, owners[k]));
+  lora::unmerge(lora::rounding::as_peft, from_views, views);
+  lora::unmerge(lora::rounding::as_peft, from_copies, copies);
   CHECK_FALSE(test::same_bits(want, W));
   CHECK(test::same_bits(from_views, want));
   CHECK(test::same_bits(from_copies, want));

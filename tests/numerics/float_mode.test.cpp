@@ -76,7 +76,7 @@ void merges(bytes& all, const operands<T, F>& o) {
   lora::merge_checked(W, lora::scaled(0.3, o.l));
   keep(all, lora::merged(W, o.l));
   keep(all, lora::delta_weight(o.l));
-  lora::merge(lora::rounding::peft_safe, safe, o.l);
+  lora::merge(lora::rounding::as_peft_safe, safe, o.l);
   keep(all, safe);
 }
 

@@ -61,7 +61,7 @@ TEST_CASE("a weight without elements takes no time, however many rows or columns
     CHECK((packed.rank() == 0 && packed.out_features() == out));
     CHECK(lora::delta_weight(l).size() == 0);
     CHECK(lora::merge(output_rows(nullptr, out, in), l, lora::scaled(0.5, l)).became_nonfinite == 0);
-    CHECK(lora::merge(lora::rounding::peft, output_rows(nullptr, out, in), l).became_nonfinite == 0);
+    CHECK(lora::merge(lora::rounding::as_peft, output_rows(nullptr, out, in), l).became_nonfinite == 0);
     CHECK(lora::merged(turned, l).size() == 0);
     lora::merge_checked(output_columns(nullptr, out, in), l);
     lora::linear<float> layer{W};
@@ -94,7 +94,7 @@ TEST_CASE("a rank that no adapter has is refused", "[sizes]") {
   const output_rows W(nullptr, 0, 0);
   CHECK_THROWS_AS(lora::packed_adapter<float>(l), lora::shape_error);
   CHECK_THROWS_AS(lora::merge(W, std::vector(70'000, l)), lora::shape_error);
-  CHECK_THROWS_AS(lora::merge(lora::rounding::peft, W, l), lora::shape_error);
+  CHECK_THROWS_AS(lora::merge(lora::rounding::as_peft, W, l), lora::shape_error);
   CHECK_THROWS_AS(lora::apply(columns_of(nullptr, 0, 1), output_columns(nullptr, 0, 1), l), lora::shape_error);
   CHECK_THROWS_AS(
       lora::apply_through([](const auto&) { return test::col_matrix<float>(0, 1); }, output_columns(nullptr, 0, 1), l),

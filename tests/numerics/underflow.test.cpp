@@ -131,9 +131,9 @@ TEMPLATE_TEST_CASE("PEFT's roundings stay within their bound", "[rounding][bound
         spread<T>(g, r, in, low / 2, 2), spread<T>(g, out, r, low / 2, 2), {.alpha = s, .rule = lora::scaling_rule::fixed}};
     auto stored = W;
     if (safe)
-      lora::merge(lora::rounding::peft_safe, stored, l);
+      lora::merge(lora::rounding::as_peft_safe, stored, l);
     else
-      lora::merge(lora::rounding::peft, stored, l);
+      lora::merge(lora::rounding::as_peft, stored, l);
     const test::dora_piece p(l, {});
     const exact_matrix absolute = p.delta.cwiseAbs();
     // The delta: chain, times s, stored in the factors' format (a build with dot products flushes:

@@ -53,6 +53,9 @@ concept dora_like = !entry_like<A> && (
                                             a.factors.lora_A();
                                             a.magnitude.size();
                                           });
+/// Adapters of any kind that say their steps (steps.hpp).
+template <class A>
+concept says_steps = requires { &bare<A>::template steps<float>; };
 template <class A>
 concept attached_like = requires(const bare<A>& a) {
   a.base_scale();

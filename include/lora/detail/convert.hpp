@@ -66,6 +66,19 @@ bool is_finite(const T& value) {
   }
 }
 
+/// By the bits, in every floating-point mode.
+template <class T>
+bool is_nan(const T& value) {
+  if (is_finite(value)) return false;
+  if constexpr (std::is_same_v<T, double>)
+    return (std::bit_cast<std::uint64_t>(value) << 12) != 0;
+  else if constexpr (std::is_same_v<T, float>)
+    return (std::bit_cast<std::uint32_t>(value) << 9) != 0;
+  else
+    return (std::bit_cast<std::uint16_t>(value) & 0x7fff) > std::numeric_limits<storage_t<T>>::infinity().bits;
+}
+
+
 /// By the bits, too: under -ffast-math NaN may compare equal to zero.
 template <class T>
 bool is_zero(const T& value) {

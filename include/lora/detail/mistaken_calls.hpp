@@ -103,20 +103,20 @@ concept derived_from_ours = ours_or_derived<A> && !exactly_ours<A>;
 
 /// What a verb takes as an adapter, or is given instead of one.
 template <class A>
-concept adapter_kind = !derived_from_ours<A> && (factors_like<A> || entry_like<A> || dora_like<A> || attached_like<A> ||
+concept adapter_like = !derived_from_ours<A> && (factors_like<A> || entry_like<A> || dora_like<A> || attached_like<A> ||
                                                  packed_adapter_like<A> || file_like<A> || batch_like<A>);
 template <class A>
-concept pointer_to_adapter = pointer_like<A> && adapter_kind<bare<decltype(*std::declval<const bare<A>&>())>>;
+concept pointer_to_adapter = pointer_like<A> && adapter_like<bare<decltype(*std::declval<const bare<A>&>())>>;
 template <class A>
-concept pair_with_adapter = pair_like<A> && adapter_kind<bare<decltype(std::declval<const bare<A>&>().second)>>;
+concept pair_with_adapter = pair_like<A> && adapter_like<bare<decltype(std::declval<const bare<A>&>().second)>>;
 template <class R>
 concept range_of_adapters =
-    range_like<R> && (adapter_kind<element_of<R>> || pointer_to_adapter<element_of<R>> || pair_with_adapter<element_of<R>>);
+    range_like<R> && (adapter_like<element_of<R>> || pointer_to_adapter<element_of<R>> || pair_with_adapter<element_of<R>>);
 template <class R>
 concept range_of_ranges = range_like<R> && range_of_adapters<element_of<R>>;
 /// A pointer alone is none: a user's own function may take one to const.
 template <class A>
-concept recognisable = adapter_kind<A> || pair_with_adapter<A> || range_of_adapters<A> || range_of_ranges<A>;
+concept recognisable = adapter_like<A> || pair_with_adapter<A> || range_of_adapters<A> || range_of_ranges<A>;
 
 /// Elements of weights, activations and ids, right or wrong; text is none.
 template <class T>
@@ -211,7 +211,7 @@ inline constexpr bool mistaken_on_bias<M, B> = matrix_kind<B> && !activations<B>
 template <class Base>
 concept mistaken_base = !matrix_like<Base> && (any_matrix<Base> || eigen_array<Base>);
 template <class L>
-concept mistaken_adapter = adapter_kind<L> && !low_rank<L>;
+concept mistaken_adapter = adapter_like<L> && !low_rank<L>;
 /// The list of a batch.
 template <class R>
 concept mistaken_list = recognisable<R> && !batch_like<R>;

@@ -208,7 +208,7 @@ class rank_update {
     if (count > 0 && (Sink::down ? p * tile_rows < part.first_row : q * width < part.first_col)) {
       careful(sink, part, p, q, mine);
       ++(Sink::down ? p : q);
-      --count;
+      if (--count == 0) return;
     }
     const bool cut_across = Sink::down ? q * width < part.first_col : p * tile_rows < part.first_row;
     const index_t whole_rows = cut_across ? 0 : part.end_row / tile_rows, whole_cols = part.end_col / width;

@@ -334,8 +334,7 @@ merge_report merge_stack(const View& stack, const list<T>& all) {
   for (index_t k = 0; k < stack.extent(0); ++k) {
     const auto slice = stack.slice(k).matrix();
     const auto& list = of_experts[static_cast<std::size_t>(k)];
-    report.became_nonfinite +=
-        (swapped ? lora::merge(space, slice.transpose(), list) : lora::merge(space, slice, list)).became_nonfinite;
+    report += swapped ? lora::merge(space, slice.transpose(), list) : lora::merge(space, slice, list);
   }
   return report;
 }

@@ -1,0 +1,123 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// From the steps of a call to the pass over the weight: low-rank steps alone go through the register
+// tiles, all others through the row pass. And what the steps do to the bias of the layer.
+#pragma once
+
+#include <algorithm>
+#include <span>
+#include <string>
+#include <variant>
+#include <vector>
+
+#include "lora/detail/row_pass.hpp"
+#include "lora/packed_weight.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI::detail {
+
+/// The low-rank steps of a list that change a weight; `all_low_rank` is false when there are others.
+struct low_rank_list {
+  std::vector<low_rank_step> steps;
+  bool all_low_rank = true;
+};
+template <class Acc>
+low_rank_list low_rank_steps(std::span<const step<Acc>> steps) {
+  low_rank_list result;
+  for (const auto& one : steps) {
+    if (const auto* low = std::get_if<low_rank_step>(&one))
+      result.steps.push_back(*low);
+    else if (changes_weight(one))
+      result.all_low_rank = false;
+  }
+  return result;
+}
+
+/// Refuses a weight that shares memory with a factor.
+template <class Acc, class V>
+void refuse_step_overlap(const char* operation, const V& W, std::span<const step<Acc>> steps) {
+  const low_rank_list list = low_rank_steps(steps);
+  refuse_factor_overlap(operation, "W", W, each_low_rank(list.steps));
+}
+
+/// W := round(what the steps make of it), or with `unmerging` the reverse; Where: in place, or counted only.
+template <writing Where, class Acc, class T, storage_order Order>
+tally pass_over(const char* operation, double sign, const matrix_view<T, Order>& W, std::span<const step<Acc>> steps) {
+  refuse_step_overlap(operation, W, steps);
+  if (const low_rank_list list = low_rank_steps(steps); list.all_low_rank) {
+    workspace space;
+    const rank_update<Acc, Order, columns_of<Acc, storage_t<T>>, has_dots<Acc, bfloat16>> update(
+        space, operation, each_low_rank(list.steps), W.rows(), W.cols(), sign);
+    using sink = rounding_sink<bare<decltype(update)>, Acc, T, Order, Where>;
+    return update.rank() == 0 && Where == writing::in_place ? tally{} : update.run(sink(W));
+  }
+  const row_change<Acc> change(operation, steps, W.rows(), W.cols(), sign);
+  return row_pass<Acc>(matrix_rows<Acc, T, Order, Where == writing::in_place>(W), change);
+}
+/// destination := round(what the steps make of source), of one shape; possibly the same weight.
+template <class Acc, class T>
+tally pass_over(const char* operation, double sign, const packed_weight<T>& source, packed_weight<T>& destination,
+                std::span<const step<Acc>> steps) {
+  if (const low_rank_list list = low_rank_steps(steps); list.all_low_rank) {
+    workspace space;
+    const panel_update<Acc, has_dots<Acc, bfloat16>> update(space, operation, each_low_rank(list.steps),
+                                                            source.out_features(), source.in_features(), sign);
+    return write_panels(update, source, destination);
+  }
+  const row_change<Acc> change(operation, steps, source.out_features(), source.in_features(), sign);
+  return row_pass<Acc>(panel_rows<Acc, T>(source, &destination), change);
+}
+
+/// What steps do to a bias b: b := gain b + shift. Empty where they leave it as it is.
+struct bias_change {
+  std::vector<double> gain, shift;
+
+  bool empty() const { return gain.empty() && shift.empty(); }
+};
+template <class Acc>
+bias_change bias_change_of(std::span<const step<Acc>> steps) {
+  bias_change result;
+  for (const auto& one : steps) {
+    if (const auto* shift = std::get_if<shift_step>(&one)) {
+      result.shift.resize(shift->shift.size());
+      for (std::size_t i = 0; i < shift->shift.size(); ++i) result.shift[i] += shift->shift[i];
+    } else if (const auto* gain = std::get_if<gain_step<Acc>>(&one); gain != nullptr && gain->scales_bias) {
+      result.gain.resize(gain->gain.size(), 1.0);
+      for (std::size_t i = 0; i < gain->gain.size(); ++i) {
+        result.gain[i] *= static_cast<double>(gain->gain[i]);
+        if (!result.shift.empty()) result.shift[i] *= static_cast<double>(gain->gain[i]);
+      }
+    }
+  }
+  return result;
+}
+
+/// b := round(gain b + shift), or the reverse.
+template <class View>
+void change_bias(const View& bias, double sign, const bias_change& change) {
+  using value = typename View::value_type;
+  for (index_t k = 0; !change.empty() && k < bias.size(); ++k) {
+    value& element = bias.cols() == 1 ? bias(k, 0) : bias(0, k);
+    const auto i = static_cast<std::size_t>(k);
+    const double gain = change.gain.empty() ? 1.0 : change.gain[i], shift = change.shift.empty() ? 0.0 : change.shift[i];
+    const auto b = widen<double>(element);
+    element = narrow<value>(sign == unmerging ? (b - shift) / gain : gain * b + shift);
+  }
+}
+
+/// Throws unless b is a vector of out_features elements.
+inline void check_bias_shape(const char* operation, index_t rows, index_t cols, index_t out_features) {
+  if ((rows != 1 && cols != 1) || rows * cols != out_features)
+    raise_shape(operation, "the bias is " + shape_text(rows, cols) + " and W has " + std::to_string(out_features) + " outputs");
+}
+
+/// Throws value_error when the steps have a bias to add and the call gives none to add it to.
+template <class Acc>
+void refuse_shifts(const char* operation, std::span<const step<Acc>> steps) {
+  for (const auto& one : steps)
+    if (const auto* shift = std::get_if<shift_step>(&one))
+      raise_value(operation, (shift->of.empty() ? "an adapter" : shift->of) +
+                                 " has a bias of its own (lora_bias): pass the base's bias, too, with merge or "
+                                 "unmerge(W, bias, adapter); a base without one cannot take it");
+}
+
+}  // namespace lora::inline LORA_DETAIL_ABI::detail

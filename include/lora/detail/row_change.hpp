@@ -1,0 +1,152 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// The steps of adapters as a change of the rows of a weight: row := step_n(... step_1(row)), in the
+// accumulator, and the reverse. Factors are packed once; any thread may ask for any block of rows.
+#pragma once
+
+#include <algorithm>
+#include <memory>
+#include <span>
+#include <string>
+#include <utility>
+#include <variant>
+#include <vector>
+
+#include "lora/detail/delta_rows.hpp"
+#include "lora/steps.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI::detail {
+
+/// A block of rows in accumulators.
+template <class Acc>
+struct row_block {
+  index_t first, count;  ///< rows of the weight
+  Acc* rows;             ///< count x in_features, `stride` apart
+  Acc* scratch;          ///< of the same shape, where row_change::needs_scratch(); else null
+  index_t stride;
+};
+
+/// Throws unless a step is for a weight of this shape.
+template <class Acc>
+void check_step(const char* operation, const step<Acc>& one, index_t out_features, index_t in_features) {
+  const auto check_length = [&](const char* what, std::size_t length) {
+    if (static_cast<index_t>(length) != out_features)
+      raise_shape(operation, "a " + std::string(what) + " has " + std::to_string(length) + " values for " +
+                                 std::to_string(out_features) + " outputs");
+  };
+  if (const auto* low = std::get_if<low_rank_step>(&one))
+    check_fit(operation, low->factors.out_features(), low->factors.in_features(),
+              low->strength * low->factors.scaling(), out_features, in_features);
+  else if (const auto* gain = std::get_if<gain_step<Acc>>(&one))
+    check_length("gain", gain->gain.size());
+  else if (const auto* shift = std::get_if<shift_step>(&one))
+    check_length("bias", shift->shift.size());
+}
+
+/// Whether a step changes the weight; a shift changes the bias alone.
+template <class Acc>
+bool changes_weight(const step<Acc>& one) {
+  return !std::holds_alternative<shift_step>(one);
+}
+
+/// What the steps do to rows of W, or with the sign `unmerging` the reverse. Refers to the steps' gains,
+/// maps and sources, which must outlive it.
+template <class Acc>
+class row_change {
+ public:
+  /// Checks and packs everything. Throws shape_error, value_error (also where a step cannot be undone), std::bad_alloc.
+  row_change(const char* operation, std::span<const step<Acc>> steps, index_t out_features, index_t in_features, double sign)
+      : in_features_(in_features), undoes_(sign == unmerging) {
+    for (const auto& one : steps) check_step(operation, one, out_features, in_features);
+    std::vector<low_rank_step> chain;  // neighbours share one chain of multiply-adds
+    const auto close = [&] {
+      if (chain.empty()) return;
+      auto rows = std::make_unique<delta_rows<Acc>>(operation, std::span<const low_rank_step>(chain), out_features,
+                                                    in_features, sign);
+      if (rows->rank() != 0) parts_.push_back(std::move(rows));
+      chain.clear();
+    };
+    const auto count = steps.size();
+    for (std::size_t n = 0; n < count; ++n) {
+      const auto& one = steps[undoes_ ? count - 1 - n : n];
+      if (!changes_weight(one)) continue;
+      if (const auto* low = std::get_if<low_rank_step>(&one)) {
+        // A chain that is undone keeps the order in which it was merged.
+        chain.insert(undoes_ ? chain.begin() : chain.end(), *low);
+        continue;
+      }
+      close();
+      add(operation, one);
+    }
+    close();
+  }
+
+  bool empty() const { return parts_.empty(); }
+  bool needs_scratch() const {
+    return std::any_of(parts_.begin(), parts_.end(),
+                       [](const part& one) { return std::holds_alternative<const delta_step<Acc>*>(one); });
+  }
+
+  /// Changes the rows in place. On the calling thread.
+  void operator()(const row_block<Acc>& block) const {
+    for (const part& one : parts_)
+      std::visit([&](const auto& p) { run(p, block); }, one);
+  }
+
+ private:
+  using chain_rows = std::unique_ptr<delta_rows<Acc>>;
+  using part = std::variant<chain_rows, const delta_step<Acc>*, const gain_step<Acc>*, const input_step<Acc>*>;
+
+  void add(const char* operation, const step<Acc>& one) {
+    if (const auto* delta = std::get_if<delta_step<Acc>>(&one)) {
+      parts_.push_back(delta);
+    } else if (const auto* gain = std::get_if<gain_step<Acc>>(&one)) {
+      if (undoes_) refuse_lost_rows(operation, *gain);
+      parts_.push_back(gain);
+    } else if (const auto* input = std::get_if<input_step<Acc>>(&one)) {
+      if (undoes_) input->map->undo_rows(operation, nullptr, 0, in_features_);
+      parts_.push_back(input);
+    }
+  }
+  static void refuse_lost_rows(const char* operation, const gain_step<Acc>& one) {
+    for (std::size_t i = 0; i < one.gain.size(); ++i)
+      if (is_zero(one.gain[i]))
+        raise_value(operation, "output " + std::to_string(i) + " has the magnitude 0, so its row of W is lost");
+  }
+
+  void run(const chain_rows& rows, const row_block<Acc>& block) const {
+    rows->subtract(block.first, block.count, block.rows, block.stride);
+  }
+  /// Where the delta is 0 an element keeps its sign.
+  void run(const delta_step<Acc>* delta, const row_block<Acc>& block) const {
+    const Acc scale = static_cast<Acc>(undoes_ ? -delta->scale : delta->scale);
+    delta->source->rows(block.first, block.count, block.scratch, block.stride);
+    for (index_t i = 0; i < block.count; ++i) {
+      Acc* const row = block.rows + i * block.stride;
+      const Acc* const D = block.scratch + i * block.stride;
+      for (index_t k = 0; k < in_features_; ++k) row[k] = is_zero(D[k]) ? row[k] : row[k] + scale * D[k];
+    }
+  }
+  void run(const gain_step<Acc>* gain, const row_block<Acc>& block) const {
+    for (index_t i = 0; i < block.count; ++i) {
+      Acc* const row = block.rows + i * block.stride;
+      const Acc g = gain->gain[static_cast<std::size_t>(block.first + i)];
+      if (undoes_)
+        for (index_t k = 0; k < in_features_; ++k) row[k] = row[k] / g;
+      else
+        for (index_t k = 0; k < in_features_; ++k) row[k] = row[k] * g;
+    }
+  }
+  void run(const input_step<Acc>* input, const row_block<Acc>& block) const {
+    if (undoes_)
+      input->map->undo_rows("unmerge", block.rows, block.count, block.stride);
+    else
+      input->map->rows(block.rows, block.count, block.stride);
+  }
+
+  index_t in_features_;
+  bool undoes_;
+  std::vector<part> parts_;
+};
+
+}  // namespace lora::inline LORA_DETAIL_ABI::detail

@@ -1,0 +1,228 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// Rows of a stored weight as accumulators, and back: widened exactly, rounded once to nearest, counted.
+#pragma once
+
+#include <algorithm>
+#include <cstring>
+#include <type_traits>
+
+#include "lora/detail/convert.hpp"
+#include "lora/detail/panels.hpp"
+#include "lora/detail/sinks.hpp"
+#include "lora/matrix_view.hpp"
+#include "lora/packed_weight.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI::detail {
+
+/// to[k] := from[k], widened.
+template <class Acc, class T>
+void widen_all(const T* from, index_t count, Acc* to) {
+  index_t k = 0;
+#if defined(LORA_DETAIL_AVX512) || defined(LORA_DETAIL_AVX2)
+  if constexpr (std::is_same_v<Acc, float> && sizeof(T) == 2)
+    for (; k + 8 <= count; k += 8) _mm256_storeu_ps(to + k, eight_from(reinterpret_cast<const storage_t<T>*>(from) + k));
+#endif
+  for (; k < count; ++k) to[k] = widen<Acc>(from[k]);
+}
+
+/// Counts what a store of `after` over `before` changes.
+template <class T>
+void count_stored(const T* before, const T* after, index_t count, tally& seen) {
+  tally mine;
+  for (index_t k = 0; k < count; ++k) {
+    const bool was = is_finite(before[k]), is = is_finite(after[k]);
+    mine.nonfinite += !is;
+    mine.became_nonfinite += was && !is;
+    mine.changed += std::memcmp(before + k, after + k, sizeof(T)) != 0;
+  }
+  seen += mine;
+}
+
+/// values[k] := round(values[k]) to T, nearest even, kept as accumulators.
+template <class T, class Acc>
+void round_all(Acc* values, index_t count) {
+  if constexpr (!std::is_same_v<T, Acc>) {
+    index_t k = 0;
+    if constexpr (std::is_same_v<T, float16> && std::is_same_v<Acc, float>) {
+      using v = simd<float>;
+      for (; k + 2 * v::width <= count; k += 2 * v::width) {
+        const auto halves = v::join_halves(v::load(values + k), v::load(values + k + v::width));
+        float16 rounded[2 * v::width];
+        std::memcpy(rounded, &halves, sizeof halves);
+        v::store(values + k, v::load_half(rounded));
+        v::store(values + k + v::width, v::load_half(rounded + v::width));
+      }
+    }
+    for (; k < count; ++k) values[k] = widen<Acc>(narrow<T>(values[k]));
+  }
+}
+
+/// to[k] := round(from[k]) for a row of a weight in memory; a NaN keeps its bits. What stays finite is
+/// rounded and counted in registers, chunk by chunk.
+template <class Acc, class T>
+class nearest_row {
+ public:
+  static void store(const Acc* from, index_t count, T* to, tally& seen) {
+    index_t k = 0;
+    if constexpr (rounds_in_registers<Acc, T>)
+      for (; k + chunk <= count; k += chunk)
+        if (!store_chunk(from + k, to + k, seen)) store_each(from + k, chunk, to + k, seen);
+    store_each(from + k, count - k, to + k, seen);
+  }
+
+ private:
+  static constexpr index_t width = tile_cols<Acc>, chunk = 4 * width;
+  using v = simd<Acc>;
+
+  static bool store_chunk(const Acc* from, T* to, tally& seen) {
+    watch<Acc, T> finite;
+    typename v::vector row[4][2];
+    LORA_DETAIL_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      row[i][0] = v::load(from + i * width);
+      row[i][1] = v::load(from + i * width + v::width);
+      if constexpr (std::is_same_v<T, bfloat16>) v::unzip(row[i][0], row[i][1]);
+      round_row<T>(row[i][0], row[i][1], finite);
+    }
+    if (!finite.all_finite()) return false;
+    std::size_t changed = 0;
+    LORA_DETAIL_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      changed += differing_in_row<Acc>(to + i * width, row[i][0], row[i][1]);
+      store_row<Acc>(to + i * width, row[i][0], row[i][1], false);
+    }
+    seen.changed += changed;
+    return true;
+  }
+  static void store_each(const Acc* from, index_t count, T* to, tally& seen) {
+    for (index_t k = 0; k < count; ++k) {
+      const T before = to[k];
+      T after = narrow<T>(from[k]);
+      if (is_nan(before)) std::memcpy(&after, to + k, sizeof(T));
+      count_stored(&before, &after, 1, seen);
+      to[k] = after;
+    }
+  }
+};
+
+/// Rows of a weight in memory, read and written as blocks of accumulators: rows of in_features
+/// elements, `stride` apart. Different rows may be handled by different threads. Without Writes a store
+/// only counts.
+template <class Acc, class S, storage_order Order, bool Writes = true>
+class matrix_rows {
+ public:
+  using value_type = storage_t<S>;
+  explicit matrix_rows(const matrix_view<S, Order>& W) : W_(W) {}
+
+  index_t out_features() const { return W_.rows(); }
+  index_t in_features() const { return W_.cols(); }
+  /// Rows that are handled together: whole lines of a column-major weight.
+  static constexpr index_t granule() {
+    return Order == storage_order::row_major ? 1 : static_cast<index_t>(64 / sizeof(S));
+  }
+
+  void load(index_t first, index_t count, Acc* to, index_t stride) const {
+    if constexpr (Order == storage_order::row_major) {
+      for (index_t i = 0; i < count; ++i) widen_all<Acc>(at(first + i, 0), W_.cols(), to + i * stride);
+    } else {
+      for (index_t k = 0; k < W_.cols(); ++k) {
+        const value_type* const column = at(first, k);
+        for (index_t i = 0; i < count; ++i) to[i * stride + k] = widen<Acc>(column[i]);
+      }
+    }
+  }
+  void store(index_t first, index_t count, const Acc* from, index_t stride, tally& seen) const {
+    if constexpr (Order == storage_order::row_major) {
+      for (index_t i = 0; i < count; ++i) put(from + i * stride, W_.cols(), at(first + i, 0), seen);
+    } else {
+      constexpr index_t most = 64;
+      Acc column[most];
+      for (index_t i = 0; i < count; i += most)
+        for (index_t k = 0; k < W_.cols(); ++k) {
+          const index_t rows = std::min(most, count - i);
+          for (index_t n = 0; n < rows; ++n) column[n] = from[(i + n) * stride + k];
+          put(column, rows, at(first + i, k), seen);
+        }
+    }
+  }
+
+ private:
+  /// Writes, or counts what that would change.
+  static void put(const Acc* from, index_t count, auto* to, tally& seen) {
+    if constexpr (Writes) {
+      nearest_row<Acc, value_type>::store(from, count, to, seen);
+    } else {
+      constexpr index_t most = 256;
+      value_type copy[most];
+      for (index_t k = 0; k < count; k += most) {
+        const index_t some = std::min(most, count - k);
+        std::copy_n(to + k, some, copy);
+        nearest_row<Acc, value_type>::store(from + k, some, copy, seen);
+      }
+    }
+  }
+  auto* at(index_t i, index_t k) const {
+    auto* const data = W_.data() + (Order == storage_order::row_major ? i * W_.outer_stride() + k : k * W_.outer_stride() + i);
+    using element = std::conditional_t<std::is_const_v<S>, const value_type, value_type>;
+    return reinterpret_cast<element*>(data);
+  }
+
+  matrix_view<S, Order> W_;
+};
+
+/// The same of a weight in panels.
+template <class Acc, class T>
+class panel_rows {
+ public:
+  using value_type = T;
+  /// Reads `source` and writes `destination`, of one shape; possibly the same weight.
+  panel_rows(const packed_weight<T>& source, packed_weight<T>* destination) : source_(source), destination_(destination) {}
+
+  index_t out_features() const { return source_.out_features(); }
+  index_t in_features() const { return source_.in_features(); }
+  static constexpr index_t granule() { return width; }
+
+  void load(index_t first, index_t count, Acc* to, index_t stride) const {
+    for (index_t i = 0; i < count; ++i) {
+      const T* const panel = source_.panels() + (first + i) / width * size();
+      for (index_t k = 0; k < in_features(); ++k)
+        to[i * stride + k] = widen<Acc>(panel[panel_offset<T>((first + i) % width, k, width)]);
+    }
+  }
+  void store(index_t first, index_t count, const Acc* from, index_t stride, tally& seen) const {
+    for (index_t i = 0; i < count; ++i) {
+      const index_t panel = (first + i) / width * size(), row = (first + i) % width;
+      for (index_t k = 0; k < in_features(); ++k) {
+        const index_t at = panel + panel_offset<T>(row, k, width);
+        T value = source_.panels()[at];
+        nearest_row<Acc, T>::store(from + i * stride + k, 1, &value, seen);
+        destination_->panels()[at] = value;
+      }
+    }
+  }
+
+ private:
+  static constexpr index_t width = tile_cols<accumulator_t<T>>;
+  index_t size() const { return panel_size<T>(in_features(), width); }
+
+  const packed_weight<T>& source_;
+  packed_weight<T>* destination_;
+};
+
+/// A reader of rows for kinds that look at the base.
+template <class Acc, class Rows>
+class rows_reader final : public weight_rows<Acc> {
+ public:
+  explicit rows_reader(const Rows& rows) : rows_(rows) {}
+  index_t out_features() const override { return rows_.out_features(); }
+  index_t in_features() const override { return rows_.in_features(); }
+  void read(index_t first, index_t count, Acc* to, index_t stride) const override {
+    rows_.load(first, count, to, stride);
+  }
+
+ private:
+  const Rows& rows_;
+};
+
+}  // namespace lora::inline LORA_DETAIL_ABI::detail
