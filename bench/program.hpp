@@ -3,7 +3,7 @@
 // What the programs of this folder share: their command line, the machine and the rivals in the JSON context, and a table
 // of the counters (Google Benchmark would print a share of 0.78 as 780m).
 //
-//   --rows=bars              the rows that docs/performance.md sets a bar for (the default); --rows=all: every combination
+//   --rows=bars              the rows that bench/results.md has a bar for (the default); --rows=all: every combination
 //   --row_seconds=1          how long a row is measured (all its ways together), besides setting up and half as much for
 //                            the probes between rounds; 6 rounds at least
 //   --benchmark_filter=...   which rows; --benchmark_list_tests lists them

@@ -216,7 +216,7 @@ bool one_of(index_t value, std::initializer_list<index_t> values) {
   return std::find(values.begin(), values.end(), value) != values.end();
 }
 
-/// A row's place among those that docs/performance.md sets a bar for: few at 512 tokens, which take seconds each.
+/// A row's place among those that bench/results.md has a bar for: few at 512 tokens, which take seconds each.
 bool has_bar(const row& r) {
   const bool usual = one_of(r.rank, {16, 64});
   if (r.adapters > 1) return r.layer == shape{4096, 4096} && one_of(r.tokens, {1, 64}) && r.rank == 16;

@@ -103,7 +103,7 @@ endforeach()
 refuse_lines("${outside_detail}" "immintrin|arm_neon|#pragma omp|<omp\\.h>" "intrinsics and OpenMP belong in detail/")
 
 # --- Words: what a user reads says merged and mixed, and once what PEFT calls the latter. ---
-files_of(seen "README.md" "docs/performance.md" "docs/pictures/*.svg" "bench/*" "examples/demo.cpp")
+files_of(seen "README.md" "docs/benchmarking.md" "docs/kernels.md" "docs/experiments.md" "docs/pictures/*.svg" "bench/*" "examples/demo.cpp")
 foreach(file IN LISTS seen)
   file(STRINGS "${ROOT}/${file}" hits REGEX "[Uu]nmerged")
   foreach(hit IN LISTS hits)
