@@ -62,7 +62,7 @@ auto delta_weight(const L&... l) {
     return result;
   }
   // Column-major: the update runs on the transpose, whose rows are the columns of the result.
-  update.run(detail::delta_sink<decltype(update), acc>(result.data(), out_features));
+  update.run(detail::row_sink<decltype(update), acc, false>(result.data(), out_features));
   return result;
 }
 

@@ -63,7 +63,7 @@ template <class Acc>
 class peft_delta {
  public:
   peft_delta(const char* operation, const low_rank_step& l, index_t out_features, index_t in_features)
-      : in_features_(in_features), scale_(l.strength * l.factors.scaling()) {
+      : scale_(l.strength * l.factors.scaling()) {
     l.factors.visit([&]<class T>(const adapter_view<T>& one) {
       // Unscaled, in the accumulator of the factors.
       const auto each = [&](const auto& visit) {
@@ -89,13 +89,13 @@ class peft_delta {
       static_cast<void>(rows), static_cast<void>(block);  // double factors are accumulated in double
     } else {
       A* const own = reinterpret_cast<A*>(block.scratch);
-      rows.write(block.first, block.count, own, block.stride);
+      rows.write(block.first, block.count, block.first_col, block.cols, own, block.stride, block.ahead);
       for (index_t i = block.count; i-- > 0;) {  // the last row first: Acc may be wider than A
         A* const from = own + i * block.stride;
         const A s = static_cast<A>(scale_);
-        for (index_t k = 0; k < in_features_; ++k) from[k] *= s;
-        if constexpr (sizeof(T) == 2) round_all<T>(from, in_features_);
-        if constexpr (!std::is_same_v<A, Acc>) widen_row(from, in_features_, block.scratch + i * block.stride);
+        for (index_t k = 0; k < block.cols; ++k) from[k] *= s;
+        if constexpr (sizeof(T) == 2) round_all<T>(from, block.cols);
+        if constexpr (!std::is_same_v<A, Acc>) widen_row(from, block.cols, block.scratch + i * block.stride);
       }
     }
   }
@@ -115,7 +115,6 @@ class peft_delta {
     }
   }
 
-  index_t in_features_;
   double scale_;
   std::variant<std::unique_ptr<delta_rows<float>>, std::unique_ptr<delta_rows<double>>> rows_;
   std::variant<std::type_identity<float>, std::type_identity<double>, std::type_identity<float16>,
@@ -130,7 +129,7 @@ class peft_change {
   /// Throws as row_change.
   peft_change(const char* operation, std::span<const step<Acc>> steps, index_t out_features, index_t in_features,
               double sign, bool delta_first)
-      : in_features_(in_features), sign_(sign == unmerging ? Acc(-1) : Acc(1)), delta_first_(delta_first) {
+      : sign_(sign == unmerging ? Acc(-1) : Acc(1)), delta_first_(delta_first) {
     for (std::size_t n = 0; n < steps.size(); ++n) {
       const auto& one = steps[sign == unmerging ? steps.size() - 1 - n : n];
       check_step(operation, one, out_features, in_features);
@@ -146,6 +145,12 @@ class peft_change {
 
   bool empty() const { return parts_.empty(); }
   bool needs_scratch() const { return true; }
+  bool needs_rows() const {
+    return std::any_of(parts_.begin(), parts_.end(), [](const auto& one) {
+      if (const auto* change = std::get_if<row_change<Acc>>(&one)) return change->needs_rows();
+      return std::holds_alternative<const delta_step<Acc>*>(one);
+    });
+  }
   void operator()(const row_block<Acc>& block) const {
     for (const auto& one : parts_)
       std::visit([&](const auto& p) { run(p, block); }, one);
@@ -159,23 +164,22 @@ class peft_change {
   void run(const delta_step<Acc>* delta, const row_block<Acc>& block) const {
     delta->source->rows(block.first, block.count, block.scratch, block.stride);
     for (index_t i = 0; i < block.count; ++i)
-      for (index_t k = 0; k < in_features_; ++k) block.scratch[i * block.stride + k] *= static_cast<Acc>(delta->scale);
+      for (index_t k = 0; k < block.cols; ++k) block.scratch[i * block.stride + k] *= static_cast<Acc>(delta->scale);
     add(block);
   }
   void add(const row_block<Acc>& block) const {
     for (index_t i = 0; i < block.count; ++i) {
       Acc *const row = block.rows + i * block.stride, *const D = block.scratch + i * block.stride;
-      if (delta_first_) round_all<T>(D, in_features_);
-      for (index_t k = 0; k < in_features_; ++k) row[k] += sign_ * D[k];
-      round_all<T>(row, in_features_);
+      if (delta_first_) round_all<T>(D, block.cols);
+      for (index_t k = 0; k < block.cols; ++k) row[k] += sign_ * D[k];
+      round_all<T>(row, block.cols);
     }
   }
   void run(const row_change<Acc>& change, const row_block<Acc>& block) const {
     change(block);
-    for (index_t i = 0; i < block.count; ++i) round_all<T>(block.rows + i * block.stride, in_features_);
+    for (index_t i = 0; i < block.count; ++i) round_all<T>(block.rows + i * block.stride, block.cols);
   }
 
-  index_t in_features_;
   Acc sign_;
   bool delta_first_;
   std::vector<std::variant<peft_delta<Acc>, const delta_step<Acc>*, row_change<Acc>>> parts_;

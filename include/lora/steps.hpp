@@ -19,6 +19,7 @@
 #pragma once
 
 #include <concepts>
+#include <cstddef>
 #include <iterator>
 #include <memory>
 #include <string>
@@ -137,14 +138,25 @@ struct shift_step {
 template <class Acc>
 using step = std::variant<low_rank_step, delta_step<Acc>, gain_step<Acc>, input_step<Acc>, shift_step>;
 
-/// Reads rows of a base weight, widened: out_features x in_features. Thread-safe.
+/// Where rows of a weight lie, so that they can be fetched ahead of time; null: unknown.
+struct memory_of_rows {
+  const std::byte* at = nullptr;
+  index_t row_bytes = 0, col_bytes = 0;
+};
+
+/// Reads a base weight, out_features x in_features, widened. Thread-safe.
 template <class Acc>
 class weight_rows {
  public:
   virtual ~weight_rows() = default;
   virtual index_t out_features() const = 0;
   virtual index_t in_features() const = 0;
-  virtual void read(index_t first, index_t count, Acc* to, index_t stride) const = 0;
+  /// Rows that are best read together.
+  virtual index_t granule() const { return 1; }
+  /// Rows first ... first + count - 1 and columns first_col ... first_col + cols - 1; rows `stride` apart in `to`.
+  virtual void read(index_t first, index_t count, index_t first_col, index_t cols, Acc* to, index_t stride) const = 0;
+  /// Where an element lies that may be fetched; nowhere for a row -1.
+  virtual memory_of_rows memory(index_t, index_t) const { return {}; }
 };
 
 /// What a verb asks a kind's steps for.

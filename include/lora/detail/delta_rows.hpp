@@ -22,67 +22,57 @@ inline auto each_low_rank(std::span<const low_rank_step> list) {
   };
 }
 
-/// Sink: the delta itself, row by row of the update.
-template <class Update, class Acc>
-class delta_sink {
+inline memory_of_rows moved(const memory_of_rows& from, index_t row, index_t col) {
+  return from.at == nullptr ? from : memory_of_rows{from.at + row * from.row_bytes + col * from.col_bytes, from.row_bytes, from.col_bytes};
+}
+/// Fetches the rows of a tile of `cols` columns.
+LORA_DETAIL_INLINE void fetch_tile(const memory_of_rows& from, index_t cols) {
+  if (from.at == nullptr) return;
+  for (index_t i = 0; i < tile_rows; ++i)
+    for (index_t b = 0; b < cols * from.col_bytes; b += 64) prefetch_at<1>(from.at, i * from.row_bytes + b);
+}
+
+/// Sink: rows of accumulators, which become the sums, or from which the sums are subtracted. `next` is what the pass will
+/// read soon, in the places of these rows: it is fetched tile by tile.
+template <class Update, class Acc, bool Subtracts>
+class row_sink {
  public:
   using value_type = Acc;
   static constexpr bool down = false, takes_tiles = true, writes = true;
 
-  delta_sink(Acc* destination, index_t stride) : origin_{destination, stride} {}
+  row_sink(Acc* rows, index_t stride, const memory_of_rows& next = {}) : origin_{rows, stride, next} {}
 
   struct place {
     Acc* to;
     index_t stride;
+    memory_of_rows ahead;
 
-    void next() { to += Update::width; }
-    void fetch() const {}
-    LORA_DETAIL_INLINE bool plain(const typename Update::tile& delta, tally&) const {
-      LORA_DETAIL_UNROLL
-      for (int i = 0; i < tile_rows; ++i) Update::spill(delta[i][0], delta[i][1], to + i * stride);
-      return true;
+    void next() {
+      to += Update::width;
+      ahead = moved(ahead, 0, Update::width);
     }
-  };
-  place at(index_t row, index_t col) const { return {origin_.to + row * origin_.stride + col, origin_.stride}; }
-  void part(tally&, index_t row, index_t col, index_t count, const Acc* delta) const {
-    std::copy_n(delta, count, at(row, col).to);
-  }
-  void done() const {}
-
- private:
-  place origin_;
-};
-
-/// Sink: rows of accumulators, from which the sums are subtracted.
-template <class Update, class Acc>
-class subtracting_sink {
- public:
-  using value_type = Acc;
-  static constexpr bool down = false, takes_tiles = true, writes = true;
-
-  subtracting_sink(Acc* rows, index_t stride) : origin_{rows, stride} {}
-
-  struct place {
-    Acc* to;
-    index_t stride;
-
-    void next() { to += Update::width; }
-    void fetch() const {}
+    void fetch() const { fetch_tile(ahead, Update::width); }
     LORA_DETAIL_INLINE bool plain(const typename Update::tile& sum, tally&) const {
       using v = simd<Acc>;
       LORA_DETAIL_UNROLL
       for (int i = 0; i < tile_rows; ++i) {
         Acc* const row = to + i * stride;
-        v::store(row, v::subtract(v::load(row), sum[i][0]));
-        v::store(row + v::width, v::subtract(v::load(row + v::width), sum[i][1]));
+        if constexpr (Subtracts) {
+          v::store(row, v::subtract(v::load(row), sum[i][0]));
+          v::store(row + v::width, v::subtract(v::load(row + v::width), sum[i][1]));
+        } else {
+          Update::spill(sum[i][0], sum[i][1], row);
+        }
       }
       return true;
     }
   };
-  place at(index_t row, index_t col) const { return {origin_.to + row * origin_.stride + col, origin_.stride}; }
-  void part(tally&, index_t row, index_t col, index_t count, const Acc* less) const {
-    Acc* const to = at(row, col).to;
-    for (index_t j = 0; j < count; ++j) to[j] -= less[j];
+  place at(index_t row, index_t col) const {
+    return {origin_.to + row * origin_.stride + col, origin_.stride, moved(origin_.ahead, row, col)};
+  }
+  void part(tally&, index_t row, index_t col, index_t count, const Acc* sums) const {
+    Acc* const to = origin_.to + row * origin_.stride + col;
+    for (index_t j = 0; j < count; ++j) to[j] = Subtracts ? to[j] - sums[j] : sums[j];
   }
   void done() const {}
 
@@ -107,20 +97,29 @@ class delta_rows {
 
   index_t rank() const { return update_.rank(); }
 
-  /// Rows first ... first + count - 1 to `to`, `stride` elements apart. On the calling thread.
-  void write(index_t first, index_t count, Acc* to, index_t stride) const {
+  /// Rows first ... first + count - 1 and columns first_col ... first_col + cols - 1 to `to`, rows `stride` elements apart. On
+  /// the calling thread.
+  void write(index_t first, index_t count, index_t first_col, index_t cols, Acc* to, index_t stride,
+             const memory_of_rows& next = {}) const {
     tally none;
-    update_.run_here(delta_sink<update, Acc>(to, stride), rows(first, count), none);
+    update_.run_here(row_sink<update, Acc, false>(to, stride, next), {first, first + count, first_col, first_col + cols}, none);
   }
-  /// The same rows subtracted from `from`.
-  void subtract(index_t first, index_t count, Acc* from, index_t stride) const {
+  /// Whole rows.
+  void write(index_t first, index_t count, Acc* to, index_t stride) const {
+    write(first, count, 0, update_.cols(), to, stride);
+  }
+  /// The same part subtracted from `from`.
+  void subtract(index_t first, index_t count, index_t first_col, index_t cols, Acc* from, index_t stride,
+                const memory_of_rows& next = {}) const {
     tally none;
-    update_.run_here(subtracting_sink<update, Acc>(from, stride), rows(first, count), none);
+    update_.run_here(row_sink<update, Acc, true>(from, stride, next), {first, first + count, first_col, first_col + cols}, none);
+  }
+  /// Whole rows.
+  void subtract(index_t first, index_t count, Acc* from, index_t stride) const {
+    subtract(first, count, 0, update_.cols(), from, stride);
   }
 
  private:
-  window rows(index_t first, index_t count) const { return {first, first + count, 0, update_.cols()}; }
-
   workspace space_;
   update update_;
 };

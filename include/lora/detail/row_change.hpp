@@ -13,18 +13,10 @@
 #include <vector>
 
 #include "lora/detail/delta_rows.hpp"
+#include "lora/detail/stored_rows.hpp"
 #include "lora/steps.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
-
-/// A block of rows in accumulators.
-template <class Acc>
-struct row_block {
-  index_t first, count;  ///< rows of the weight
-  Acc* rows;             ///< count x in_features, `stride` apart
-  Acc* scratch;          ///< of the same shape, where row_change::needs_scratch(); else null
-  index_t stride;
-};
 
 /// Throws unless a step is for a weight of this shape.
 template <class Acc>
@@ -86,6 +78,12 @@ class row_change {
     return std::any_of(parts_.begin(), parts_.end(),
                        [](const part& one) { return std::holds_alternative<const delta_step<Acc>*>(one); });
   }
+  /// Whether a change needs whole rows, and not some of their columns.
+  bool needs_rows() const {
+    return needs_scratch() || std::any_of(parts_.begin(), parts_.end(), [](const part& one) {
+      return std::holds_alternative<const input_step<Acc>*>(one);
+    });
+  }
 
   /// Changes the rows in place. On the calling thread.
   void operator()(const row_block<Acc>& block) const {
@@ -115,7 +113,7 @@ class row_change {
   }
 
   void run(const chain_rows& rows, const row_block<Acc>& block) const {
-    rows->subtract(block.first, block.count, block.rows, block.stride);
+    rows->subtract(block.first, block.count, block.first_col, block.cols, block.rows, block.stride, block.ahead);
   }
   /// Where the delta is 0 an element keeps its sign.
   void run(const delta_step<Acc>* delta, const row_block<Acc>& block) const {
@@ -124,7 +122,7 @@ class row_change {
     for (index_t i = 0; i < block.count; ++i) {
       Acc* const row = block.rows + i * block.stride;
       const Acc* const D = block.scratch + i * block.stride;
-      for (index_t k = 0; k < in_features_; ++k) row[k] = is_zero(D[k]) ? row[k] : row[k] + scale * D[k];
+      for (index_t k = 0; k < block.cols; ++k) row[k] = is_zero(D[k]) ? row[k] : row[k] + scale * D[k];
     }
   }
   void run(const gain_step<Acc>* gain, const row_block<Acc>& block) const {
@@ -132,9 +130,9 @@ class row_change {
       Acc* const row = block.rows + i * block.stride;
       const Acc g = gain->gain[static_cast<std::size_t>(block.first + i)];
       if (undoes_)
-        for (index_t k = 0; k < in_features_; ++k) row[k] = row[k] / g;
+        for (index_t k = 0; k < block.cols; ++k) row[k] = row[k] / g;
       else
-        for (index_t k = 0; k < in_features_; ++k) row[k] = row[k] * g;
+        for (index_t k = 0; k < block.cols; ++k) row[k] = row[k] * g;
     }
   }
   void run(const input_step<Acc>* input, const row_block<Acc>& block) const {

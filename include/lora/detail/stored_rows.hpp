@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "lora/detail/convert.hpp"
+#include "lora/detail/delta_rows.hpp"
 #include "lora/detail/panels.hpp"
 #include "lora/detail/sinks.hpp"
 #include "lora/matrix_view.hpp"
@@ -65,21 +66,31 @@ class nearest_row {
  public:
   static void store(const Acc* from, index_t count, T* to, tally& seen) {
     index_t k = 0;
-    if constexpr (rounds_in_registers<Acc, T>)
-      for (; k + chunk <= count; k += chunk)
-        if (!store_chunk(from + k, to + k, seen)) store_each(from + k, chunk, to + k, seen);
+    if constexpr (rounds_in_registers<Acc, T>) {
+      k = store_chunks<4>(from, k, count, to, seen);
+      k = store_chunks<1>(from, k, count, to, seen);
+    }
     store_each(from + k, count - k, to + k, seen);
   }
 
  private:
-  static constexpr index_t width = tile_cols<Acc>, chunk = 4 * width;
+  static constexpr index_t width = tile_cols<Acc>;
   using v = simd<Acc>;
 
+  template <int Pairs>
+  static index_t store_chunks(const Acc* from, index_t k, index_t count, T* to, tally& seen) {
+    constexpr index_t chunk = Pairs * width;
+    for (; k + chunk <= count; k += chunk)
+      if (!store_chunk<Pairs>(from + k, to + k, seen)) store_each(from + k, chunk, to + k, seen);
+    return k;
+  }
+  /// In registers, unless something is not finite.
+  template <int Pairs>
   static bool store_chunk(const Acc* from, T* to, tally& seen) {
     watch<Acc, T> finite;
-    typename v::vector row[4][2];
+    typename v::vector row[Pairs][2];
     LORA_DETAIL_UNROLL
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < Pairs; ++i) {
       row[i][0] = v::load(from + i * width);
       row[i][1] = v::load(from + i * width + v::width);
       if constexpr (std::is_same_v<T, bfloat16>) v::unzip(row[i][0], row[i][1]);
@@ -88,7 +99,7 @@ class nearest_row {
     if (!finite.all_finite()) return false;
     std::size_t changed = 0;
     LORA_DETAIL_UNROLL
-    for (int i = 0; i < 4; ++i) {
+    for (int i = 0; i < Pairs; ++i) {
       changed += differing_in_row<Acc>(to + i * width, row[i][0], row[i][1]);
       store_row<Acc>(to + i * width, row[i][0], row[i][1], false);
     }
@@ -106,9 +117,36 @@ class nearest_row {
   }
 };
 
-/// Rows of a weight in memory, read and written as blocks of accumulators: rows of in_features
-/// elements, `stride` apart. Different rows may be handled by different threads. Without Writes a store
-/// only counts.
+/// A part of a weight in accumulators: count rows from `first` on, cols columns from first_col on.
+template <class Acc>
+struct row_block {
+  index_t first, count, first_col, cols;
+  Acc* rows;     ///< count x cols, `stride` apart
+  Acc* scratch;  ///< of the same shape, where a change wants it; else null
+  index_t stride;
+  index_t next_first = -1, next_col = -1;  ///< where the thread's next block begins; -1: nowhere
+  memory_of_rows ahead = {};               ///< the stored weight there
+};
+
+/// to[i * to_stride + k] = from[k * from_stride + i], widened, for i < rows, k < cols.
+template <class Acc, class T>
+void transpose_widened(const T* from, index_t from_stride, index_t rows, index_t cols, Acc* to, index_t to_stride) {
+  index_t whole_rows = 0, whole_cols = 0;
+#if defined(LORA_DETAIL_AVX512) || defined(LORA_DETAIL_AVX2)
+  if constexpr (std::is_same_v<Acc, float> && !std::is_same_v<T, double>) {
+    whole_rows = rows / 8 * 8;
+    whole_cols = cols / 8 * 8;
+    for (index_t k = 0; k < whole_cols; k += 8)
+      for (index_t i = 0; i < whole_rows; i += 8)
+        transpose_block([&](int n) { return from + (k + n) * from_stride + i; }, to + i * to_stride + k, to_stride);
+  }
+#endif
+  for (index_t k = 0; k < cols; ++k)
+    for (index_t i = k < whole_cols ? whole_rows : 0; i < rows; ++i) to[i * to_stride + k] = widen<Acc>(from[k * from_stride + i]);
+}
+
+/// A weight in memory, read and written as blocks of accumulators. Different rows may be handled by different threads. Without
+/// Writes a store only counts.
 template <class Acc, class S, storage_order Order, bool Writes = true>
 class matrix_rows {
  public:
@@ -118,36 +156,42 @@ class matrix_rows {
   index_t out_features() const { return W_.rows(); }
   index_t in_features() const { return W_.cols(); }
   /// Rows that are handled together: whole lines of a column-major weight.
-  static constexpr index_t granule() {
-    return Order == storage_order::row_major ? 1 : static_cast<index_t>(64 / sizeof(S));
-  }
+  static constexpr index_t granule() { return is_row_major ? 1 : most_rows; }
 
-  void load(index_t first, index_t count, Acc* to, index_t stride) const {
-    if constexpr (Order == storage_order::row_major) {
-      for (index_t i = 0; i < count; ++i) widen_all<Acc>(at(first + i, 0), W_.cols(), to + i * stride);
-    } else {
-      for (index_t k = 0; k < W_.cols(); ++k) {
-        const value_type* const column = at(first, k);
-        for (index_t i = 0; i < count; ++i) to[i * stride + k] = widen<Acc>(column[i]);
-      }
+  /// Where an element lies, if a tile of rows from there on may be fetched.
+  memory_of_rows memory(index_t row, index_t col) const {
+    if (!is_row_major || row < 0 || row + tile_rows > W_.rows()) return {};
+    constexpr auto size = static_cast<index_t>(sizeof(S));
+    return {reinterpret_cast<const std::byte*>(at(row, col)), W_.outer_stride() * size, size};
+  }
+  void load(const row_block<Acc>& b) const {
+    if constexpr (is_row_major) {
+      for (index_t i = 0; i < b.count; ++i)
+        widen_all<Acc>(at(b.first + i, b.first_col), b.cols, b.rows + i * b.stride);
+    } else if (b.cols != 0) {
+      transpose_widened(static_cast<const value_type*>(at(b.first, b.first_col)), W_.outer_stride(), b.count, b.cols, b.rows,
+                        b.stride);
     }
   }
-  void store(index_t first, index_t count, const Acc* from, index_t stride, tally& seen) const {
-    if constexpr (Order == storage_order::row_major) {
-      for (index_t i = 0; i < count; ++i) put(from + i * stride, W_.cols(), at(first + i, 0), seen);
+  void store(const row_block<Acc>& b, tally& seen) const {
+    if constexpr (is_row_major) {
+      for (index_t i = 0; i < b.count; ++i) put(b.rows + i * b.stride, b.cols, at(b.first + i, b.first_col), seen);
     } else {
-      constexpr index_t most = 64;
-      Acc column[most];
-      for (index_t i = 0; i < count; i += most)
-        for (index_t k = 0; k < W_.cols(); ++k) {
-          const index_t rows = std::min(most, count - i);
-          for (index_t n = 0; n < rows; ++n) column[n] = from[(i + n) * stride + k];
-          put(column, rows, at(first + i, k), seen);
+      constexpr index_t together = 8;
+      Acc columns[together * most_rows];
+      for (index_t k = 0; k < b.cols; k += together)
+        for (index_t i = 0; i < b.count; i += most_rows) {
+          const index_t cols = std::min(together, b.cols - k), rows = std::min(most_rows, b.count - i);
+          transpose_widened<Acc, Acc>(b.rows + i * b.stride + k, b.stride, cols, rows, columns, most_rows);
+          for (index_t n = 0; n < cols; ++n) put(columns + n * most_rows, rows, at(b.first + i, b.first_col + k + n), seen);
         }
     }
   }
 
  private:
+  static constexpr bool is_row_major = Order == storage_order::row_major;
+  static constexpr index_t most_rows = 32;
+
   /// Writes, or counts what that would change.
   static void put(const Acc* from, index_t count, auto* to, tally& seen) {
     if constexpr (Writes) {
@@ -163,7 +207,7 @@ class matrix_rows {
     }
   }
   auto* at(index_t i, index_t k) const {
-    auto* const data = W_.data() + (Order == storage_order::row_major ? i * W_.outer_stride() + k : k * W_.outer_stride() + i);
+    auto* const data = W_.data() + (is_row_major ? i * W_.outer_stride() + k : k * W_.outer_stride() + i);
     using element = std::conditional_t<std::is_const_v<S>, const value_type, value_type>;
     return reinterpret_cast<element*>(data);
   }
@@ -182,21 +226,22 @@ class panel_rows {
   index_t out_features() const { return source_.out_features(); }
   index_t in_features() const { return source_.in_features(); }
   static constexpr index_t granule() { return width; }
+  memory_of_rows memory(index_t, index_t) const { return {}; }
 
-  void load(index_t first, index_t count, Acc* to, index_t stride) const {
-    for (index_t i = 0; i < count; ++i) {
-      const T* const panel = source_.panels() + (first + i) / width * size();
-      for (index_t k = 0; k < in_features(); ++k)
-        to[i * stride + k] = widen<Acc>(panel[panel_offset<T>((first + i) % width, k, width)]);
+  void load(const row_block<Acc>& b) const {
+    for (index_t i = 0; i < b.count; ++i) {
+      const T* const panel = source_.panels() + (b.first + i) / width * size();
+      for (index_t k = 0; k < b.cols; ++k)
+        b.rows[i * b.stride + k] = widen<Acc>(panel[panel_offset<T>((b.first + i) % width, b.first_col + k, width)]);
     }
   }
-  void store(index_t first, index_t count, const Acc* from, index_t stride, tally& seen) const {
-    for (index_t i = 0; i < count; ++i) {
-      const index_t panel = (first + i) / width * size(), row = (first + i) % width;
-      for (index_t k = 0; k < in_features(); ++k) {
-        const index_t at = panel + panel_offset<T>(row, k, width);
+  void store(const row_block<Acc>& b, tally& seen) const {
+    for (index_t i = 0; i < b.count; ++i) {
+      const index_t panel = (b.first + i) / width * size(), row = (b.first + i) % width;
+      for (index_t k = 0; k < b.cols; ++k) {
+        const index_t at = panel + panel_offset<T>(row, b.first_col + k, width);
         T value = source_.panels()[at];
-        nearest_row<Acc, T>::store(from + i * stride + k, 1, &value, seen);
+        nearest_row<Acc, T>::store(b.rows + i * b.stride + k, 1, &value, seen);
         destination_->panels()[at] = value;
       }
     }
@@ -217,9 +262,12 @@ class rows_reader final : public weight_rows<Acc> {
   explicit rows_reader(const Rows& rows) : rows_(rows) {}
   index_t out_features() const override { return rows_.out_features(); }
   index_t in_features() const override { return rows_.in_features(); }
-  void read(index_t first, index_t count, Acc* to, index_t stride) const override {
-    rows_.load(first, count, to, stride);
+  index_t granule() const override { return rows_.granule(); }
+  void read(index_t first, index_t count, index_t first_col, index_t cols, Acc* to, index_t stride) const override {
+    rows_.load(row_block<Acc>{
+        .first = first, .count = count, .first_col = first_col, .cols = cols, .rows = to, .scratch = nullptr, .stride = stride});
   }
+  memory_of_rows memory(index_t row, index_t col) const override { return rows_.memory(row, col); }
 
  private:
   const Rows& rows_;
