@@ -41,6 +41,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/detail/rank_product.hpp
   include/lora/detail/refusals.hpp
   include/lora/detail/row_change.hpp
+  include/lora/detail/row_norms.hpp
   include/lora/detail/row_pass.hpp
   include/lora/detail/simd.hpp
   include/lora/detail/sinks.hpp

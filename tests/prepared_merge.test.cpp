@@ -61,8 +61,7 @@ void check(lora::index_t out, lora::index_t in) {
     auto whole_dora = W, parts_dora = W;
     lora::merge(whole_dora, other, dora);
     using acc = lora::accumulator_t<T>;
-    const auto rows = lora::detail::rows_of<acc>(lora::as_matrix(W));
-    const lora::detail::rows_reader<acc, std::remove_const_t<decltype(rows)>> reader(rows);
+    const auto reader = lora::detail::reader_of<acc>(lora::as_matrix(W));
     const lora::prepared_merge<T, order> merge_dora(reader, other, dora);
     by_blocks(merge_dora, parts_dora, height);
     CHECK(test::same_bits(whole_dora, parts_dora));

@@ -48,7 +48,7 @@
 #include "lora/delta.hpp"
 #include "lora/detail/eigen.hpp"
 #include "lora/detail/refusals.hpp"
-#include "lora/detail/row_pass.hpp"
+#include "lora/detail/row_norms.hpp"
 #include "lora/forward.hpp"
 #include "lora/merge.hpp"
 #include "lora/rows.hpp"
@@ -58,60 +58,6 @@
 namespace lora::inline LORA_DETAIL_ABI {
 
 namespace detail {
-
-/// A norm as value * 2^exponent: that of a row of doubles may lie outside of double's range.
-struct scaled_norm {
-  double value;
-  int exponent;
-};
-
-/// The norm of numbers that come in parts, in double: at(j), j = 0, 1, ... of each part. The squares are added in 32 sums,
-/// which a compiler keeps in vectors that do not wait for each other.
-class norm_sum {
- public:
-  template <class At>
-  void add(index_t count, const At& at) {
-    const index_t whole = count / lanes * lanes;
-    double sums[lanes];  // in registers, which members of an object need not be
-    std::copy_n(sums_, lanes, sums);
-    for (index_t j = 0; j < whole; j += lanes)
-      for (index_t n = 0; n < lanes; ++n) sums[n] += at(j + n) * at(j + n);
-    for (index_t j = whole; j < count; ++j) sums[j - whole] += at(j) * at(j);
-    std::copy_n(sums, lanes, sums_);
-  }
-  double squares() const {
-    double all = 0;
-    for (const double sum : sums_) all += sum;
-    return all;
-  }
-  /// Squares of numbers below 1e-145 lose digits, and those of numbers above 1e154 overflow.
-  bool is_accurate() const {
-    constexpr double smallest = 0x1p-960;  // what each of the squares loses to underflow is 2^-114 of this
-    return is_finite(squares()) && squares() >= smallest;
-  }
-
- private:
-  static constexpr index_t lanes = 32;
-  double sums_[lanes] = {};
-};
-
-/// The norm of `count` numbers at(j). Rows that norm_sum does not square accurately are scaled by a power of two first.
-template <class At>
-scaled_norm norm_of(index_t count, const At& at) {
-  norm_sum plain;
-  plain.add(count, at);
-  if (plain.is_accurate()) return {std::sqrt(plain.squares()), 0};
-  double largest = 0;
-  for (index_t j = 0; j < count; ++j) {
-    if (!is_finite(at(j))) return {std::abs(at(j)), 0};
-    largest = std::max(largest, std::abs(at(j)));
-  }
-  if (is_zero(largest)) return {0, 0};
-  const int exponent = std::ilogb(largest);
-  norm_sum scaled;
-  scaled.add(count, [&](index_t j) { return std::ldexp(at(j), -exponent); });
-  return {std::sqrt(scaled.squares()), exponent};
-}
 
 /// magnitude / norm as a finite Acc; value_error where it is not defined or not held.
 template <class Acc>
@@ -131,67 +77,10 @@ Acc gain_of(const char* operation, index_t output, double magnitude, const scale
   return static_cast<Acc>(result);
 }
 
-/// The norm of each row of W + delta.
-template <class Acc>
-class row_norms {
- public:
-  row_norms(const weight_rows<Acc>& W, const delta_rows<Acc>& delta) : W_(W), delta_(delta) {}
-
-  /// In one pass over W, in double. Rows whose squares are not accurate are read once more.
-  std::vector<scaled_norm> all() const {
-    std::vector<norm_sum> sums(static_cast<std::size_t>(W_.out_features()));
-    const pass_options options{W_.granule(), false, true};
-    each_block<Acc>(W_.out_features(), W_.in_features(), options, [&](const row_block<Acc>& block, tally&) {
-      read(block);
-      for (index_t i = 0; i < block.count; ++i)
-        sums[static_cast<std::size_t>(block.first + i)].add(block.cols, elements(block, i));
-    });
-    std::vector<scaled_norm> norms;
-    norms.reserve(sums.size());
-    for (std::size_t i = 0; i < sums.size(); ++i)
-      norms.push_back(sums[i].is_accurate() ? scaled_norm{std::sqrt(sums[i].squares()), 0} : norm_of_row(static_cast<index_t>(i)));
-    return norms;
-  }
-
- private:
-  void read(const row_block<Acc>& b) const {
-    W_.read(b.first, b.count, b.first_col, b.cols, b.rows, b.stride);
-    if (delta_.rank() != 0)
-      delta_.write(b.first, b.count, b.first_col, b.cols, b.scratch, b.stride,
-                   W_.memory(b.next_first, b.next_col));
-    else
-      std::fill_n(b.scratch, b.count * b.stride, Acc(0));
-  }
-  /// W + delta of row i of a block: j -> the sum, in double.
-  static auto elements(const row_block<Acc>& b, index_t i) {
-    return [w = b.rows + i * b.stride, d = b.scratch + i * b.stride](index_t j) {
-      return static_cast<double>(w[j]) + static_cast<double>(d[j]);
-    };
-  }
-  scaled_norm norm_of_row(index_t i) const {
-    const index_t in = W_.in_features();
-    std::vector<Acc> memory(static_cast<std::size_t>(2 * in));
-    const row_block<Acc> row{.first = i,
-                             .count = 1,
-                             .first_col = 0,
-                             .cols = in,
-                             .rows = memory.data(),
-                             .scratch = memory.data() + in,
-                             .stride = in};
-    if (in != 0) read(row);
-    return norm_of(in, elements(row, 0));
-  }
-
-  const weight_rows<Acc>& W_;
-  const delta_rows<Acc>& delta_;
-};
-
 /// m_i / |row i of (W + delta)| for all rows.
 template <class Acc, class T>
 std::vector<Acc> gains_of(const step_request<Acc>& request, const low_rank_step& l, const std::vector<T>& magnitude) {
-  const weight_rows<Acc>& W = *request.weight;
-  const delta_rows<Acc> delta(request.operation, std::span<const low_rank_step>(&l, 1), W.out_features(), W.in_features(), 1.0);
-  const std::vector<scaled_norm> norms = row_norms<Acc>(W, delta).all();
+  const std::vector<scaled_norm> norms = norms_of_rows<Acc>(request.operation, *request.weight, l);
   std::vector<Acc> gains(norms.size());
   for (std::size_t i = 0; i < norms.size(); ++i)
     gains[i] = gain_of<Acc>(request.operation, static_cast<index_t>(i), widen<double>(magnitude[i]), norms[i]);

@@ -33,6 +33,7 @@
 
 #include "lora/detail/eigen.hpp"
 #include "lora/detail/refusals.hpp"
+#include "lora/detail/row_norms.hpp"
 #include "lora/detail/merge_steps.hpp"
 #include "lora/detail/sinks.hpp"
 #include "lora/merge_report.hpp"
@@ -248,11 +249,10 @@ auto with_steps(const char* operation, double sign, M& W, const Call& call, cons
   const default_environment environment;
   return as_out_in(W, are_stored_in_out(operation, l...), [&](auto&& weight) {
     using acc = accumulator_t<bare<decltype(weight)>, L...>;
-    const auto rows = rows_of<acc>(weight);
-    const rows_reader<acc, bare<decltype(rows)>> base(rows);
+    const auto base = reader_of<acc>(weight);
     // After a merge W is no longer what a kind may ask about.
     const step_request<acc> request{operation, 1.0, sign == merging ? &base : nullptr};
-    const auto steps = steps_of<acc>(request, rows.out_features(), rows.in_features(), l...);
+    const auto steps = steps_of<acc>(request, base.out_features(), base.in_features(), l...);
     return call(weight, std::span<const step<acc>>(steps));
   });
 }

@@ -144,6 +144,11 @@ struct memory_of_rows {
   index_t row_bytes = 0, col_bytes = 0;
 };
 
+namespace detail {
+template <class Acc>
+class square_source;
+}  // namespace detail
+
 /// Reads a base weight, out_features x in_features, widened. Thread-safe.
 template <class Acc>
 class weight_rows {
@@ -157,6 +162,8 @@ class weight_rows {
   virtual void read(index_t first, index_t count, index_t first_col, index_t cols, Acc* to, index_t stride) const = 0;
   /// Where an element lies that may be fetched; nowhere for a row -1.
   virtual memory_of_rows memory(index_t, index_t) const { return {}; }
+  /// For the library's own weights, which compute norms faster than by read.
+  virtual const detail::square_source<Acc>* squares() const { return nullptr; }
 };
 
 /// What a verb asks a kind's steps for.

@@ -15,19 +15,28 @@
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
-/// The low-rank steps of a list that change a weight; `all_low_rank` is false when there are others.
+/// The low-rank steps of a list that change a weight. `fits_tiles` is true when at most one gain follows them, and nothing
+/// else: then the register tiles can take them.
+template <class Acc>
 struct low_rank_list {
-  std::vector<low_rank_step> steps;
-  bool all_low_rank = true;
+  std::vector<low_rank_step> steps = {};
+  const gain_step<Acc>* gain = nullptr;
+  bool fits_tiles = true;
+
+  bool all_low_rank() const { return fits_tiles && gain == nullptr; }
 };
 template <class Acc>
-low_rank_list low_rank_steps(std::span<const step<Acc>> steps) {
-  low_rank_list result;
+low_rank_list<Acc> low_rank_steps(std::span<const step<Acc>> steps) {
+  low_rank_list<Acc> result;
   for (const auto& one : steps) {
-    if (const auto* low = std::get_if<low_rank_step>(&one))
-      result.steps.push_back(*low);
-    else if (changes_weight(one))
-      result.all_low_rank = false;
+    if (!changes_weight(one)) continue;
+    const auto* low = std::get_if<low_rank_step>(&one);
+    if (low != nullptr) result.steps.push_back(*low);
+    if (low == nullptr || result.gain != nullptr) {
+      const auto* gain = std::get_if<gain_step<Acc>>(&one);
+      result.fits_tiles = result.fits_tiles && result.gain == nullptr && gain != nullptr;
+      result.gain = gain;
+    }
   }
   return result;
 }
@@ -35,7 +44,7 @@ low_rank_list low_rank_steps(std::span<const step<Acc>> steps) {
 /// Refuses a weight that shares memory with a factor.
 template <class Acc, class V>
 void refuse_step_overlap(const char* operation, const V& W, std::span<const step<Acc>> steps) {
-  const low_rank_list list = low_rank_steps(steps);
+  const auto list = low_rank_steps(steps);
   refuse_factor_overlap(operation, "W", W, each_low_rank(list.steps));
 }
 
@@ -43,12 +52,17 @@ void refuse_step_overlap(const char* operation, const V& W, std::span<const step
 template <writing Where, class Acc, class T, storage_order Order>
 tally pass_over(const char* operation, double sign, const matrix_view<T, Order>& W, std::span<const step<Acc>> steps) {
   refuse_step_overlap(operation, W, steps);
-  if (const low_rank_list list = low_rank_steps(steps); list.all_low_rank) {
+  const auto list = low_rank_steps(steps);
+  if (list.all_low_rank() || (list.fits_tiles && sign == merging)) {
+    for (const auto& one : steps) check_step(operation, one, W.rows(), W.cols());
     workspace space;
     const rank_update<Acc, Order, columns_of<Acc, storage_t<T>>, has_dots<Acc, bfloat16>> update(
         space, operation, each_low_rank(list.steps), W.rows(), W.cols(), sign);
-    using sink = rounding_sink<bare<decltype(update)>, Acc, T, Order, Where>;
-    return update.rank() == 0 && Where == writing::in_place ? tally{} : update.run(sink(W));
+    using in_tiles = bare<decltype(update)>;
+    if (list.gain != nullptr)
+      return update.run(rounding_sink<in_tiles, Acc, T, Order, Where, true>(W, list.gain->gain.data()));
+    return update.rank() == 0 && Where == writing::in_place ? tally{}
+                                                            : update.run(rounding_sink<in_tiles, Acc, T, Order, Where>(W));
   }
   const row_change<Acc> change(operation, steps, W.rows(), W.cols(), sign);
   return row_pass<Acc>(matrix_rows<Acc, T, Order, Where == writing::in_place>(W), change);
@@ -57,7 +71,7 @@ tally pass_over(const char* operation, double sign, const matrix_view<T, Order>&
 template <class Acc, class T>
 tally pass_over(const char* operation, double sign, const packed_weight<T>& source, packed_weight<T>& destination,
                 std::span<const step<Acc>> steps) {
-  if (const low_rank_list list = low_rank_steps(steps); list.all_low_rank) {
+  if (const auto list = low_rank_steps(steps); list.all_low_rank()) {
     workspace space;
     const panel_update<Acc, has_dots<Acc, bfloat16>> update(space, operation, each_low_rank(list.steps),
                                                             source.out_features(), source.in_features(), sign);

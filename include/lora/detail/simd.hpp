@@ -88,6 +88,7 @@ struct simd<float> {
   static void stream(float* p, vector v) { _mm512_stream_ps(p, v); }
   static vector broadcast(float v) { return _mm512_set1_ps(v); }
   static vector multiply_add(vector a, vector b, vector c) { return _mm512_fmadd_ps(a, b, c); }
+  static vector multiply(vector a, vector b) { return _mm512_mul_ps(a, b); }
   static vector add(vector a, vector b) { return _mm512_add_ps(a, b); }
   static vector subtract(vector a, vector b) { return _mm512_sub_ps(a, b); }
   static bool all_finite(vector v) {
@@ -144,6 +145,19 @@ struct simd<float> {
 #endif
     }
   }
+  /// sums[k] += (a[k] + b[k])^2 in double, for all elements.
+  static void add_squares(vector a, vector b, double* sums) {
+    const auto half = [](vector v, auto upper) {
+      return _mm512_cvtps_pd(upper() ? _mm512_extractf32x8_ps(v, 1) : _mm512_castps512_ps256(v));
+    };
+    const auto add = [&](auto upper) {
+      const __m512d sum = _mm512_add_pd(half(a, upper), half(b, upper));
+      double* const to = sums + (upper() ? 8 : 0);
+      _mm512_storeu_pd(to, _mm512_fmadd_pd(sum, sum, _mm512_loadu_pd(to)));
+    };
+    add(std::false_type());
+    add(std::true_type());
+  }
   /// Elements of T in memory whose bits are not those of v.
   template <class T>
   static std::size_t differing(const T* p, vector v) {
@@ -186,11 +200,16 @@ struct simd<double> {
   static void stream(double* p, vector v) { _mm512_stream_pd(p, v); }
   static vector broadcast(double v) { return _mm512_set1_pd(v); }
   static vector multiply_add(vector a, vector b, vector c) { return _mm512_fmadd_pd(a, b, c); }
+  static vector multiply(vector a, vector b) { return _mm512_mul_pd(a, b); }
   static vector add(vector a, vector b) { return _mm512_add_pd(a, b); }
   static vector subtract(vector a, vector b) { return _mm512_sub_pd(a, b); }
   static bool all_finite(vector v) {
     const __m512i exponent = _mm512_set1_epi64(0x7ff0'0000'0000'0000);
     return _mm512_cmpeq_epi64_mask(_mm512_and_si512(_mm512_castpd_si512(v), exponent), exponent) == 0;
+  }
+  static void add_squares(vector a, vector b, double* sums) {
+    const vector sum = _mm512_add_pd(a, b);
+    _mm512_storeu_pd(sums, _mm512_fmadd_pd(sum, sum, _mm512_loadu_pd(sums)));
   }
   static std::size_t differing(const double* p, vector v) {
     return static_cast<std::size_t>(
@@ -226,6 +245,7 @@ struct simd<float> {
   static void stream(float* p, vector v) { _mm256_stream_ps(p, v); }
   static vector broadcast(float v) { return _mm256_set1_ps(v); }
   static vector multiply_add(vector a, vector b, vector c) { return _mm256_fmadd_ps(a, b, c); }
+  static vector multiply(vector a, vector b) { return _mm256_mul_ps(a, b); }
   static vector add(vector a, vector b) { return _mm256_add_ps(a, b); }
   static vector subtract(vector a, vector b) { return _mm256_sub_ps(a, b); }
   static bool all_finite(vector v) {
@@ -273,6 +293,15 @@ struct simd<float> {
     return load(reinterpret_cast<const float*>(halves));
   }
 #endif
+  /// sums[k] += (a[k] + b[k])^2 in double, for all elements.
+  static void add_squares(vector a, vector b, double* sums) {
+    const auto add = [](__m128 x, __m128 y, double* to) {
+      const __m256d sum = _mm256_add_pd(_mm256_cvtps_pd(x), _mm256_cvtps_pd(y));
+      _mm256_storeu_pd(to, _mm256_fmadd_pd(sum, sum, _mm256_loadu_pd(to)));
+    };
+    add(_mm256_castps256_ps128(a), _mm256_castps256_ps128(b), sums);
+    add(_mm256_extractf128_ps(a, 1), _mm256_extractf128_ps(b, 1), sums + 4);
+  }
   /// Elements of T in memory whose bits are not those of v.
   template <class T>
   static std::size_t differing(const T* p, vector v) {
@@ -300,11 +329,16 @@ struct simd<double> {
   static void stream(double* p, vector v) { _mm256_stream_pd(p, v); }
   static vector broadcast(double v) { return _mm256_set1_pd(v); }
   static vector multiply_add(vector a, vector b, vector c) { return _mm256_fmadd_pd(a, b, c); }
+  static vector multiply(vector a, vector b) { return _mm256_mul_pd(a, b); }
   static vector add(vector a, vector b) { return _mm256_add_pd(a, b); }
   static vector subtract(vector a, vector b) { return _mm256_sub_pd(a, b); }
   static bool all_finite(vector v) {
     const __m256i exponent = _mm256_set1_epi64x(0x7ff0'0000'0000'0000);
     return _mm256_movemask_epi8(_mm256_cmpeq_epi64(_mm256_and_si256(_mm256_castpd_si256(v), exponent), exponent)) == 0;
+  }
+  static void add_squares(vector a, vector b, double* sums) {
+    const vector sum = _mm256_add_pd(a, b);
+    _mm256_storeu_pd(sums, _mm256_fmadd_pd(sum, sum, _mm256_loadu_pd(sums)));
   }
   static std::size_t differing(const double* p, vector v) {
     const __m256i before = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -359,6 +393,9 @@ struct simd {
     return each([&](int k) { return a[k] * b[k] + c[k]; });
 #endif
   }
+  static vector multiply(vector a, vector b) {
+    return each([&](int k) { return a[k] * b[k]; });
+  }
   static vector add(vector a, vector b) {
     return each([&](int k) { return a[k] + b[k]; });
   }
@@ -408,6 +445,13 @@ struct simd {
       halves[width + k] = float16(second[k]);
     }
     return from_bits(halves);
+  }
+  /// sums[k] += (a[k] + b[k])^2 in double, for all elements.
+  static void add_squares(vector a, vector b, double* sums) {
+    for (int k = 0; k < width; ++k) {
+      const double sum = static_cast<double>(a[k]) + static_cast<double>(b[k]);
+      sums[k] += sum * sum;
+    }
   }
   /// Elements of S in memory whose bits are not those of v.
   template <class S>

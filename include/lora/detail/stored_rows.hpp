@@ -255,22 +255,4 @@ class panel_rows {
   packed_weight<T>* destination_;
 };
 
-/// A reader of rows for kinds that look at the base.
-template <class Acc, class Rows>
-class rows_reader final : public weight_rows<Acc> {
- public:
-  explicit rows_reader(const Rows& rows) : rows_(rows) {}
-  index_t out_features() const override { return rows_.out_features(); }
-  index_t in_features() const override { return rows_.in_features(); }
-  index_t granule() const override { return rows_.granule(); }
-  void read(index_t first, index_t count, index_t first_col, index_t cols, Acc* to, index_t stride) const override {
-    rows_.load(row_block<Acc>{
-        .first = first, .count = count, .first_col = first_col, .cols = cols, .rows = to, .scratch = nullptr, .stride = stride});
-  }
-  memory_of_rows memory(index_t row, index_t col) const override { return rows_.memory(row, col); }
-
- private:
-  const Rows& rows_;
-};
-
 }  // namespace lora::inline LORA_DETAIL_ABI::detail
