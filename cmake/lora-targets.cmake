@@ -52,6 +52,10 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/error.hpp
   include/lora/float16.hpp
   include/lora/forward.hpp
+  include/lora/kinds/adalora.hpp
+  include/lora/kinds/full.hpp
+  include/lora/kinds/ia3.hpp
+  include/lora/kinds/oft.hpp
   include/lora/limits.hpp
   include/lora/linear.hpp
   include/lora/lora.hpp
