@@ -31,6 +31,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/detail/memory.hpp
   include/lora/detail/mistaken_calls.hpp
   include/lora/detail/mix.hpp
+  include/lora/detail/mode_product.hpp
   include/lora/detail/operands.hpp
   include/lora/detail/overlap.hpp
   include/lora/detail/panels.hpp
@@ -47,6 +48,9 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/error.hpp
   include/lora/float16.hpp
   include/lora/forward.hpp
+  include/lora/kinds/factored_matrix.hpp
+  include/lora/kinds/loha.hpp
+  include/lora/kinds/lokr.hpp
   include/lora/limits.hpp
   include/lora/linear.hpp
   include/lora/lora.hpp
