@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Checks of a kind whose only step is a delta: rows and product against a matrix in long double, the bits, and PEFT's cases.
+// Checks of a kind whose only step is a delta: rows and product against a matrix in long double,
+// the bits, and PEFT's cases.
 #pragma once
 
 #include <algorithm>
@@ -26,8 +27,7 @@ inline exact_matrix hadamard(const exact_matrix& a, const exact_matrix& b) { ret
 inline exact_matrix kron(const exact_matrix& a, const exact_matrix& b) {
   exact_matrix result(a.rows() * b.rows(), a.cols() * b.cols());
   for (index_t i = 0; i < result.rows(); ++i)
-    for (index_t j = 0; j < result.cols(); ++j)
-      result(i, j) = a(i / b.rows(), j / b.cols()) * b(i % b.rows(), j % b.cols());
+    for (index_t j = 0; j < result.cols(); ++j) result(i, j) = a(i / b.rows(), j / b.cols()) * b(i % b.rows(), j % b.cols());
   return result;
 }
 
@@ -92,8 +92,8 @@ test::col_matrix<Acc> product_of(const lora::delta_source<Acc>& source, const te
   return y;
 }
 
-/// rows and product are D within gamma_{roundings} and gamma_{roundings + depth}, and the same bits by any block of rows, by
-/// two threads, and for a token alone.
+/// rows and product are D within gamma_{roundings} and gamma_{roundings + depth}, and the same bits
+/// by any block of rows, by two threads, and for a token alone.
 template <class Acc, class K>
 void check(const K& kind, const known& D, index_t depth, test::random& g) {
   const index_t out = D.value.rows(), in = D.value.cols();
@@ -146,7 +146,8 @@ struct golden_case {
   }
 };
 
-/// Columns are the places where a kernel of k x k meets an image [channels, height, width], rows (channel, y, x) of the kernel.
+/// Columns are the places where a kernel of k x k meets an image [channels, height, width], rows
+/// (channel, y, x) of the kernel.
 inline void unfold(const double* image, index_t channels, index_t height, index_t width, index_t k,
                    Eigen::Ref<Eigen::MatrixXd> to) {
   for (index_t y = 0; y + k <= height; ++y)
@@ -156,8 +157,9 @@ inline void unfold(const double* image, index_t channels, index_t height, index_
           to(c * k * k + i, y * (width - k + 1) + x) = image[(c * height + y + i / k) * width + x + i % k];
 }
 
-/// Adapter `name` of a case: s D is what PEFT's formula adds to each weight, and the network with s D x added to each layer's
-/// output is y64, both in double. make(file, "base_model.model.<module>.", r, alpha) makes a module's kind.
+/// Adapter `name` of a case, in double: s D is what PEFT's formula adds to each weight, and the
+/// network with s D x added to each layer's output is y64. make(file, "base_model.model.<module>.",
+/// r, alpha) makes a module's kind.
 template <class Make>
 void check_case(const std::string& folder, const std::string& name, const Make& make) {
   CAPTURE(folder, name);
@@ -165,7 +167,7 @@ void check_case(const std::string& folder, const std::string& name, const Make& 
   const auto file = c.read(name + "/adapter_model.safetensors");
   const auto& config = c.about.at("adapters").at(name);
   const index_t r = config.at("r");
-  const double alpha = config.at("alpha");
+  const auto alphas = config.value("alpha_pattern", golden::json::object());
   Eigen::MatrixXd h = golden_case::matrix(c.io, "x").transpose();
   index_t layers = 0;
   for (const auto& op : c.about.at("graph")) {
@@ -173,6 +175,7 @@ void check_case(const std::string& folder, const std::string& name, const Make& 
     if (!op.contains("module")) continue;
     const std::string module = op.at("module");
     CAPTURE(module);
+    const double alpha = alphas.value(module, config.at("alpha").get<double>());
     const auto kind = make(file, "base_model.model." + module + ".", r, alpha);
     const auto step = step_of<double>(kind);
     const auto W = golden_case::matrix(c.base, module + ".weight");

@@ -31,7 +31,8 @@ known definition(const lora::loha_adapter<T>& l) {
           first.roundings + second.roundings + 3};
 }
 
-/// lora_B lora_A within the roundings of the Khatri-Rao products, one an element and side, and of cores.
+/// lora_B lora_A within the roundings of the Khatri-Rao products, one an element and side, and of
+/// cores.
 template <class Acc, class T>
 void check_expanded(const lora::loha_adapter<T>& l, const known& D) {
   const auto step = delta::step_of<Acc>(l);
@@ -112,8 +113,9 @@ TEST_CASE("LoHa's step has s times the strength, and strength 0 none") {
   CHECK(l.steps<float>({.operation = "merge", .strength = 0}).empty());
   const auto scaled = lora::scaled(3.0, l);
   CHECK(delta::step_of<float>(scaled).scale == 3 * l.scaling());
-  CHECK(test::mentions(test::refusal<lora::value_error>([&] { (void)l.steps<float>({.operation = "merge", .strength = 1e308}); }),
-                       {"lora::merge", "not finite"}));
+  CHECK(test::mentions(
+      test::refusal<lora::value_error>([&] { (void)l.steps<float>({.operation = "merge", .strength = 1e308}); }),
+      {"lora::merge", "not finite"}));
 }
 
 TEST_CASE("LoHa's step outlives the adapter") {
@@ -133,12 +135,14 @@ TEST_CASE("LoHa refuses what makes none") {
   const auto two = drawn<float>(g, 4, 6, 2), three = drawn<float>(g, 4, 6, 3), other = drawn<float>(g, 6, 4, 2);
   const factored_matrix<float> dense(g.reals<float>(4, 6, 1));
   const auto says = [](const auto& first, const auto& second, const lora::scaling& s) {
-    return test::refusal<lora::value_error>([&] { lora::loha_adapter<float>{first, second, s}; });
+    return test::refusal<lora::value_error>([&] { (void)lora::loha_adapter<float>{first, second, s}; });
   };
   CHECK(test::mentions(says(two, three, {.alpha = 1}), {"2 and 3", "scaling_rule::fixed"}));
   CHECK(test::mentions(says(two, dense, {.alpha = 1}), {"factors"}));
   CHECK(test::mentions(says(two, two, {.alpha = std::numeric_limits<double>::infinity()}), {"alpha is not finite"}));
-  CHECK(test::mentions(test::refusal<lora::shape_error>([&] { lora::loha_adapter<float>{two, other, {.alpha = 1}}; }),
+  CHECK(test::mentions(test::refusal<lora::shape_error>([&] {
+                         (void)lora::loha_adapter<float>{two, other, {.alpha = 1}};
+                       }),
                        {"4x6", "6x4"}));
   const auto shapes = [&](index_t left_rows, index_t left_cols, index_t right_rows) {
     return test::refusal<lora::shape_error>(
@@ -147,9 +151,8 @@ TEST_CASE("LoHa refuses what makes none") {
   CHECK(test::mentions(shapes(4, 2, 3), {"left is 4x2", "right is 3x5"}));
   CHECK(test::mentions(shapes(4, 0, 0), {"rank of at least 1"}));
   const auto through = [&](index_t rows, index_t cols) {
-    return test::refusal<lora::shape_error>([&] {
-      factored_matrix<float>(g.reals<float>(rows, cols, 1), g.reals<float>(2, 5, 1), g.reals<float>(3, 5, 1));
-    });
+    return test::refusal<lora::shape_error>(
+        [&] { factored_matrix<float>(g.reals<float>(rows, cols, 1), g.reals<float>(2, 5, 1), g.reals<float>(3, 5, 1)); });
   };
   CHECK(test::mentions(through(2, 7), {"the core is 2x7"}));
   CHECK(test::mentions(through(3, 6), {"the core is 3x6"}));

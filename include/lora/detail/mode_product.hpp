@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The product of a small matrix with the outer index of blocks of columns. mix.hpp would read such blocks with a stride, write
-// them with one, and pad a small C to a panel; here both are read and written as they lie.
+// The product of a small matrix with the outer index of blocks of columns. mix.hpp would read such
+// blocks with a stride, write them with one, and pad a small C to a panel; here both are read and
+// written as they lie.
 #pragma once
 
 #include <algorithm>
@@ -14,8 +15,9 @@
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
-/// Y_t := X_t C^T for blocks X_t (inner x cols) and Y_t (inner x rows), column-major and adjacent. Owns C (rows x cols),
-/// packed for the broadcast side of the tile. Each element is one chain of `cols` multiply-adds from zero.
+/// Y_t := X_t C^T for blocks X_t (inner x cols) and Y_t (inner x rows), column-major and adjacent.
+/// Owns C (rows x cols), packed for the broadcast side of the tile. Each element is one chain of
+/// `cols` multiply-adds from zero.
 template <class Acc>
 class mode_product {
  public:

@@ -3,13 +3,15 @@
 // factored_matrix<T>: a matrix in the form in which an adapter file stores it. There are three:
 //   {W}                  W itself, rows x cols
 //   {left, right}        left right: rows x rank times rank x cols (PEFT's w_a and w_b)
-//   {core, left, right}  a product through a core, for convolutions ("effective", CP, Tucker). PEFT's
-//                        einsum("i j k, i p, j c -> p (c k)"): core is the tensor t [r, q, kernel] as
-//                        a row-major r x (q kernel) matrix, left is r x rows, right is q x channels,
-//                        and cols = channels * kernel.
-// The third form is expanded to the second for computing: lora_B = left^T is exact, lora_A(i, (c, k))
-// = sum over j of core(i, (j, k)) right(j, c) is a chain of q in double, rounded once to the
-// accumulator: |lora_A - exact| <= gamma_{q+1} |core| |right|, u of the accumulator.
+//   {core, left, right}  a product through a core, for convolutions (PEFT's "effective" form; CP)
+//
+// The product through a core is einsum("i j k, i p, j c -> p (c k)") of core, left and right, where
+// the core is PEFT's tensor t [r, q, kernel] as a row-major r x (q * kernel) matrix, left is w_a,
+// r x rows, right is w_b, q x channels, and cols = channels * kernel. To compute, it becomes
+//   lora_B = left^T,  which is exact, and
+//   lora_A(i, (c, k)) = sum over j of core(i, (j, k)) right(j, c),
+// a chain of q in double that is rounded once to the accumulator: |lora_A - exact| <= gamma_{q+1}
+// |core| |right|, with u of the accumulator. That is done each time that steps are asked for.
 // LyCORIS, arXiv 2309.14859; PEFT 0.21, make_weight_cp in tuners/loha/layer.py and lokr/layer.py.
 #pragma once
 
@@ -54,8 +56,8 @@ row_major_matrix<Acc> converted_copy(const V& view) {
 
 }  // namespace detail
 
-/// Owns what it was made of, row-major in T, together with its copies: copying it copies no element.
-/// Immutable. Values are not looked at.
+/// Owns what it was made of, row-major in T. Immutable; copies share the elements. Invariant: the
+/// parts fit each other, and a factored one has a rank of at least 1. Values are not looked at.
 template <scalar T>
 class factored_matrix {
   static_assert(detail::is_own_format<T>, "lora: a factored_matrix holds float, double, float16 or bfloat16");
@@ -100,12 +102,14 @@ class factored_matrix {
   const matrix& left() const { return *parts_.left; }
   const matrix& core() const { return *parts_.core; }
 
-  /// lora_B lora_A = this matrix, with scaling 1, of one that is not dense. Those without a core are not copied.
+  /// Factors with lora_B lora_A = this matrix and scaling 1; not for a dense one. Shares left and
+  /// right where there is no core.
   template <class Acc>
   any_factors low_rank() const {
     constexpr scaling unit{.alpha = 1, .rule = scaling_rule::fixed};
     if (!has_core())
-      return any_factors(adapter_view<T>(as_matrix(right()), as_matrix(left()), unit), std::make_shared<const parts>(parts_));
+      return any_factors(adapter_view<T>(as_matrix(right()), as_matrix(left()), unit),
+                         std::make_shared<const parts>(parts_));
     const auto &t = core(), &b = right();
     const index_t channels = b.cols(), kernel = t.cols() / b.rows();
     detail::row_major_matrix<Acc> A(rank_, cols_);
@@ -121,7 +125,8 @@ class factored_matrix {
         std::make_shared<const adapter<Acc>>(A, detail::converted_copy<Acc>(as_matrix(left()).transpose()), unit));
   }
 
-  /// The matrix, formed: in double, each element rounded once to Acc. Costs rows * cols accumulators.
+  /// The matrix, formed: in double, each element rounded once to Acc. Costs rows * cols
+  /// accumulators.
   template <class Acc>
   detail::row_major_matrix<Acc> formed() const {
     if (is_dense()) return detail::converted_copy<Acc>(as_matrix(dense()));

@@ -1,32 +1,42 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// LoHa: the elementwise product of two low-rank matrices.          D = s (B1 A1) o (B2 A2)
+// LoHa: the elementwise product (o) of two low-rank matrices.          D = s (B1 A1) o (B2 A2)
 //
-//   const lora::loha_adapter<float> style{{B1, A1}, {B2, A2}, {.alpha = 16}};       // PEFT: {w1_a, w1_b}, {w2_a, w2_b}
-//   const lora::loha_adapter<float> conv{{t1, a1, b1}, {t2, a2, b2}, {.alpha = 4}}; // through cores, see factored_matrix
+//   const lora::loha_adapter<float> style{{B1, A1}, {B2, A2}, {.alpha = 16}};
+//   const lora::loha_adapter<float> conv{{t1, a1, b1}, {t2, a2, b2}, {.alpha = 4}};  // with cores
 //
-// Its rank is up to r1 r2, so it is no low-rank adapter of r columns; a convolution's D is out x (in * kernel).
+// In PEFT B1 is hada_w1_a and A1 hada_w1_b; factored_matrix.hpp says what a core is. The rank of D
+// is up to r1 r2. For a convolution D is out x (in * kernel), and mixing needs x unfolded to that.
 //   shapes   B1 out x r1, A1 r1 x in, B2 out x r2, A2 r2 x in, of any storage order.
-//   scaling  s = alpha / r (or its rule) for r = r1 = r2. Different ranks need scaling_rule::fixed.
-//   rows     D1 = B1 A1 and D2 = B2 A2 are chains of r1 and r2 multiply-adds from zero in registers; D2 multiplies D1 where
-//            it was written. |D/s - exact| <= gamma_{r1+r2+3} (|B1| |A1|) o (|B2| |A2|) and what underflows, u of the
-//            accumulator; a core of q columns adds q + 1 to the index. 2 (r1 + r2) + 1 FLOPs per
-//            element; reads the factors, writes each row twice in the cache; no scratch.
-//   product  forms D in panels that stay in the first-level cache, and multiplies: (2 (r1 + r2) + 1) out in FLOPs for a block
-//            of up to 16 tiles of tokens, and 2 out in per token. gamma_{in+r1+r2+3}.
-//   expanded the row-wise and column-wise Khatri-Rao products B(:, i r2 + j) = B1(:, i) o B2(:, j),
-//            A(i r2 + j, :) = A1(i, :) o A2(j, :): 2 r1 r2 (in + out) FLOPs per token. One rounding per element; none for
-//            16-bit factors (but for overflow and underflow), so that low_rank's bound takes gamma_{in+r1r2+5}. Offered where r1 r2 (in + out) <= in out: there
-//            it costs less than product for any number of tokens, and its factors have no more elements than W.
-//   bits     those of a row do not depend on the block of rows or the thread, those of a token not on the other tokens.
-//   throws   shape_error when the two have different shapes, value_error for a dense one, ranks that differ (as above), and as
-//            resolve. steps: value_error when s times the strength is not finite; std::bad_alloc.
+//   scaling  s = alpha / r, or by its rule, for r = r1 = r2. Different ranks need
+//            scaling_rule::fixed.
+//   rows     Each element of B1 A1 and of B2 A2 is a chain of r1 or r2 multiply-adds from zero in
+//            registers. The second is multiplied to the first in the first-level cache. Error of
+//            D / s: at most gamma_{r1+r2+3} (|B1| |A1|) o (|B2| |A2|) and what underflows, with u
+//            of the accumulator. A core with q columns adds q + 1 to the index.
+//            2 (r1 + r2) + 1 FLOPs per element; reads the factors, writes D; no scratch.
+//   product  Forms D in panels, which stay in the first-level cache, and multiplies x by them.
+//            Error: index in + r1 + r2 + 3. (2 (r1 + r2) + 1) out in FLOPs for each block of tokens
+//            (see forward.hpp), and 2 out in for each token.
+//   expanded lora_B(:, i r2 + j) = B1(:, i) o B2(:, j), lora_A(i r2 + j, :) = A1(i, :) o A2(j, :),
+//            the Khatri-Rao products. Offered where r1 r2 (in + out) <= in out: mixing by them
+//            costs 2 r1 r2 (in + out) FLOPs per token, less than product for any number of tokens,
+//            and they have no more elements than W. One rounding per element, none for 16-bit
+//            factors (but for underflow and overflow): it adds 2 to the index of the low-rank
+//            bound.
+//   bits     Those of a row do not depend on the block of rows or the thread; those of a token's
+//            result not on the other tokens.
+//   throws   shape_error when the two have different shapes; value_error when one is dense or the
+//            ranks differ (see scaling), and as resolve. steps: value_error when s times the
+//            strength is not finite, std::bad_alloc. rows does not throw; product and expanded
+//            std::bad_alloc.
 // Hyeon-Woo et al., "FedPara", arXiv 2108.06098; LyCORIS; PEFT 0.21, tuners/loha/layer.py.
 #pragma once
 
 #include <algorithm>
 #include <memory>
 #include <span>
+#include <string>
 #include <utility>
 #include <vector>
 
@@ -36,7 +46,7 @@
 namespace lora::inline LORA_DETAIL_ABI {
 namespace detail {
 
-/// Sink: the sums (Multiply: what is there, times the sums), in bands along the rows or, Down, along the columns.
+/// Sink: the sums or, where Multiply, what is there times the sums.
 template <class Update, class Acc, bool Multiply, bool Down>
 class hadamard_sink {
  public:
@@ -82,7 +92,8 @@ class hadamard_sink {
   place origin_;
 };
 
-/// (B1 A1) o (B2 A2) for any window, by rows of W or (col_major) as panels of a product. Owns the packed factors.
+/// Any window of (B1 A1) o (B2 A2): rows of it, or (col_major) panels of a product. Owns the packed
+/// factors.
 template <class Acc, storage_order Order>
 class hadamard_update {
   using update = rank_update<Acc, Order, columns::in_order, has_dots<Acc, bfloat16>>;
@@ -144,8 +155,9 @@ class loha_delta final : public delta_source<Acc> {
     const auto writer = token_writer<Acc>(matrix_view<Acc, storage_order::col_major>(y, out, tokens),
                                           [](Acc& to, Acc sum, index_t) { to = sum; });
     workspace space;
-    mix<Acc>(space, out, in, tokens, weight_source<Acc, Acc>{.pack = pack}, [](const auto&) {},
-             activation_source<Acc>{.widened = packer}, finish_function<Acc>(writer));
+    mix<Acc>(
+        space, out, in, tokens, weight_source<Acc, Acc>{.pack = pack}, [](const auto&) {},
+        activation_source<Acc>{.widened = packer}, finish_function<Acc>(writer));
   }
 
   const any_factors* expanded() const override {
@@ -184,8 +196,9 @@ class loha_delta final : public delta_source<Acc> {
 
 }  // namespace detail
 
-/// The two matrices as they are stored, and s; see the top of this file. Cheap to copy (copies share the factors);
-/// immutable. Invariant: both have the same shape and neither is dense; scaling() is finite.
+/// The two matrices as they are stored, and s; see the top of this file. Immutable; copies share
+/// the factors. Invariant: both have the same shape and neither is dense, and scaling() is finite.
+/// Not low_rank: every verb takes it by its steps.
 template <scalar T>
 class [[nodiscard]] loha_adapter {
  public:
@@ -215,12 +228,14 @@ class [[nodiscard]] loha_adapter {
   template <class Acc>
   std::vector<step<Acc>> steps(const step_request<Acc>& request) const {
     const double s = request.strength * scaling_;
-    if (!detail::is_finite(s)) detail::raise_value(request.operation, "the adapter's scaling times its strength is not finite");
+    if (!detail::is_finite(s))
+      detail::raise_value(request.operation, "the adapter's scaling times its strength is not finite");
     std::vector<step<Acc>> all;
     if (!detail::is_zero(s))
-      all.push_back(delta_step<Acc>{std::make_shared<const detail::loha_delta<Acc>>(
-                                        request.operation, first_.template low_rank<Acc>(), second_.template low_rank<Acc>()),
-                                    s});
+      all.push_back(
+          delta_step<Acc>{std::make_shared<const detail::loha_delta<Acc>>(request.operation, first_.template low_rank<Acc>(),
+                                                                          second_.template low_rank<Acc>()),
+                          s});
     return all;
   }
 

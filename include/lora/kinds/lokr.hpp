@@ -1,29 +1,39 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// LoKr: a Kronecker product of two small matrices.                 D = s kron(C1, C2)
+// LoKr: the Kronecker product of two small matrices.                        D = s kron(C1, C2)
 //
-//   const lora::lokr_adapter<float> style{w1, {w2_a, w2_b}, 8, {.alpha = 16}};      // r = 8 of the config
+//   const lora::lokr_adapter<float> style{w1, {w2_a, w2_b}, 8, {.alpha = 16}};
 //   const lora::lokr_adapter<float> both{{w1_a, w1_b}, w2, 8, {.alpha = 16}};
 //
-//   shapes   C1 o1 x i1 and C2 o2 x i2, dense or factored (factored_matrix.hpp); D is o1 o2 x i1 i2 with
-//            D(a o2 + p, c i2 + b) = s C1(a, c) C2(p, b). For a convolution C2 is o2 x (channels * kernel), a dense w2
-//            [o2, channels, kernel] as its memory lies, and D is out x (in * kernel): mixing needs x unfolded to it. A dense w2
-//            with three dimensions (Conv1d) is another matrix in PEFT 0.21: see there.
-//   scaling  s = alpha / r (or its rule) for the given r, also where C1 and C2 are dense.
-//   rows     row a o2 + p is row p of C2 times each C1(a, c): one product per element, 2 r2 / i1 FLOPs more for a factored C2,
-//            formed where the row is written. No scratch. With q1, q2 the ranks (0 for a dense one; a core of q columns adds
-//            q + 1): |D/s - exact| <= gamma_{q1+q2+4} kron(|C1|, |C2|) and what underflows, u of the accumulator; for dense ones
-//            u kron(|C1|, |C2|). C1 is formed once, in o1 i1 accumulators.
-//   product  Y = C2 X C1^T for each token, X = x as i2 x i1 and Y = y as o2 x o1 (both column-major): two products, in the order
-//            that costs less,  C2 first  i1 c2 + o2 i1 o1,  or C1 first  i1 o1 i2 + o1 c2  multiply-adds per token; c2 is o2 i2,
-//            or r2 (o2 + i2) where that is less. Tokens go in blocks whose intermediate has 2^17 elements. C1 and C2 (formed or
-//            factored) are packed by the first call. gamma_{i1+i2+q1+q2+6} kron(|C1|, |C2|) |x|.
-//   bits     those of a row do not depend on the block of rows or the thread, those of a token not on the other tokens.
-//   throws   value_error for r that is not the rank of a factored C1 or C2 (unless the rule is fixed), and as resolve.
-//            steps: value_error when s times the strength is not finite; std::bad_alloc.
-// Yeh et al., "Navigating Text-To-Image Customization" (LyCORIS), arXiv 2309.14859; PEFT 0.21, tuners/lokr/layer.py. There
-// make_kron pads w1 on the left when w2 has three dimensions, so that the rows of D are p o1 + a, the columns (b, c, k). With
-// a kernel of 1 that is kron(C2, C1): exchange the two. With a longer one no lokr_adapter is that matrix.
+//   shapes   C1 o1 x i1 and C2 o2 x i2, each dense or factored (factored_matrix.hpp). D is o1 o2 x
+//            i1 i2, with D(a o2 + p, c i2 + b) = s C1(a, c) C2(p, b). For a convolution C2 is o2 x
+//            (channels * kernel), which is how a dense w2 [o2, channels, kernel] lies in memory; D
+//            is out x (in * kernel), and mixing needs x unfolded to that.
+//   scaling  s = alpha / r, or by its rule, for the r of the configuration, also where both are
+//            dense.
+//   rows     Row a o2 + p is row p of C2 times each C1(a, c). Error of D / s: u kron(|C1|, |C2|)
+//            for dense ones, else gamma_{q1+q2+4} kron(|C1|, |C2|) and what underflows, with u of
+//            the accumulator and q the ranks, 0 for a dense one (a core of q columns adds q + 1).
+//            1 FLOP per element, and 2 q2 / i1 more for a factored C2, whose rows are formed where
+//            D is written. No scratch. C1 is formed when the steps are asked for, in o1 i1
+//            accumulators.
+//   product  Y = C2 X C1^T for each token, with x as X, i2 x i1, and y as Y, o2 x o1
+//            (column-major). The order is the one that costs less: C2 first, i1 c2 + o1 i1 o2
+//            multiply-adds per token, or C1 first, o1 i1 i2 + o1 c2; c2 is o2 i2, or q2 (o2 + i2)
+//            where that is less. Tokens are taken in blocks whose intermediate has at most 2^17
+//            elements, or one token's. The first call packs C1 and C2. Error: index i1 + i2 + q1 +
+//            q2 + 10, also for dense ones.
+//   bits     Those of a row do not depend on the block of rows or the thread; those of a token's
+//            result not on the other tokens.
+//   throws   value_error when r is not the rank of a factored C1 or C2 (unless the rule is fixed),
+//            and as resolve. steps: value_error when s times the strength is not finite,
+//            std::bad_alloc. rows does not throw; product std::bad_alloc.
+//
+// Not for a dense w2 of three dimensions (Conv1d) in PEFT 0.21: torch.kron pads w1 on the left
+// there, so that D's rows are p o1 + a and its columns (b, c, k). With a kernel of 1 that is
+// kron(C2, C1): exchange the two. With a longer kernel no lokr_adapter is that matrix.
+// Yeh et al., "Navigating Text-To-Image Customization" (LyCORIS), arXiv 2309.14859; PEFT 0.21,
+// tuners/lokr/layer.py.
 #pragma once
 
 #include <algorithm>
@@ -69,9 +79,11 @@ class lokr_delta final : public delta_source<Acc> {
   void product(const Acc* x, index_t tokens, Acc* y) const override {
     const index_t o1 = C1_.rows(), i1 = C1_.cols(), o2 = C2_.rows(), i2 = C2_.cols();
     const packed& ready = packed_.get([&] { return pack(); });
-    const double between_first = static_cast<double>(i1) * cost_of_C2() + static_cast<double>(o2) * static_cast<double>(i1 * o1);
-    const double between_last = static_cast<double>(i1 * o1) * static_cast<double>(i2) + static_cast<double>(o1) * cost_of_C2();
-    const bool C2_first = between_first <= between_last;
+    const double C2_first_cost =
+        static_cast<double>(i1) * cost_of_C2() + static_cast<double>(o2) * static_cast<double>(i1 * o1);
+    const double C1_first_cost =
+        static_cast<double>(i1 * o1) * static_cast<double>(i2) + static_cast<double>(o1) * cost_of_C2();
+    const bool C2_first = C2_first_cost <= C1_first_cost;
     const index_t between = std::max<index_t>(1, C2_first ? o2 * i1 : i2 * o1);
     const index_t block = std::clamp<index_t>((index_t{1} << 17) / between, 1, std::max<index_t>(1, tokens));
     workspace space;
@@ -110,7 +122,9 @@ class lokr_delta final : public delta_source<Acc> {
   packed pack() const {
     const default_environment environment;
     if (!by_factors()) return {mode_product<Acc>(as_matrix(C1_)), packed_weight<Acc>(C2_.template formed<Acc>()), {}};
-    return {mode_product<Acc>(as_matrix(C1_)), {}, factors_->factors.visit([](const auto& l) { return packed_adapter<Acc>(l); })};
+    return {mode_product<Acc>(as_matrix(C1_)), {}, factors_->factors.visit([](const auto& l) {
+              return packed_adapter<Acc>(l);
+            })};
   }
 
   /// Rows of C2 to the first i2 columns of `to`.
@@ -137,24 +151,27 @@ class lokr_delta final : public delta_source<Acc> {
     const activation_source<Acc> X{.widened = packer};
     const finish_function<Acc> finish(writer);
     if (by_factors())
-      mix<Acc>(space, C2_.rows(), C2_.cols(), columns, weight_source<Acc, Acc>{},
-               [&](const auto& visit) { visit(ready.C2_factors); }, X, finish);
+      mix<Acc>(
+          space, C2_.rows(), C2_.cols(), columns, weight_source<Acc, Acc>{},
+          [&](const auto& visit) { visit(ready.C2_factors); }, X, finish);
     else
-      mix<Acc>(space, C2_.rows(), C2_.cols(), columns, weight_source<Acc, Acc>{.panels = ready.C2.panels()},
-               [](const auto&) {}, X, finish);
+      mix<Acc>(
+          space, C2_.rows(), C2_.cols(), columns, weight_source<Acc, Acc>{.panels = ready.C2.panels()}, [](const auto&) {},
+          X, finish);
   }
 
   row_major_matrix<Acc> C1_;
   factored_matrix<T> C2_;
-  std::optional<low_rank_step> factors_;       // of a factored C2
+  std::optional<low_rank_step> factors_;  // of a factored C2
   std::optional<delta_rows<Acc>> C2_rows_;
   made_once<packed> packed_;
 };
 
 }  // namespace detail
 
-/// C1 and C2 as they are stored, and s; see the top of this file. Cheap to copy (copies share the elements); immutable.
-/// Invariant: a factored one has the rank of the adapter, unless the rule is fixed; scaling() is finite.
+/// C1 and C2 as they are stored, and s; see the top of this file. Immutable; copies share the
+/// elements. Invariant: a factored one has the rank of the adapter, unless the rule was fixed, and
+/// scaling() is finite. Not low_rank: every verb takes it by its steps.
 template <scalar T>
 class [[nodiscard]] lokr_adapter {
  public:
@@ -167,8 +184,7 @@ class [[nodiscard]] lokr_adapter {
       if (!one->is_dense() && one->rank() != rank && scale.rule != scaling_rule::fixed)
         detail::raise_value("lokr_adapter", std::string(one == &C1_ ? "C1" : "C2") + " has rank " +
                                                 std::to_string(one->rank()) + " but the adapter's rank is " +
-                                                std::to_string(rank) +
-                                                ": give the factor itself with scaling_rule::fixed");
+                                                std::to_string(rank) + ": give the factor itself with scaling_rule::fixed");
     check_extent(C1_.rows(), C2_.rows());
     check_extent(C1_.cols(), C2_.cols());
   }
@@ -184,7 +200,8 @@ class [[nodiscard]] lokr_adapter {
   template <class Acc>
   std::vector<step<Acc>> steps(const step_request<Acc>& request) const {
     const double s = request.strength * scaling_;
-    if (!detail::is_finite(s)) detail::raise_value(request.operation, "the adapter's scaling times its strength is not finite");
+    if (!detail::is_finite(s))
+      detail::raise_value(request.operation, "the adapter's scaling times its strength is not finite");
     std::vector<step<Acc>> all;
     if (!detail::is_zero(s))
       all.push_back(delta_step<Acc>{std::make_shared<const detail::lokr_delta<Acc, T>>(request.operation, C1_, C2_), s});
