@@ -32,6 +32,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/detail/merge_steps.hpp
   include/lora/detail/mistaken_calls.hpp
   include/lora/detail/mix.hpp
+  include/lora/detail/mode_product.hpp
   include/lora/detail/operands.hpp
   include/lora/detail/overlap.hpp
   include/lora/detail/panels.hpp
@@ -56,6 +57,9 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/kinds/full.hpp
   include/lora/kinds/ia3.hpp
   include/lora/kinds/oft.hpp
+  include/lora/kinds/factored_matrix.hpp
+  include/lora/kinds/loha.hpp
+  include/lora/kinds/lokr.hpp
   include/lora/limits.hpp
   include/lora/linear.hpp
   include/lora/lora.hpp
