@@ -52,7 +52,7 @@ class square_sink {
   static constexpr bool outputs_are_rows = Order == storage_order::row_major;
 
  public:
-  using T = storage_t<S>;
+  using T = storage_t<std::remove_const_t<S>>;
   using value_type = Acc;
   static constexpr bool down = false, takes_tiles = rounds_in_registers<Acc, T>, writes = true;
   static constexpr index_t lanes = outputs_are_rows ? Update::width : 1;

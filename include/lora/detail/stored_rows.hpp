@@ -150,7 +150,7 @@ void transpose_widened(const T* from, index_t from_stride, index_t rows, index_t
 template <class Acc, class S, storage_order Order, bool Writes = true>
 class matrix_rows {
  public:
-  using value_type = storage_t<S>;
+  using value_type = storage_t<std::remove_const_t<S>>;
   explicit matrix_rows(const matrix_view<S, Order>& W) : W_(W) {}
 
   index_t out_features() const { return W_.rows(); }
