@@ -32,6 +32,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/detail/merge_steps.hpp
   include/lora/detail/mistaken_calls.hpp
   include/lora/detail/mix.hpp
+  include/lora/detail/mix_forms.hpp
   include/lora/detail/operands.hpp
   include/lora/detail/overlap.hpp
   include/lora/detail/panels.hpp
@@ -57,6 +58,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/matrix_view.hpp
   include/lora/merge.hpp
   include/lora/merge_report.hpp
+  include/lora/mixed.hpp
   include/lora/packed_adapter.hpp
   include/lora/packed_weight.hpp
   include/lora/residual.hpp
