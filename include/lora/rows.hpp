@@ -268,6 +268,8 @@ void run_form(const W& weight, double scale, const R& ids, Y& y, const mixed_for
   });
 }
 
+}  // namespace rows_detail
+
 /// y(:, t) := round(c (W(ids[t], :) + sum of deltas)); W is a matrix or with_scale(W, c). See the top of this file.
 template <class M, class R, class Y, class... L>
   requires(matrix_like<M> || rows_detail::is_scaled_embedding<M>) && token_range<R> && activations<Y> &&
