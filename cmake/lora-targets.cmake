@@ -33,6 +33,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/detail/mistaken_calls.hpp
   include/lora/detail/mix.hpp
   include/lora/detail/mode_product.hpp
+  include/lora/detail/mix_forms.hpp
   include/lora/detail/operands.hpp
   include/lora/detail/overlap.hpp
   include/lora/detail/panels.hpp
@@ -66,6 +67,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/matrix_view.hpp
   include/lora/merge.hpp
   include/lora/merge_report.hpp
+  include/lora/mixed.hpp
   include/lora/packed_adapter.hpp
   include/lora/packed_weight.hpp
   include/lora/residual.hpp

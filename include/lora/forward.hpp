@@ -2,6 +2,7 @@
 //
 // forward(W, x, y, l...)                  y := round(W * x + sum of s * lora_B * (lora_A * x))
 // forward(with_bias(W, b), x, y, l...)    y := round(W * x + sum of s * lora_B * (lora_A * x) + b)
+// forward(W, x, y, form)                  y := round(diag(g) W (T x) + ... + c): adapters of any kind (mixed.hpp)
 // forward(W, x, y, batch)                 the same with adapters that differ from token to token (batch.hpp)
 // forward(space, ...)                     the same with scratch that the caller keeps (workspace.hpp)
 //
@@ -11,7 +12,8 @@
 //            tokens, b out_features. Tokens are columns (see apply.hpp); y's old content is not read.
 //   rounding once, to y's scalar. Each output is one chain of multiply-adds from zero over in_features, then over the
 //            stacked ranks, in float (double if W, x, y, b or any factor is double); the bias is added last.
-//   adapters low_rank types, packed_adapter, ranges of them.
+//   adapters low_rank types, packed_adapter, ranges of them; alone: a mixed form, or a batch. Adapters of other kinds, and
+//            low_rank ones among them, are made a form in the call: a pass over W, norms and packing each time.
 //   error    |result - exact| <= u_y |exact| + (1+u_y) (gamma_{in+R+1} |W| |x| + gamma_{in+R+3} sum |s| |lora_B| |lora_A| |x|
 //            + u |b|) + eta_y/2, and what underflows; the names are those of docs/numerics.md. A build for AVX512-BF16
 //            multiplies a bfloat16 W, and lora_A of adapters held in bfloat16, by a bfloat16 x with dot products: see
@@ -34,6 +36,7 @@
 
 #include "lora/apply.hpp"
 #include "lora/batch.hpp"
+#include "lora/detail/mix_forms.hpp"
 #include "lora/detail/refusals.hpp"
 #include "lora/packed_weight.hpp"
 
@@ -102,6 +105,14 @@ auto with_bias(const packed_weight<T>& W, const V& b) {
   const auto bias = detail::checked_bias(W.out_features(), W.in_features(), b);
   return biased<const packed_weight<T>&, std::remove_const_t<decltype(bias)>>{W, bias};
 }
+/// The same for a W as a form takes it, which may be stored in_features x out_features.
+template <class M, class V, class Acc>
+  requires matrix_like<M> && activations<V>
+auto with_bias(const M& W, const V& b, const mixed_form<Acc>& form) {
+  const auto weight = as_matrix(W);
+  const auto bias = detail::checked_bias(form.out_features(), form.in_features(), b);
+  return biased<std::remove_const_t<decltype(weight)>, std::remove_const_t<decltype(bias)>>{weight, bias};
+}
 /// A mistaken call of it gets a sentence.
 template <class M, class B>
   requires detail::mistaken_on_bias<M, B>
@@ -134,18 +145,21 @@ struct same_for_all {
     mix<Acc>(space, out_features, in_features, tokens, W, each, X, finish);
   }
 };
+inline void check_tokens(const char* operation, index_t of_batch, index_t of_x) {
+  if (of_batch != of_x)
+    raise_shape(operation, "the batch names adapters for " + std::to_string(of_batch) + " tokens but x has " +
+                               std::to_string(of_x));
+}
 /// The parts of a batch.
 template <class F>
 struct by_token {
   const batch<F>& who;
 
   void check(const char* operation, index_t out_features, index_t in_features, index_t tokens) const {
-    if (who.tokens() != tokens)
-      raise_shape(operation, "the batch names adapters for " + std::to_string(who.tokens()) + " tokens but x has " +
-                                 std::to_string(tokens));
+    check_tokens(operation, who.tokens(), tokens);
     for (const auto& l : who.used()) {
       if (l.adapter->rank() != l.rank || l.adapter->scaling() != l.scaling)
-        raise_value(operation, "adapter " + std::to_string(l.adapter - who.adapters().data()) +
+        raise_value(operation, "adapter " + std::to_string(who.place_of(l)) +
                                    " has changed since it was added to the batch: clear() it and add again");
       check_adapter(operation, *l.adapter, out_features, in_features);
     }
@@ -160,6 +174,84 @@ struct by_token {
     mix<Acc>(space, out_features, in_features, tokens, W, list, who.parts(), who.most_rank(), X, finish);
   }
 };
+
+/// The bias times the gains of a token's forms, and their shifts. One function for every caller: its multiply-adds are fused in
+/// all of them or in none.
+template <class Acc, class Wide>
+LORA_DETAIL_APART void add_terms(std::span<const bias_term<Acc>> terms, index_t first, index_t count, Wide* more) {
+  for (const bias_term<Acc>& term : terms) {
+    if (term.gain != nullptr)
+      for (index_t j = 0; j < count; ++j) more[j] *= static_cast<Wide>(term.gain[first + j]);
+    if (term.shift == nullptr) continue;
+    const Wide strength = static_cast<Wide>(term.strength);
+    for (index_t j = 0; j < count; ++j) more[j] += strength * static_cast<Wide>(term.shift[first + j]);
+  }
+}
+
+/// One form for every token.
+template <class Acc>
+class one_form {
+ public:
+  explicit one_form(const mixed_form<Acc>& form) : form_(&form.state()), term_(form.state().term(1)) {}
+
+  void check(const char* operation, index_t out_features, index_t in_features, index_t) const {
+    check_fit(operation, form_->out_features(), form_->in_features(), 1.0, out_features, in_features);
+  }
+  bool any_terms() const { return form_->has_term(); }
+  std::span<const bias_term<Acc>> terms_of(index_t) const { return {&term_, any_terms() ? std::size_t{1} : 0}; }
+  template <class A, class T>
+  void run(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<A, T>& W,
+           const activation_source<A>& X, const finish_function<A>& finish) const {
+    const form_list<Acc> list{{&form_, 1}, {.parts = static_cast<index_t>(form_->parts().size())}, form_->rank()};
+    mix_forms<Acc>(space, out_features, in_features, tokens, W, list, X, finish);
+  }
+
+ private:
+  const form_state<Acc>* form_;
+  bias_term<Acc> term_;
+};
+
+/// The forms of a batch.
+template <class Acc>
+struct by_token<mixed_form<Acc>> {
+  const batch<mixed_form<Acc>>& who;
+
+  void check(const char* operation, index_t out_features, index_t in_features, index_t tokens) const {
+    check_tokens(operation, who.tokens(), tokens);
+    for (const auto& l : who.used()) {
+      if (&l.adapter->state() != l.state)
+        raise_value(operation, "form " + std::to_string(who.place_of(l)) +
+                                   " has changed since it was added to the batch: clear() it and add again");
+      check_fit(operation, l.state->out_features(), l.state->in_features(), 1.0, out_features, in_features);
+    }
+  }
+  bool any_terms() const { return who.any_terms(); }
+  std::span<const bias_term<Acc>> terms_of(index_t token) const { return who.terms_of(token); }
+  template <class A, class T>
+  void run(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<A, T>& W,
+           const activation_source<A>& X, const finish_function<A>& finish) const {
+    const form_list<Acc> list{who.states(), who.parts(), who.most_rank()};
+    mix_forms<Acc>(space, out_features, in_features, tokens, W, list, X, finish);
+  }
+};
+
+/// Writes narrow(sum + (bias times gains + shifts)) for parts that have such terms; the bias may be wider than the sums.
+template <class Acc, class B, class Y, class Parts>
+auto term_writer(const B* bias, const Y& y, const Parts& parts) {
+  return [bias, y, &parts](index_t first, index_t count, index_t token, const Acc* sums) {
+    using value = typename Y::value_type;
+    using wide = accumulator_t<Acc, typename B::value_type>;
+    const auto terms = parts.terms_of(token);
+    if (bias == nullptr && terms.empty())  // not sum + 0, which turns -0 into +0
+      return token_writer<Acc>(y, [](value& out, Acc sum, index_t) { out = narrow<value>(sum); })(first, count, token, sums);
+    wide more[2 * tile_cols<Acc>] = {};
+    for (index_t j = 0; bias != nullptr && j < count; ++j) more[j] = widen<wide>((*bias)(first + j, 0));
+    add_terms(terms, first, count, more);
+    token_writer<Acc>(y, [&](value& out, Acc sum, index_t output) {
+      out = narrow<value>(static_cast<wide>(sum) + more[output - first]);
+    })(first, count, token, sums);
+  };
+}
 
 /// forward over a source of W: bias is a column view, or null; parts is one of the two above.
 template <class Acc, class T, class B, class X, class Y, class Parts>
@@ -182,6 +274,14 @@ void forward_views(const char* operation, workspace& space, index_t out_features
     parts.run(space, out_features, in_features, x.cols(), W, activation_source<Acc>{widened, pairs},
               finish_function<Acc>(token_writer<Acc>(y, store)));
   };
+  if constexpr (requires { parts.terms_of(index_t()); }) {
+    if (bias != nullptr || parts.any_terms())
+      parts.run(space, out_features, in_features, x.cols(), W, activation_source<Acc>{widened, pairs},
+                finish_function<Acc>(term_writer<Acc>(bias, y, parts)));
+    else
+      write([](value& out, Acc sum, index_t) { out = narrow<value>(sum); });
+    return;
+  }
   if (bias == nullptr)
     write([](value& out, Acc sum, index_t) { out = narrow<value>(sum); });
   else
@@ -244,6 +344,48 @@ void forward_call(workspace& space, const M& W, const X& x, Y& y, const Parts& p
   }
 }
 
+/// forward with forms that accumulate in Acc. in_out: a matrix W is stored in_features x out_features.
+template <class Acc, class M, class X, class Y, class Parts>
+void forward_forms(workspace& space, const M& W, bool in_out, const X& x, Y& y, const Parts& parts) {
+  const default_environment environment;
+  decltype(auto) input = in_memory(x);
+  const auto from = input_view(input);
+  const auto to = output_view(y);
+  const auto run = [&](const auto& weight, const auto* bias) {
+    static_assert(std::is_same_v<Acc, double> || !(holds_double<bare<decltype(weight)>> || holds_double<bare<X>> ||
+                                                   holds_double<typename std::remove_const_t<decltype(to)>::value_type>),
+                  "lora::forward: W, x or y holds double and the form float: make the form by mixed<double>(W, l...)");
+    const auto call = [&](const auto& oriented) {
+      with_source<Acc, typename decltype(from)::value_type>(oriented, [&](const auto& source, index_t out, index_t in) {
+        forward_views("forward", space, out, in, source, bias, from, to, parts);
+      });
+    };
+    if constexpr (is_packed_weight<bare<decltype(weight)>>) {
+      call(weight);
+    } else {
+      refuse_overlap("forward", "y", to, "W", weight);
+      if (in_out)
+        call(weight.transpose());
+      else
+        call(weight);
+    }
+  };
+  if constexpr (is_biased<M>)
+    run(weight_of_call(W.weight), &W.bias);
+  else
+    run(weight_of_call(W), static_cast<const decltype(from)*>(nullptr));
+}
+
+/// The accumulator of a call with a weight, which may have a bias.
+template <class M, class... Operands>
+struct accumulator_of_call {
+  using type = accumulator_t<M, Operands...>;
+};
+template <class W, class B, class... Operands>
+struct accumulator_of_call<biased<W, B>, Operands...> {
+  using type = accumulator_t<W, B, Operands...>;
+};
+
 }  // namespace detail
 
 /// y := round(W * x (+ b) + sum of s * lora_B * (lora_A * x)); W is a matrix, a packed_weight, or with_bias(either, b). See
@@ -262,13 +404,54 @@ void forward(const M& W, const X& x, Y&& y, const L&... l) {
   forward(space, W, x, std::forward<Y>(y), l...);
 }
 
+/// y := round(diag(g) W (T x) + ... + h b + c), the chain and the terms of mixed.hpp. W is as the form was made from it: a
+/// matrix as it is stored, a packed_weight, or with_bias(either, b). The error is in docs/numerics.md. Besides what forward
+/// throws: what a kind throws while its delta or input map is computed (std::bad_alloc), before anything is written.
+template <class M, class X, class Y, class Acc>
+  requires detail::base<M> && activations<X> && activations<Y>
+void forward(workspace& space, const M& W, const X& x, Y&& y, const mixed_form<Acc>& form) {
+  detail::refuse_temporary<Y>();
+  detail::forward_forms<Acc>(space, W, form.stored_in_out(), x, y, detail::one_form<Acc>(form));
+}
+template <class M, class X, class Y, class Acc>
+  requires detail::base<M> && activations<X> && activations<Y>
+void forward(const M& W, const X& x, Y&& y, const mixed_form<Acc>& form) {
+  workspace space;
+  forward(space, W, x, std::forward<Y>(y), form);
+}
+
+/// The same with adapters of any kind: makes their form in the call, at its cost (mixed.hpp).
+template <class M, class X, class Y, class... L>
+  requires detail::base<M> && activations<X> && activations<Y> && (detail::any_adapters<L> && ...) && (detail::kinds<L> || ...)
+void forward(workspace& space, const M& W, const X& x, Y&& y, const L&... l) {
+  detail::refuse_temporary<Y>();
+  using acc = typename detail::accumulator_of_call<M, X, Y, L...>::type;
+  const auto make = [&](const auto& weight) { return detail::form_beside<acc>("forward", weight, l...); };
+  if constexpr (detail::is_biased<M>)
+    forward(space, W, x, y, make(W.weight));
+  else if constexpr (detail::is_packed_weight<M>)
+    forward(space, W, x, y, make(W));
+  else
+    forward(space, W, x, y, make(as_matrix(W)));
+}
+template <class M, class X, class Y, class... L>
+  requires detail::base<M> && activations<X> && activations<Y> && (detail::any_adapters<L> && ...) && (detail::kinds<L> || ...)
+void forward(const M& W, const X& x, Y&& y, const L&... l) {
+  workspace space;
+  forward(space, W, x, std::forward<Y>(y), l...);
+}
+
 /// The same with adapters that differ from token to token: y_t := round(W x_t (+ b) + sum over token t's entries of
-/// weight * s * lora_B * (lora_A * x_t)). Throws shape_error also when the batch has another number of tokens than x.
+/// weight * s * lora_B * (lora_A * x_t)); of forms: as forward with the token's forms one after the other. Throws shape_error also
+/// when the batch has another number of tokens than x.
 template <class M, class X, class Y, class F>
   requires detail::base<M> && activations<X> && activations<Y>
 void forward(workspace& space, const M& W, const X& x, Y&& y, const batch<F>& who) {
   detail::refuse_temporary<Y>();
-  detail::forward_call<batch<F>>(space, W, x, y, detail::by_token<F>{who}, [](const auto&) {});
+  if constexpr (detail::is_mixed_form<F>)
+    detail::forward_forms<typename F::accumulator>(space, W, false, x, y, detail::by_token<F>{who});
+  else
+    detail::forward_call<batch<F>>(space, W, x, y, detail::by_token<F>{who}, [](const auto&) {});
 }
 template <class M, class X, class Y, class F>
   requires detail::base<M> && activations<X> && activations<Y>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // rows(W, ids, y, l...)                   y(:, t) := round(W(ids[t], :) + sum of s * lora_B * lora_A(:, ids[t]))
+// rows(W, ids, y, form)                   y(:, t) := round(g W(ids[t], :) + ...): a mixed form, made from W.transpose() (mixed.hpp)
 // rows(with_scale(W, c), ids, y, l...)    y(:, t) := round(c * (...)), for an embedding that multiplies by a constant
 // merge(W, replaced)                      W(i, :) := the trained row of every replaced id i
 // apply(ids, y, replaced)                 y(:, t) := the trained row where ids[t] is replaced; other columns stay
@@ -175,6 +176,33 @@ through_detail::expansion<Acc> gather(const char* operation, const Each& each, c
   return result;
 }
 
+/// Columns `ids` of the deltas without factors, times their gains; no elements where there are none.
+template <class Acc, class Form>
+through_detail::matrix<Acc> columns_of_deltas(const detail::folded_steps<Form>& folded, const mixed_form<Form>& form,
+                                              const std::vector<index_t>& ids) {
+  through_detail::matrix<Acc> result;
+  if (folded.deltas().empty()) return result;
+  constexpr index_t block = 8;
+  const auto tokens = static_cast<index_t>(ids.size());
+  result.setZero(form.out_features(), tokens);
+  through_detail::matrix<Form> units, columns;
+  for (index_t first = 0; first < tokens; first += block) {
+    const index_t count = std::min(block, tokens - first);
+    units.setZero(form.in_features(), count);
+    columns.resize(form.out_features(), count);
+    for (index_t t = 0; t < count; ++t) units(ids[static_cast<std::size_t>(first + t)], t) = 1;
+    for (const auto& one : folded.deltas()) {
+      one.source->product(units.data(), count, columns.data());
+      for (index_t t = 0; t < count; ++t)
+        for (index_t i = 0; i < form.out_features(); ++i) {
+          const double s = one.gain.empty() ? one.scale : one.gain[static_cast<std::size_t>(i)] * one.scale;
+          result(i, first + t) += static_cast<Acc>(s * static_cast<double>(columns(i, t)));
+        }
+    }
+  }
+  return result;
+}
+
 template <class W, class R, class Y, class... L>
 void run(const W& weight, double scale, const R& ids, Y& y, const L&... l) {
   const detail::default_environment environment;
@@ -195,6 +223,51 @@ void run(const W& weight, double scale, const R& ids, Y& y, const L&... l) {
   });
 }
 
+/// rows with a form: the gains that follow an adapter are folded into its lora_B.
+template <class W, class R, class Y, class Acc>
+void run_form(const W& weight, double scale, const R& ids, Y& y, const mixed_form<Acc>& form) {
+  const detail::default_environment environment;
+  const auto to = detail::output_view(y);
+  using value = typename std::remove_const_t<decltype(to)>::value_type;
+  using acc = accumulator_t<typename W::value_type, value, Acc>;
+  const auto tokens = checked_ids("rows", ids, weight.rows());
+  check_y("rows", to.rows(), to.cols(), weight.cols(), tokens.size());
+  if (weight.rows() != form.in_features() || weight.cols() != form.out_features())
+    detail::raise_shape("rows", "W is " + detail::shape_text(weight.rows(), weight.cols()) +
+                                    " (vocabulary x features) and the form was made from " +
+                                    detail::shape_text(form.out_features(), form.in_features()) +
+                                    " (features x vocabulary): make it from W.transpose()");
+  if (form.has_input_map())
+    detail::raise_value("rows", "an adapter changes what W is multiplied by, and rows that are looked up are not: merge it");
+  if (form.state().term(1).shift != nullptr)
+    detail::raise_value("rows", "an adapter has a bias of its own, and an embedding has none");
+  detail::refuse_overlap("rows", "y", to, "W", weight);
+  const detail::folded_steps<Acc> folded(form.steps());
+  through_detail::expansion<acc> sum(to.rows(), folded.rank(), to.cols());
+  index_t at = 0;
+  for (const auto& one : folded.factors())
+    one.factors->visit([&](const auto& l) {
+      detail::refuse_overlap("rows", "y", to, "lora_A", l.lora_A());
+      detail::refuse_overlap("rows", "y", to, "lora_B", l.lora_B());
+      sum.set_B(at, l.lora_B(), one.scaling, one.gain);
+      for (index_t t = 0; t < to.cols(); ++t)
+        for (index_t i = 0; i < l.rank(); ++i)
+          sum.U(at + i, t) = detail::widen<acc>(l.lora_A()(i, tokens[static_cast<std::size_t>(t)]));
+      at += l.rank();
+    });
+  const auto more = columns_of_deltas<acc>(folded, form, tokens);
+  const times_constant<value, acc> scaled(scale);
+  const Acc* const gain = form.gain().empty() ? nullptr : form.gain().data();
+  const bool untouched = form.changes_nothing();
+  sum.run(to, [&](value& element, acc delta, index_t i, index_t t) {
+    acc base = detail::widen<acc>(weight(tokens[static_cast<std::size_t>(t)], i));
+    if (untouched) return void(element = scaled(base));
+    if (more.size() != 0) delta += more(i, t);
+    if (gain != nullptr) base = static_cast<acc>(gain[i]) * base;
+    element = scaled(base + delta);
+  });
+}
+
 }  // namespace rows_detail
 
 /// y(:, t) := round(c (W(ids[t], :) + sum of deltas)); W is a matrix or with_scale(W, c). See the top of this file.
@@ -207,6 +280,34 @@ void rows(const M& W, const R& ids, Y&& y, const L&... l) {
     rows_detail::run(W.weight, W.scale, ids, y, l...);
   else
     rows_detail::run(as_matrix(W), 1.0, ids, y, l...);
+}
+
+/// y(:, t) := round(c (g W(ids[t], :) + sum of deltas)) for a form that was made from W.transpose(); see the top of this file.
+/// A delta that no factors give is multiplied by unit vectors: vocabulary accumulators for each token. Throws value_error for a
+/// form with an input map or a bias.
+template <class M, class R, class Y, class Acc>
+  requires(matrix_like<M> || rows_detail::is_scaled_embedding<M>) && token_range<R> && activations<Y>
+void rows(const M& W, const R& ids, Y&& y, const mixed_form<Acc>& form) {
+  detail::refuse_temporary<Y>();
+  if constexpr (rows_detail::is_scaled_embedding<M>)
+    rows_detail::run_form(W.weight, W.scale, ids, y, form);
+  else
+    rows_detail::run_form(as_matrix(W), 1.0, ids, y, form);
+}
+/// The same with adapters of any kind: makes their form in the call, at its cost.
+template <class M, class R, class Y, class... L>
+  requires(matrix_like<M> || rows_detail::is_scaled_embedding<M>) && token_range<R> && activations<Y> &&
+          (detail::any_adapters<L> && ...) && (detail::kinds<L> || ...)
+void rows(const M& W, const R& ids, Y&& y, const L&... l) {
+  detail::refuse_temporary<Y>();
+  const auto run = [&](const auto& weight, const auto& as_given) {
+    using acc = accumulator_t<detail::bare<decltype(weight)>, Y, L...>;
+    rows(as_given, ids, y, detail::form_beside<acc>("rows", weight.transpose(), l...));
+  };
+  if constexpr (rows_detail::is_scaled_embedding<M>)
+    run(W.weight, W);
+  else
+    run(as_matrix(W), W);
 }
 
 /// W(id, :) := the trained row, for every replaced id; exact where W's scalar holds the values,

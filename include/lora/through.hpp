@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // apply_through(down, y, l...)    y := round(y + sum of s * lora_B * down(lora_A))
+// apply_through(down, y, form)    y := round(diag(g) y + sum of s * diag(g') lora_B * down(lora_A) + c): a mixed form (mixed.hpp)
 //
 // An adapter whose first factor is not a matrix product but something that only the caller can do with it: a convolution
 // with the base's stride, padding and dilation. down(lora_A) is called once for each adapter, with lora_A as a view rank x
@@ -45,11 +46,31 @@ struct expansion {
 
   expansion(index_t out, index_t rank, index_t columns) : B(out, rank), U(rank, columns) {}
 
+  /// gain: one more factor for each output; empty: none.
   template <class V>
-  void set_B(index_t at, const V& lora_B, double scaling) {
+  void set_B(index_t at, const V& lora_B, double scaling, const std::vector<double>& gain = {}) {
     for (index_t j = 0; j < lora_B.cols(); ++j)
-      for (index_t i = 0; i < lora_B.rows(); ++i)
-        B(i, at + j) = static_cast<Acc>(scaling * lora::detail::widen<double>(lora_B(i, j)));
+      for (index_t i = 0; i < lora_B.rows(); ++i) {
+        const double s = gain.empty() ? scaling : gain[static_cast<std::size_t>(i)] * scaling;
+        B(i, at + j) = static_cast<Acc>(s * lora::detail::widen<double>(lora_B(i, j)));
+      }
+  }
+  /// lora_B, and U = down(lora_A), from rank `at` on.
+  template <class Down, class VA, class VB>
+  void set(const char* operation, const Down& down, index_t at, const VA& lora_A, const VB& lora_B, double scaling,
+           const std::vector<double>& gain = {}) {
+    const auto& held = down(lora_A);
+    const lora::detail::default_environment environment;  // not for down, which is the caller's
+    const auto from = as_matrix(held);
+    static_assert(lora::detail::holds_exactly<Acc, typename std::remove_const_t<decltype(from)>::value_type>,
+                  "lora::apply_through: down(lora_A) returns double where y and the factors are narrower: return float");
+    if (from.rows() != lora_A.rows() || from.cols() != U.cols())
+      lora::detail::raise_shape(operation, "down(lora_A) is " + lora::detail::shape_text(from.rows(), from.cols()) +
+                                               ", not rank x positions, which is " +
+                                               lora::detail::shape_text(lora_A.rows(), U.cols()));
+    set_B(at, lora_B, scaling, gain);
+    for (index_t j = 0; from.rows() != 0 && j < U.cols(); ++j)
+      for (index_t i = 0; i < from.rows(); ++i) U(at + i, j) = lora::detail::widen<Acc>(from(i, j));
   }
 
   /// finish(y element, sum, output, column) for every element of y, in blocks of columns.
@@ -104,19 +125,8 @@ expansion<Acc> expand(const char* operation, const Down& down, const Each& each,
     if (lora::detail::is_zero(scaling)) return;
     const auto& lora_A = l.lora_A();
     const auto& lora_B = l.lora_B();
-    const auto& held = down(as_matrix(lora_A));
-    const lora::detail::default_environment environment;  // not for down, which is the caller's
-    const auto U = as_matrix(held);
-    static_assert(lora::detail::holds_exactly<Acc, typename std::remove_const_t<decltype(U)>::value_type>,
-                  "lora::apply_through: down(lora_A) returns double where y and the factors are narrower: return float");
-    if (U.rows() != static_cast<index_t>(l.rank()) || U.cols() != columns)
-      lora::detail::raise_shape(operation, "down(lora_A) is " + lora::detail::shape_text(U.rows(), U.cols()) +
-                                               ", not rank x positions, which is " +
-                                               lora::detail::shape_text(static_cast<index_t>(l.rank()), columns));
-    result.set_B(at, as_matrix(lora_B), scaling);
-    for (index_t j = 0; U.rows() != 0 && j < columns; ++j)
-      for (index_t i = 0; i < U.rows(); ++i) result.U(at + i, j) = lora::detail::widen<Acc>(U(i, j));
-    at += U.rows();
+    result.set(operation, down, at, as_matrix(lora_A), as_matrix(lora_B), scaling);
+    at += as_matrix(lora_A).rows();
   });
   return result;
 }
@@ -139,6 +149,61 @@ void apply_through(const Down& down, Y&& y, const L&... l) {
   sum.run(to, [](value& element, acc delta, index_t, index_t) {
     element = detail::narrow<value>(detail::widen<acc>(element) + delta);
   });
+}
+
+/// y := round(diag(g) y + sum of s * diag(g') lora_B * down(lora_A) + c) for y the base's convolution without bias; g is the
+/// product of all gains and g' that of the gains after the adapter, which is folded into lora_B with s. Throws value_error for
+/// a form with an input map, or with a delta that no factors give: down multiplies by factors alone.
+template <class Down, class Y, class Acc>
+  requires activations<Y>
+void apply_through(const Down& down, Y&& y, const mixed_form<Acc>& form) {
+  detail::refuse_temporary<Y>();
+  const auto to = detail::output_view(y);
+  using value = typename std::remove_const_t<decltype(to)>::value_type;
+  using acc = accumulator_t<value, Acc>;
+  if (to.rows() != form.out_features())
+    detail::raise_shape("apply_through", "y has " + std::to_string(to.rows()) + " rows and the form " +
+                                             std::to_string(form.out_features()) + " outputs");
+  const detail::folded_steps<Acc> folded(form.steps());
+  if (form.has_input_map() || !folded.deltas().empty())
+    detail::raise_value("apply_through",
+                        std::string(form.has_input_map() ? "an adapter changes what the kernel is multiplied by"
+                                                         : "an adapter has no factors that a convolution could take") +
+                            ": merge it");
+  through_detail::expansion<acc> sum(to.rows(), folded.rank(), to.cols());
+  index_t at = 0;
+  for (const auto& one : folded.factors())
+    one.factors->visit([&](const auto& l) {
+      detail::refuse_overlap("apply_through", "y", to, "lora_B", l.lora_B());
+      sum.set("apply_through", down, at, l.lora_A(), l.lora_B(), one.scaling, one.gain);
+      at += l.rank();
+    });
+  if (form.changes_nothing()) return;
+  const detail::default_environment environment;
+  const Acc* const gain = form.gain().empty() ? nullptr : form.gain().data();
+  const Acc* const shift = form.state().term(1).shift;
+  sum.run(to, [gain, shift](value& element, acc delta, index_t i, index_t) {
+    const acc base = gain == nullptr ? detail::widen<acc>(element) : static_cast<acc>(gain[i]) * detail::widen<acc>(element);
+    element = detail::narrow<value>(base + (shift == nullptr ? delta : delta + static_cast<acc>(shift[i])));
+  });
+}
+/// The same with adapters of any kind that need no W: makes their form in the call, at its cost.
+template <class Down, class Y, class... L>
+  requires activations<Y> && (detail::any_adapters<L> && ...) && (detail::kinds<L> || ...)
+void apply_through(const Down& down, Y&& y, const L&... l) {
+  detail::refuse_temporary<Y>();
+  using acc = accumulator_t<Y, L...>;
+  index_t in = 0;
+  const auto look = [&in]<class K>(const K& one) {
+    if constexpr (low_rank<K>)
+      in = as_matrix(one.lora_A()).cols();
+    else
+      in = one.in_features();
+  };
+  (detail::visit_kinds(look, l), ...);
+  const index_t out = detail::output_view(y).rows();
+  apply_through(down, y,
+                mixed_form<acc>("apply_through", out, in, detail::steps_of<acc>("apply_through", out, in, nullptr, l...)));
 }
 
 /// A mistaken call of it gets a sentence.

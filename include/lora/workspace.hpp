@@ -17,22 +17,31 @@ namespace lora::inline LORA_DETAIL_ABI {
 class workspace {
  public:
   /// Bytes held.
-  std::size_t size() const { return static_cast<std::size_t>(memory_.size()); }
+  std::size_t size() const { return static_cast<std::size_t>(memory_.size()) + static_cast<std::size_t>(beside_.size()); }
   /// Gives the memory back.
-  void clear() { memory_ = {}; }
+  void clear() {
+    memory_ = {};
+    beside_ = {};
+  }
 
   /// Memory of at least this many bytes, aligned for vectors; what it held before is lost. May throw std::bad_alloc, with
   /// the old memory gone.
   std::byte* require(std::size_t bytes) {
-    if (size() < bytes) {
-      memory_ = {};  // first, so that both are never held
-      memory_ = detail::array<std::byte>(static_cast<index_t>(bytes));
-    }
-    return memory_.data();
+    return grown(memory_, bytes);
   }
+  /// The same of a second block, which require() leaves as it is: what a call needs while others run inside it.
+  std::byte* require_beside(std::size_t bytes) { return grown(beside_, bytes); }
 
  private:
-  detail::array<std::byte> memory_;
+  static std::byte* grown(detail::array<std::byte>& memory, std::size_t bytes) {
+    if (static_cast<std::size_t>(memory.size()) < bytes) {
+      memory = {};  // first, so that both are never held
+      memory = detail::array<std::byte>(static_cast<index_t>(bytes));
+    }
+    return memory.data();
+  }
+
+  detail::array<std::byte> memory_, beside_;
 };
 
 }  // namespace lora::inline LORA_DETAIL_ABI

@@ -2,6 +2,7 @@
 //
 // An adapter as a product reads it: lora_A in panels of ranks, lora_B in panels of outputs, and the factor that multiplies
 // U = lora_A * x. Neither the scaling nor a strength is folded into the panels, so they serve every strength and every batch.
+// Adapters of other kinds have parts that are no factors: gains of the outputs, and sums computed beforehand.
 #pragma once
 
 #include <algorithm>
@@ -15,8 +16,13 @@ namespace lora::inline LORA_DETAIL_ABI::detail {
 /// What the elements of a part's panels are: those of the accumulator, or a 16-bit format that is widened on the way.
 enum class panel_format { accumulator, bfloat16, float16 };
 
+/// What a part does to the sums of a token: adds lora_B * U; multiplies them by gains; adds a column; nothing (it marks the
+/// tokens of a form whose input map is all that it has).
+enum class part_sort { factors, gain, addend, mark };
+
 /// lora_A (rank x in_features) lies in panels of tile_cols ranks, the last one of half that width if that holds its ranks;
-/// lora_B (out_features x rank) in panels of tile_cols outputs. Looks at memory of others.
+/// lora_B (out_features x rank) in panels of tile_cols outputs. Looks at memory of others. Gains and
+/// addends have rank 0.
 template <class Acc>
 struct part {
   index_t rank = 0;
@@ -25,6 +31,10 @@ struct part {
   const void* B = nullptr;
   panel_format format = panel_format::accumulator;
   bool rounded_U = false;  ///< U is rounded to bfloat16 before lora_B multiplies it
+  part_sort sort = part_sort::factors;
+  /// gain: one number for each output, padded to whole panels. addend: columns of out_features.
+  const Acc* values = nullptr;
+  const index_t* columns = nullptr;  ///< addend: the column of each token; null: column t for token t
 };
 
 /// Ranks in the last, narrower panel of lora_A; 0 where all are whole.

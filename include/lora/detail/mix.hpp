@@ -212,11 +212,11 @@ auto panel_converter(const P& W) {
   };
 }
 
-/// The whole product: each visits the parts, who says which of them a token gets, rank_of_token is the most that one token
+/// The whole product: parts makes the parts, who says which of them a token gets, rank_of_token is the most that one token
 /// has. Everything was checked. May throw std::bad_alloc, with nothing written.
-template <class Acc, class T, class Each>
+template <class Acc, class T, class Parts>
 void mix(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<Acc, T>& W,
-         part_list<Acc, Each>& parts, const token_parts& who, index_t rank_of_token, const activation_source<Acc>& X,
+         Parts& parts, const token_parts& who, index_t rank_of_token, const activation_source<Acc>& X,
          const finish_function<Acc>& finish) {
   if (tokens == 0 || out_features == 0) return;
   plan<Acc> plan_of_tokens(tokens, in_features, who, rank_of_token);

@@ -62,6 +62,7 @@ class plan {
     runs_place_ = l.take<run>(run_capacity_);
     by_part_place_ = l.take<index_t>(run_capacity_);
     first_run_place_ = l.take<index_t>(tiles_ + 1);
+    first_by_part_place_ = l.take<index_t>(tiles_ + 1);
     scales_place_ = l.take<double>(assignments_);
   }
 
@@ -70,6 +71,7 @@ class plan {
     runs_ = runs_place_.in(memory);
     by_part_ = by_part_place_.in(memory);
     first_run_ = first_run_place_.in(memory);
+    first_by_part_ = first_by_part_place_.in(memory);
     scales_ = scales_place_.in(memory);
     if (!who_.same_for_all()) {
       order_ = order_place_.in(memory);
@@ -77,17 +79,20 @@ class plan {
       std::sort(order_, order_ + tokens_,
                 [this](index_t a, index_t b) { return who_.before(a, b) || (!who_.before(b, a) && a < b); });
     }
-    index_t runs = 0, scales = 0, U = 0;
+    index_t runs = 0, scales = 0, U = 0, by_part = 0;
     for (index_t t = 0; t < tiles_; ++t) {
       if (t % tiles_in_block_ == 0) U = 0;
       first_run_[t] = runs;
-      for (index_t row = 0; row < rows(t);) add_group(t, row, runs, scales, U);
+      first_by_part_[t] = by_part;
+      add_tile(t, runs, scales, U);
+      for (index_t r = first_run_[t]; r < runs; ++r)
+        if (parts_[runs_[r].part].rank != 0) by_part_[by_part++] = r;
     }
     first_run_[tiles_] = runs;
+    first_by_part_[tiles_] = by_part;
     for (index_t first = 0; first < tiles_; first += tiles_in_block_) {
-      index_t* const begin = by_part_ + first_run_[first];
-      index_t* const end = by_part_ + first_run_[std::min(first + tiles_in_block_, tiles_)];
-      for (index_t* r = begin; r != end; ++r) *r = r - by_part_;
+      index_t* const begin = by_part_ + first_by_part_[first];
+      index_t* const end = by_part_ + first_by_part_[std::min(first + tiles_in_block_, tiles_)];
       std::sort(begin, end, [this](index_t a, index_t b) {
         return runs_[a].part != runs_[b].part ? runs_[a].part < runs_[b].part : a < b;
       });
@@ -109,6 +114,8 @@ class plan {
   const run& run_at(index_t r) const { return runs_[r]; }
   const run& run_by_part(index_t r) const { return runs_[by_part_[r]]; }
   index_t first_run(index_t tile) const { return first_run_[tile]; }
+  /// The same for run_by_part, which leaves out runs without ranks.
+  index_t first_by_part(index_t tile) const { return first_by_part_[tile]; }
   index_t runs() const { return first_run_[tiles_]; }
   const double* scales(const run& r) const { return scales_ + r.scales; }
   const part<Acc>& part_of(const run& r) const { return parts_[r.part]; }
@@ -124,19 +131,27 @@ class plan {
         block_bytes / (tile_rows * std::max<index_t>(1, in_features) * static_cast<index_t>(sizeof(Acc))), 4, most);
   }
 
-  /// The runs of the rows from `row` on that have the same parts.
-  void add_group(index_t tile, index_t& row, index_t& runs, index_t& scales, index_t& U) {
-    const index_t begin = first(tile) + row, end = first(tile) + rows(tile);
-    index_t next = who_.same_for_all() ? end : begin + 1;
-    while (next < end && who_.same(token(begin), token(next))) ++next;
-    for (index_t n = 0; n < who_.count(token(begin)); ++n) {
-      const index_t p = who_.part(token(begin), n);
-      runs_[runs++] = {tile, row, next - begin, p, U, scales};
-      U += parts_[p].rank * (next - begin);
-      for (index_t place = begin; place < next; ++place)
-        scales_[scales++] = parts_[p].scale * who_.strength(token(place), n);
+  /// The runs of a tile: first those of the first parts of all its rows, then of the second parts, and so on. A row's parts
+  /// keep their order, and runs of single rows that are alike stand beside each other.
+  void add_tile(index_t tile, index_t& runs, index_t& scales, index_t& U) {
+    const index_t before = first(tile), end = before + rows(tile);
+    index_t ends[tile_rows], groups = 0, most = 0;
+    for (index_t begin = before; begin < end; begin = ends[groups++]) {
+      index_t next = who_.same_for_all() ? end : begin + 1;
+      while (next < end && who_.same(token(begin), token(next))) ++next;
+      ends[groups] = next;
+      most = std::max(most, who_.count(token(begin)));
     }
-    row += next - begin;
+    for (index_t n = 0; n < most; ++n)
+      for (index_t g = 0; g < groups; ++g) {
+        const index_t begin = g == 0 ? before : ends[g - 1], next = ends[g];
+        if (n >= who_.count(token(begin))) continue;
+        const index_t p = who_.part(token(begin), n);
+        runs_[runs++] = {tile, begin - before, next - begin, p, U, scales};
+        U += parts_[p].rank * (next - begin);
+        for (index_t place = begin; place < next; ++place)
+          scales_[scales++] = parts_[p].scale * who_.strength(token(place), n);
+      }
   }
 
   index_t tokens_, tiles_in_block_;
@@ -145,10 +160,10 @@ class plan {
   index_t each_, more_;  ///< tokens of a tile, and how many tiles have one more: kept, because a division takes long
   index_t rank_of_token_, assignments_, run_capacity_;
   const part<Acc>* parts_ = nullptr;
-  layout::place<index_t> order_place_, by_part_place_, first_run_place_;
+  layout::place<index_t> order_place_, by_part_place_, first_run_place_, first_by_part_place_;
   layout::place<run> runs_place_;
   layout::place<double> scales_place_;
-  index_t *order_ = nullptr, *by_part_ = nullptr, *first_run_ = nullptr;
+  index_t *order_ = nullptr, *by_part_ = nullptr, *first_run_ = nullptr, *first_by_part_ = nullptr;
   run* runs_ = nullptr;
   double* scales_ = nullptr;
 };

@@ -24,6 +24,18 @@ struct output_panel {
   std::uintptr_t line = 0, end = 0;  ///< what is left, and no pointers: they may lie outside
 };
 
+/// One panel of some rows of sums, times the gains of its outputs.
+template <class Acc>
+void multiply_by_gain(Acc* row, index_t rows, index_t stride, const Acc* gain) {
+  for (; rows > 0; --rows, row += stride)
+    for (index_t j = 0; j < tile_cols<Acc>; ++j) row[j] *= gain[j];
+}
+/// row += scale * more. One function for every caller: its multiply-adds are fused in all of them or in none.
+template <class Acc>
+LORA_DETAIL_APART void add_scaled(Acc* row, index_t count, Acc scale, const Acc* more) {
+  for (index_t j = 0; j < count; ++j) row[j] += scale * more[j];
+}
+
 template <class Acc, bool Dots>
 class rank_product {
  public:
@@ -40,7 +52,7 @@ class rank_product {
 
   /// U of all runs of the block. A task is a panel of ranks for a few runs.
   void shrink(const tile_block& tiles, const team& team, Acc* sums) const {
-    const index_t first = tokens_.first_run(tiles.begin), runs = tokens_.first_run(tiles.end) - first;
+    const index_t first = tokens_.first_by_part(tiles.begin), runs = tokens_.first_by_part(tiles.end) - first;
     if (runs == 0) return;
     index_t most_panels = 0;
     for (index_t p = 0; p < tokens_.parts_count(); ++p)
@@ -123,9 +135,10 @@ class rank_product {
       if (run_at(r + n).rows != 1 || !alike(n)) return false;
     return true;
   }
+  /// Of runs by part.
   bool all_single(index_t begin, index_t end) const {
     for (index_t r = begin; r < end; ++r)
-      if (tokens_.run_at(r).rows != 1) return false;
+      if (tokens_.run_by_part(r).rows != 1) return false;
     return true;
   }
   /// The next runs by part: ranks of one panel, of one format and width. More ranks are left to pairs of panels.
@@ -259,9 +272,12 @@ class rank_product {
   index_t last_fetched(const tile_block& tiles) const {
     return tokens_.first_run(tokens_.same_for_all() ? tiles.begin + 1 : tiles.end);
   }
-  /// Whether a run's adapter is not that of the run before.
+  /// Whether a run's factors are not those of the run before that has some.
   bool is_fetched(const tile_block& tiles, index_t r) const {
-    return r == tokens_.first_run(tiles.begin) || tokens_.run_at(r).part != tokens_.run_at(r - 1).part;
+    const index_t first = tokens_.first_run(tiles.begin);
+    index_t before = r - 1;
+    while (before > first && tokens_.part_of(tokens_.run_at(before)).rank == 0) --before;
+    return before < first || tokens_.run_at(r).part != tokens_.run_at(before).part;
   }
   /// One panel of the lora_B of a run's adapter: its bytes, and where it is.
   index_t bytes_of_B(index_t run) const {
@@ -280,6 +296,11 @@ class rank_product {
   /// A part of all tokens, chunk by chunk as W.
   void expand_chunks(const tile_block& tiles, index_t q, index_t p, Acc* sums) const {
     const part<Acc>& l = tokens_.parts()[q];
+    if (l.sort != part_sort::factors) {
+      for (index_t t = tiles.begin; t < tiles.end; ++t)
+        change_sums(tokens_.run_at(tokens_.first_run(t) + q), l, p, X_.sums_of(tiles, t, 1, sums), width);
+      return;
+    }
     const index_t step = X_.chunk_of(tiles);
     with_B(l, [&]<class F>(const F* panels, auto dots) {
       const F* const panel = panels + p * factor_layout<Acc, F>{out_, in_, l.rank}.B_panel();
@@ -299,19 +320,31 @@ class rank_product {
   }
   void expand_run(const detail::run& rows, index_t p, Acc* sums, index_t stride) const {
     const part<Acc>& l = tokens_.part_of(rows);
+    if (l.sort != part_sort::factors) return change_sums(rows, l, p, sums, stride);
     with_B(l, [&]<class F>(const F* panels, auto dots) {
       const F* const right = panels + p * factor_layout<Acc, F>{out_, in_, l.rank}.B_panel();
       multiply<true, 2, Acc, F, tile_rows, dots()>(static_cast<int>(rows.rows), sums + rows.first_row * stride, stride,
                                                    U_ + rows.U, rows.rows, right, 0, l.rank, ahead_of<2, Acc>(right));
     });
   }
+  /// A gain or an addend of some rows of a tile.
+  void change_sums(const detail::run& rows, const part<Acc>& l, index_t p, Acc* sums, index_t stride) const {
+    Acc* row = sums + rows.first_row * stride;
+    if (l.sort == part_sort::mark) return;
+    if (l.sort == part_sort::gain) return multiply_by_gain(row, rows.rows, stride, l.values + p * width);
+    const index_t first = tokens_.first(rows.tile) + rows.first_row, count = std::min(width, out_ - p * width);
+    for (index_t i = 0; i < rows.rows; ++i, row += stride) {
+      const index_t token = tokens_.token(first + i), column = l.columns == nullptr ? token : l.columns[token];
+      add_scaled(row, count, static_cast<Acc>(tokens_.scales(rows)[i]), l.values + column * out_ + p * width);
+    }
+  }
   /// The next runs of a tile: different rows, adapters of one rank and kind.
   bool expand_together(index_t r, index_t end) const {
     const auto run_at = [&](index_t k) -> const detail::run& { return tokens_.run_at(k); };
     return are_singles(run_at, r, end, [&](index_t n) {
       const part<Acc>&l = tokens_.part_of(run_at(r + n)), &first = tokens_.part_of(run_at(r));
-      const bool apart = n == 0 || run_at(r + n).first_row != run_at(r + n - 1).first_row;
-      return apart && l.rank == first.rank && l.format == first.format && l.rounded_U == first.rounded_U;
+      const bool apart = n == 0 || run_at(r + n).first_row > run_at(r + n - 1).first_row;  // no row twice
+      return apart && l.rank != 0 && l.rank == first.rank && l.format == first.format && l.rounded_U == first.rounded_U;
     });
   }
   /// The next runs' panels are fetched meanwhile, if they are alike; else these, which are near.
