@@ -213,7 +213,7 @@ class peft_modules {
   const peft_keys& keys_;
   const safetensors::file& tensors_;
   const peft::read_options& options_;
-  peft::config_detail::target_rule rule_;
+  target_rule rule_;
   std::vector<std::uint64_t> origins_;           // of the layers that layer_replication makes
   std::map<std::uint64_t, std::size_t> copies_;  // of a layer of the base
 };
