@@ -577,10 +577,7 @@ void write(const std::filesystem::path& directory, const adapter_file<T>& file,
   std::error_code failure;
   std::filesystem::create_directories(directory, failure);
   if (failure)
-    lora::detail::raise(format_error({.path = directory.string(),
-                                      .expected = "a directory to write",
-                                      .found = failure.message(),
-                                      .hint = "nothing was written"}));
+    io_detail::refuse({.path = directory.string()}, "a directory to write", failure.message(), "nothing was written");
   // Weights under another adapter's config would be scaled wrongly, so all that may fail is done before either has its name.
   const auto weights_path = directory / "adapter_model.safetensors";
   io_detail::output_file weights(weights_path, bytes.size(), options.durability);
