@@ -63,8 +63,7 @@ struct place {
   std::optional<std::uint64_t> offset = {};
 };
 
-/// Throws format_error. The texts are views, so that a call site builds no string from a literal:
-/// readers consist of such calls, and the strings cost more time to compile than the rest.
+/// Throws format_error. The texts are views, so that a call site builds no string from a literal.
 [[noreturn, gnu::cold, gnu::noinline]] inline void refuse(const place& at, std::string_view expected, std::string_view found,
                                                           std::string_view hint = {}) {
   detail::raise(format_error({.path = std::string(at.path),

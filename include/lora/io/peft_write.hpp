@@ -328,7 +328,7 @@ class config_writer {
     for (const char* key : {"lora_B_layout", "unsloth_fused_expert_lora"})
       if (const auto found = keys_.find(key); found != keys_.end()) as_rank_major(found->second, key);
     keys_["fan_in_fan_out"] = boolean(c_.fan_in_fan_out);  // a reader's option may have said otherwise than the file
-    keys_["peft_type"] = text("LORA");
+    keys_["peft_type"] = text(c_.peft_type);
     keys_["inference_mode"] = boolean(true);
     json root;
     root.kind = io_detail::json_kind::object;

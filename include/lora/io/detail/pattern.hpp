@@ -86,7 +86,7 @@ class pattern_parser {
   explicit pattern_parser(std::u32string text) : text_(std::move(text)) {}
 
   std::uint32_t parse() {
-    if (text_.size() > longest) return refuse(sentence({"it is longer than ", std::to_string(longest), " characters"}));
+    if (text_.size() > longest) return refuse("it is longer than " + std::to_string(longest) + " characters");
     const std::uint32_t root = choice();
     if (!failed() && at_ < text_.size()) return refuse("')' without '('");
     return root;
@@ -204,7 +204,7 @@ class pattern_parser {
   }
 
   std::uint32_t group() {
-    if (++depth_ > deepest) return refuse(sentence({"groups nested more than ", std::to_string(deepest), " deep"}));
+    if (++depth_ > deepest) return refuse("groups nested more than " + std::to_string(deepest) + " deep");
     if (take('?') && !take(':')) {
       if (!take('P') || !take('<')) return refuse("a group that begins with \"(?\" and is neither (?: nor (?P<name>");
       while (at_ < text_.size() && !has('>')) ++at_;

@@ -38,7 +38,7 @@ inline std::string printable(std::string_view name) {
 
 inline std::string in_quotes(std::string_view name) { return '"' + printable(name) + '"'; }
 
-/// The pieces one after another. A chain of + says the same, and compiles to several times the code.
+/// The pieces one after another, for messages.
 [[gnu::cold, gnu::noinline]] inline std::string sentence(std::initializer_list<std::string_view> pieces) {
   std::string result;
   for (const auto piece : pieces) result += piece;
