@@ -110,6 +110,16 @@ target_sources(lora_io INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DI
   include/lora/io/dtype.hpp
   include/lora/io/format_error.hpp
   include/lora/io/peft.hpp
+  include/lora/io/peft/common_keys.hpp
+  include/lora/io/peft/config.hpp
+  include/lora/io/peft/config_kind.hpp
+  include/lora/io/peft/config_kinds.hpp
+  include/lora/io/peft/config_object.hpp
+  include/lora/io/peft/config_reader.hpp
+  include/lora/io/peft/expert_layout_keys.hpp
+  include/lora/io/peft/lora_keys.hpp
+  include/lora/io/peft/read_options.hpp
+  include/lora/io/peft/target_rule.hpp
   include/lora/io/peft_config.hpp
   include/lora/io/peft_convert.hpp
   include/lora/io/peft_entry.hpp

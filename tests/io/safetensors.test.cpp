@@ -152,10 +152,17 @@ TEST_CASE("rule 3: the header lies inside the file", "[safetensors][rules]") {
 TEST_CASE("rule 4: strict UTF-8", "[safetensors][rules]") {
   const std::string rest = R"(":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})";
   for (const std::string name :
-       {"\x80", "\xC0\xAF", "\xE2\x82", "\xED\xA0\x80", "\xF4\x90\x80\x80", "\xFF", "\xF0\x80\x80\xAF"})
+       {"\x80", "\xC0\xAF", "\xE2\x82", "\xED\xA0\x80", "\xF4\x90\x80\x80", "\xFF", "\xF0\x80\x80\xAF"}) {
     all_refused({{"{\"" + name + rest, 1, {"byte 1"}}});
-  for (const std::string name : {"\xC3\xA9", "\xE2\x82\xAC", "\xF0\x9F\x98\x80", "\x7F"})
+    CHECK_FALSE(lora::io_detail::is_utf8("a" + name));
+    CHECK_FALSE(lora::io_detail::is_utf8("a" + name + "b"));
+  }
+  for (const std::string name : {"\xC3\xA9", "\xE2\x82\xAC", "\xF0\x9F\x98\x80", "\x7F"}) {
     CHECK_NOTHROW(parse(safetensors("{\"" + name + rest, 1)));
+    CHECK(lora::io_detail::is_utf8(name + "b" + name));
+  }
+  CHECK(lora::io_detail::is_utf8(""));
+  CHECK(lora::io_detail::is_utf8(std::string_view("\0\n", 2)));  // a writer escapes them
 }
 
 TEST_CASE("rule 5: strict JSON and nothing else", "[safetensors][rules]") {

@@ -9,6 +9,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 
 #include "lora/error.hpp"
@@ -53,4 +54,25 @@ class format_error : public error {
   std::shared_ptr<const parts> parts_;
 };
 
+namespace io_detail {
+
+/// Where a fault is: a file, an item of it, a byte. Looks at its texts.
+struct place {
+  std::string_view path;
+  std::string_view item = {};
+  std::optional<std::uint64_t> offset = {};
+};
+
+/// Throws format_error. The texts are views, so that a call site builds no string from a literal.
+[[noreturn, gnu::cold, gnu::noinline]] inline void refuse(const place& at, std::string_view expected, std::string_view found,
+                                                          std::string_view hint = {}) {
+  detail::raise(format_error({.path = std::string(at.path),
+                              .item = std::string(at.item),
+                              .offset = at.offset,
+                              .expected = std::string(expected),
+                              .found = std::string(found),
+                              .hint = std::string(hint)}));
+}
+
+}  // namespace io_detail
 }  // namespace lora::inline LORA_DETAIL_ABI

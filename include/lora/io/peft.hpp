@@ -50,14 +50,12 @@ template <scalar T>
 adapter_file<T> by_metadata(const safetensors::file& tensors, const read_options& options, std::vector<std::string> notes) {
   const auto found = io_detail::configs_in_metadata(tensors);
   if (found.size() != 1)
-    lora::detail::raise(format_error(
-        {.path = tensors.name(),
-         .expected = "an adapter's directory, or a file whose metadata holds the config",
-         .found = found.empty() ? "a file in place of the directory"
-                                : "the configs of " + std::to_string(found.size()) + " models",
-         .hint = found.empty() ? "PEFT saves adapter_config.json beside the weights; without it the scaling is not known: "
-                                 "pass the directory with both"
-                               : "give each model's adapter a file of its own"}));
+    io_detail::refuse(
+        {.path = tensors.name()}, "an adapter's directory, or a file whose metadata holds the config",
+        found.empty() ? "a file in place of the directory" : "the configs of " + std::to_string(found.size()) + " models",
+        found.empty() ? "PEFT saves adapter_config.json beside the weights; without it the scaling is not known: "
+                        "pass the directory with both"
+                      : "give each model's adapter a file of its own");
   auto c = parse_config(found.front().text, tensors.name() + " (metadata)", options);
   c.component = found.front().component;
   return assembler<T>(c, tensors, options).run(std::move(notes));

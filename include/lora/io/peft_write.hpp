@@ -328,7 +328,7 @@ class config_writer {
     for (const char* key : {"lora_B_layout", "unsloth_fused_expert_lora"})
       if (const auto found = keys_.find(key); found != keys_.end()) as_rank_major(found->second, key);
     keys_["fan_in_fan_out"] = boolean(c_.fan_in_fan_out);  // a reader's option may have said otherwise than the file
-    keys_["peft_type"] = text("LORA");
+    keys_["peft_type"] = text(c_.peft_type);
     keys_["inference_mode"] = boolean(true);
     json root;
     root.kind = io_detail::json_kind::object;
@@ -577,10 +577,7 @@ void write(const std::filesystem::path& directory, const adapter_file<T>& file,
   std::error_code failure;
   std::filesystem::create_directories(directory, failure);
   if (failure)
-    lora::detail::raise(format_error({.path = directory.string(),
-                                      .expected = "a directory to write",
-                                      .found = failure.message(),
-                                      .hint = "nothing was written"}));
+    io_detail::refuse({.path = directory.string()}, "a directory to write", failure.message(), "nothing was written");
   // Weights under another adapter's config would be scaled wrongly, so all that may fail is done before either has its name.
   const auto weights_path = directory / "adapter_model.safetensors";
   io_detail::output_file weights(weights_path, bytes.size(), options.durability);

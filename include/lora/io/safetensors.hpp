@@ -122,13 +122,8 @@ class file {
     std::string names;
     std::vector<std::uint64_t> shapes;
   };
-  [[noreturn]] void refuse(const entry& t, std::string expected, std::string found, std::string hint) const {
-    lora::detail::raise(format_error({.path = name_,
-                                      .item = std::string(t.name),
-                                      .offset = t.offset,
-                                      .expected = std::move(expected),
-                                      .found = std::move(found),
-                                      .hint = std::move(hint)}));
+  [[noreturn]] void refuse(const entry& t, std::string_view expected, std::string_view found, std::string_view hint) const {
+    io_detail::refuse({.path = name_, .item = t.name, .offset = t.offset}, expected, found, hint);
   }
 
   std::string name_;
@@ -219,9 +214,9 @@ tensor_view<const T, Rank> file::tensor(std::string_view name) const {
   const entry& t = at(name);
   if (t.dtype != dtype_of<T>())
     refuse(t, std::string(name_of(dtype_of<T>())), t.text(), "copy<T>() widens where that is exact");
-  if (t.shape.size() != Rank) refuse(t, std::to_string(Rank) + " dimensions", t.text(), "");
+  if (t.shape.size() != Rank) refuse(t, io_detail::sentence({std::to_string(Rank), " dimensions"}), t.text(), "");
   if (!aligned_for<T>(t))
-    refuse(t, "an address that is a multiple of " + std::to_string(alignof(T)), "an unaligned one",
+    refuse(t, io_detail::sentence({"an address that is a multiple of ", std::to_string(alignof(T))}), "an unaligned one",
            "use copy<T>(), which reads from any address");
   std::array<index_t, Rank> shape{};
   std::transform(t.shape.begin(), t.shape.end(), shape.begin(), [](std::uint64_t d) { return static_cast<index_t>(d); });
@@ -272,7 +267,7 @@ std::vector<T> file::copy(std::string_view name) const {
   std::vector<T> result;
   if constexpr (scalar<T>) {
     if (!widen_to(t.dtype, t.bytes, result))
-      refuse(t, std::string(name_of(dtype_of<T>())) + " or a type whose every value it holds", t.text(),
+      refuse(t, io_detail::sentence({name_of(dtype_of<T>()), " or a type whose every value it holds"}), t.text(),
              t.dtype == dtype::f64 || t.dtype == dtype::f32 ? "copy into a wider type, then round it yourself" : "");
   } else {
     if (t.dtype != dtype_of<T>()) refuse(t, std::string(name_of(dtype_of<T>())), t.text(), "");

@@ -45,15 +45,14 @@ class input_file {
     stream_.read(static_cast<char*>(into), static_cast<std::streamsize>(count));
     const auto got = static_cast<std::uint64_t>(stream_.gcount());
     if (got != count)
-      refuse(std::to_string(count) + " bytes from byte " + std::to_string(read_) + " on", std::to_string(got),
+      refuse(sentence({std::to_string(count), " bytes from byte ", std::to_string(read_), " on"}), std::to_string(got),
              "the file became shorter while it was read, or the device failed");
     read_ += count;
   }
 
  private:
-  [[noreturn]] void refuse(std::string expected, std::string found, std::string hint) const {
-    detail::raise(
-        format_error({.path = path_, .expected = std::move(expected), .found = std::move(found), .hint = std::move(hint)}));
+  [[noreturn]] void refuse(std::string_view expected, std::string_view found, std::string_view hint) const {
+    io_detail::refuse({.path = path_}, expected, found, hint);
   }
 
   std::string path_;
@@ -65,9 +64,8 @@ class input_file {
 inline std::string read_text(const std::filesystem::path& path, std::uint64_t limit) {
   input_file file(path);
   if (file.size() > limit)
-    detail::raise(format_error({.path = file.path(),
-                                .expected = "at most " + std::to_string(limit) + " bytes",
-                                .found = std::to_string(file.size())}));
+    io_detail::refuse({.path = file.path()}, sentence({"at most ", std::to_string(limit), " bytes"}),
+                      std::to_string(file.size()));
   std::string text(static_cast<std::size_t>(file.size()), '\0');
   file.read(text.data(), text.size());
   return text;

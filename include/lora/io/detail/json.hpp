@@ -63,12 +63,37 @@ struct json_source {
 };
 
 /// Raises the one kind of error that a text which is not JSON gives.
-[[noreturn]] inline void refuse_json(const json_source& source, std::size_t at, std::string found, std::string hint = "") {
-  detail::raise(format_error({.path = std::string(source.path),
-                              .offset = source.offset + at,
-                              .expected = "strict JSON",
-                              .found = std::move(found),
-                              .hint = std::move(hint)}));
+[[noreturn]] inline void refuse_json(const json_source& source, std::size_t at, std::string_view found,
+                                     std::string_view hint = {}) {
+  io_detail::refuse({.path = source.path, .offset = source.offset + at}, "strict JSON", found, hint);
+}
+
+/// Bytes of the well-formed UTF-8 character that begins at `at`; 0 where none does. From the standard's table: no overlong form,
+/// no surrogate, nothing above U+10FFFF.
+inline std::size_t utf8_length(std::string_view text, std::size_t at) {
+  const auto byte = [&](std::size_t k) { return at + k < text.size() ? static_cast<unsigned char>(text[at + k]) : 0u; };
+  const auto follows = [&](std::size_t k, unsigned low = 0x80, unsigned most = 0xbf) {
+    return byte(k) >= low && byte(k) <= most;
+  };
+  const unsigned first = byte(0);
+  if (first < 0x80) return at < text.size() ? 1 : 0;
+  if (first >= 0xc2 && first <= 0xdf && follows(1)) return 2;
+  if (first >= 0xe0 && first <= 0xef && follows(1, first == 0xe0 ? 0xa0 : 0x80, first == 0xed ? 0x9f : 0xbf) && follows(2))
+    return 3;
+  if (first >= 0xf0 && first <= 0xf4 && follows(1, first == 0xf0 ? 0x90 : 0x80, first == 0xf4 ? 0x8f : 0xbf) && follows(2) &&
+      follows(3))
+    return 4;
+  return 0;
+}
+
+/// Whether a text is well-formed UTF-8, so that JSON can hold it.
+inline bool is_utf8(std::string_view text) {
+  for (std::size_t at = 0; at < text.size();) {
+    const auto length = utf8_length(text, at);
+    if (length == 0) return false;
+    at += length;
+  }
+  return true;
 }
 
 /// Strings of a JSON text: their end, their escapes, their UTF-8.
@@ -111,25 +136,13 @@ class json_strings {
 
   /// Bytes of the character at `at`, which is not plain ASCII.
   std::size_t multibyte(std::size_t at) const {
-    const auto byte = [&](std::size_t k) {
-      return at + k < source_.text.size() ? static_cast<unsigned char>(source_.text[at + k]) : 0u;
-    };
-    const unsigned first = byte(0);
+    const auto first = static_cast<unsigned char>(source_.text[at]);
     if (first < 0x20) {
       refuse_json(source_, at,
                   first == 0 ? "a NUL byte" : "a control character in a string, which must be written as an escape",
                   first == 0 ? "the file is cut or zeroed" : "");
     }
-    const auto follows = [&](std::size_t k, unsigned low = 0x80, unsigned most = 0xbf) {
-      return byte(k) >= low && byte(k) <= most;
-    };
-    // The table of well-formed sequences: no overlong form, no surrogate, nothing above U+10FFFF.
-    if (first >= 0xc2 && first <= 0xdf && follows(1)) return 2;
-    if (first >= 0xe0 && first <= 0xef && follows(1, first == 0xe0 ? 0xa0 : 0x80, first == 0xed ? 0x9f : 0xbf) && follows(2))
-      return 3;
-    if (first >= 0xf0 && first <= 0xf4 && follows(1, first == 0xf0 ? 0x90 : 0x80, first == 0xf4 ? 0x8f : 0xbf) &&
-        follows(2) && follows(3))
-      return 4;
+    if (const auto length = utf8_length(source_.text, at); length != 0) return length;
     refuse_json(source_, at, "an ill-formed UTF-8 byte", "the text is not UTF-8, or is damaged");
   }
 
@@ -272,7 +285,7 @@ class json_scanner {
 
   void open(json_kind kind) {
     if (open_.size() >= source_.deepest)
-      refuse("arrays and objects nested more than " + std::to_string(source_.deepest) + " deep", "");
+      refuse(sentence({"arrays and objects nested more than ", std::to_string(source_.deepest), " deep"}), "");
     open_.push_back(kind);
     ++at_;
     first_ = true;
@@ -353,19 +366,17 @@ class json_scanner {
   std::uint64_t offset() const { return source_.offset + at_; }
 
   // ---- errors
-  [[noreturn]] void refuse(std::string found, std::string hint) const {
-    refuse_json(source_, at_, std::move(found), std::move(hint));
-  }
+  [[noreturn]] void refuse(std::string_view found, std::string_view hint) const { refuse_json(source_, at_, found, hint); }
   [[noreturn]] void refuse_token(const char* wanted) const {
     if (at_ >= source_.text.size())
-      refuse(std::string("the JSON text ends too early: ") + wanted + " should follow",
+      refuse(sentence({"the JSON text ends too early: ", wanted, " should follow"}),
              source_.text.empty() ? "the text is empty" : "");
     if (here() == '\0') refuse_nul();
-    refuse(in_quotes(source_.text.substr(at_, 1)) + " where " + wanted + " should be", "");
+    refuse(sentence({in_quotes(source_.text.substr(at_, 1)), " where ", wanted, " should be"}), "");
   }
   [[noreturn]] void refuse_rest() const {
     if (here() == '\0') refuse_nul();
-    refuse(in_quotes(source_.text.substr(at_, 1)) + " behind the end of the value", "");
+    refuse(sentence({in_quotes(source_.text.substr(at_, 1)), " behind the end of the value"}), "");
   }
   [[noreturn]] void refuse_nul() const {
     refuse("a NUL byte",

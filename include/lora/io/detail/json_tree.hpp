@@ -76,7 +76,7 @@ class json_tree_builder {
 
   /// Where the next value goes. Pointers in open_ stay valid: only the innermost container grows.
   json_node& place(std::uint64_t offset) {
-    if (++values_ > most_values) refuse(offset, "", "at most " + std::to_string(most_values) + " values", "more");
+    if (++values_ > most_values) refuse(offset, "", sentence({"at most ", std::to_string(most_values), " values"}), "more");
     json_node* node = open_.back();
     if (open_.size() > 1) {
       node = &node->items.emplace_back();
@@ -93,12 +93,9 @@ class json_tree_builder {
     for (std::size_t k = 1; k < sorted.size(); ++k)
       if (sorted[k]->key == sorted[k - 1]->key) refuse(sorted[k]->offset, sorted[k]->key, "a key once", "it twice");
   }
-  [[noreturn]] void refuse(std::uint64_t offset, std::string item, std::string expected, std::string found) const {
-    detail::raise(format_error({.path = std::string(path_),
-                                .item = std::move(item),
-                                .offset = offset,
-                                .expected = std::move(expected),
-                                .found = std::move(found)}));
+  [[noreturn]] void refuse(std::uint64_t offset, std::string_view item, std::string_view expected,
+                           std::string_view found) const {
+    io_detail::refuse({.path = path_, .item = item, .offset = offset}, expected, found);
   }
 
   std::string_view path_;

@@ -73,11 +73,10 @@ class output_file {
  private:
   void open(std::uint64_t size);
   void abandon() noexcept;
-  [[noreturn]] void refuse(const std::string& expected, std::string found, int code, const char* hint = unchanged) const {
-    detail::raise(format_error({.path = path_.string(),
-                                .expected = expected,
-                                .found = code == 0 ? std::move(found) : std::generic_category().message(code),
-                                .hint = hint}));
+  [[noreturn]] void refuse(std::string_view expected, std::string_view found, int code,
+                           std::string_view hint = unchanged) const {
+    io_detail::refuse({.path = path_.string()}, expected,
+                      code == 0 ? std::move(found) : std::generic_category().message(code), hint);
   }
   static constexpr const char* unchanged = "the file was not changed";
 
@@ -113,7 +112,7 @@ inline void output_file::open(std::uint64_t size) {
   if (const int code = size == 0 ? 0 : ::posix_fallocate(descriptor_, 0, static_cast<off_t>(size));
       code == ENOSPC || code == EFBIG) {
     abandon();
-    refuse("room for " + std::to_string(size) + " bytes", "", code);
+    refuse(sentence({"room for ", std::to_string(size), " bytes"}), "", code);
   }
 #else
   static_cast<void>(size);
@@ -124,7 +123,8 @@ inline void output_file::write(std::span<const std::byte> bytes) {
   while (!bytes.empty()) {
     const auto written = ::write(descriptor_, bytes.data(), bytes.size());
     if (written < 0 && errno == EINTR) continue;
-    if (written <= 0) refuse("to write " + std::to_string(bytes.size()) + " bytes", "", written == 0 ? ENOSPC : errno);
+    if (written <= 0)
+      refuse(sentence({"to write ", std::to_string(bytes.size()), " bytes"}), "", written == 0 ? ENOSPC : errno);
     bytes = bytes.subspan(static_cast<std::size_t>(written));
   }
 }
@@ -150,10 +150,8 @@ inline void flush_folder(const std::filesystem::path& path, safetensors::durabil
   ::close(descriptor);
   // Some file systems cannot flush a folder and say EINVAL; the rename is then as durable as they make it.
   if (result != 0 && code != EINVAL)
-    detail::raise(format_error({.path = path.string(),
-                                .expected = "to flush the folder to its device",
-                                .found = std::generic_category().message(code),
-                                .hint = "what was written is complete, but may vanish with a loss of power"}));
+    io_detail::refuse({.path = path.string()}, "to flush the folder to its device", std::generic_category().message(code),
+                      "what was written is complete, but may vanish with a loss of power");
 }
 
 inline void output_file::abandon() noexcept {
@@ -170,7 +168,7 @@ inline void output_file::open(std::uint64_t) {
 
 inline void output_file::write(std::span<const std::byte> bytes) {
   stream_.write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
-  if (!stream_) refuse("to write " + std::to_string(bytes.size()) + " bytes", "a failure", 0);
+  if (!stream_) refuse(sentence({"to write ", std::to_string(bytes.size()), " bytes"}), "a failure", 0);
 }
 
 inline void output_file::finish() {

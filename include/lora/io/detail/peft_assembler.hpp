@@ -26,6 +26,9 @@
 namespace lora::inline LORA_DETAIL_ABI::peft {
 namespace read_detail {
 
+using io_detail::in_quotes;
+using io_detail::sentence;
+
 /// From checked tensors and a config to entries.
 template <scalar T>
 class assembler {
@@ -62,14 +65,12 @@ class assembler {
     const std::string which =
         passed.empty() ? ""
                        : ", after passing over " + std::to_string(passed.size()) + ", the first of them " + passed.front();
-    lora::detail::raise(format_error(
-        {.path = tensors_.name(),
-         .expected = "tensors named ...lora_A.weight and ...lora_B.weight",
-         .found = tensors_.size() == 0 ? "none: the file holds no tensor at all" : "none" + which,
-         .hint = tensors_.size() == 0
-                     ? "nothing was saved: the model had no adapter, or another process held it"
-                     : (passed.empty() ? "save the adapter again with save_pretrained of the PEFT model, not of its base"
-                                       : "")}));
+    io_detail::refuse(
+        {.path = tensors_.name()}, "tensors named ...lora_A.weight and ...lora_B.weight",
+        tensors_.size() == 0 ? "none: the file holds no tensor at all" : "none" + which,
+        tensors_.size() == 0
+            ? "nothing was saved: the model had no adapter, or another process held it"
+            : (passed.empty() ? "save the adapter again with save_pretrained of the PEFT model, not of its base" : ""));
   }
 
   // ---- modules
@@ -102,8 +103,8 @@ class assembler {
     add(!config_.layers_to_transform.empty(), "layers_to_transform");
     add(!config_.target_parameters.empty(), "target_parameters [" + io_detail::listed(config_.target_parameters) + "]");
     refuse(first, "an adapter of a module that target_modules selects",
-           "target_modules " + config_.target_modules.text() + others + ", which selects none of the " +
-               std::to_string(count) + " modules that the file has adapters for",
+           sentence({"target_modules ", config_.target_modules.text(), others, ", which selects none of the ",
+                     std::to_string(count), " modules that the file has adapters for"}),
            "PEFT loads none of these adapters, and stops where it finds no module either: correct the config, or read with "
            "read_options::select_by_tensors, which takes the modules that the tensors name");
   }
@@ -115,15 +116,15 @@ class assembler {
       if (!options_.lenient)
         refuse(*t.any(), "an adapter of a module that target_modules selects", "one that it does not",
                "PEFT would ignore this tensor; read_options::lenient does too");
-      more_.passed_over.push_back("module " + io_detail::in_quotes(what.name) + ": not selected by target_modules");
+      more_.passed_over.push_back("module " + in_quotes(what.name) + ": not selected by target_modules");
       return;
     }
     if (t.A == nullptr)
-      refuse(*t.any(), "a tensor " + *path + suffix(t, 'A') + " beside it", "none", "the file is incomplete");
+      refuse(*t.any(), sentence({"a tensor ", *path, suffix(t, 'A'), " beside it"}), "none", "the file is incomplete");
     if (t.B == nullptr) {
       if (!options_.lenient)
-        refuse(*t.A, "a tensor " + *path + suffix(t, 'B') + " beside it", "none", "the file is incomplete");
-      more_.passed_over.push_back("module " + io_detail::in_quotes(what.name) + ": no lora_B, which PEFT takes as zero");
+        refuse(*t.A, sentence({"a tensor ", *path, suffix(t, 'B'), " beside it"}), "none", "the file is incomplete");
+      more_.passed_over.push_back("module " + in_quotes(what.name) + ": no lora_B, which PEFT takes as zero");
       return;
     }
     check_no_placeholder(t);
@@ -134,7 +135,7 @@ class assembler {
     if (base.shared) parts.shared_with = std::move(base.name);
     used_ranks_.insert(what.rank);
     used_alphas_.insert(what.alpha);
-    if (entries_.contains(what.name)) refuse(*t.A, "one adapter for " + io_detail::in_quotes(what.name), "two");
+    if (entries_.contains(what.name)) refuse(*t.A, sentence({"one adapter for ", in_quotes(what.name)}), "two");
     entries_.emplace(what.name, entry<T>(std::move(parts)));
   }
   /// Empty factors in one module while others are whole. A sharded save leaves all of them empty.
@@ -152,8 +153,7 @@ class assembler {
   void note_unused(const Table& table, const Used& used, const std::string& key) {
     for (const auto& row : table.rows())
       if (!used.contains(&row))
-        more_.unused_patterns.push_back(key + " " + io_detail::in_quotes(row.key) +
-                                        ": no module of the file takes its value from it");
+        more_.unused_patterns.push_back(key + " " + in_quotes(row.key) + ": no module of the file takes its value from it");
   }
   static std::string suffix(const io_detail::module_tensors& t, char factor) {
     return t.embedding ? std::string(".lora_embedding_") + factor : std::string(".lora_") + factor + ".weight";
@@ -192,14 +192,14 @@ class assembler {
     choose_packing(parts, *t.A);
     const auto r = static_cast<std::uint64_t>(rank);
     const auto blocks = static_cast<std::uint64_t>(parts.blocks);
-    if (t.A->shape[0] != r) refuse_rank(*t.A, rank, "first", is_flat_stack(t, r) ? flat_stack_hint : nullptr);
+    if (t.A->shape[0] != r) refuse_rank(*t.A, rank, "first", is_flat_stack(t, r) ? flat_stack_hint : std::string_view{});
     const bool packed_B = parts.packed == packed_factor::B;
     if (t.B->shape[1] != (packed_B ? r / blocks : r)) refuse_rank(*t.B, rank, "second");
     matrix A = widened(*t.A), B = widened(*t.B);
     if (parts.packed != packed_factor::none) {
       const auto& packed = packed_B ? *t.B : *t.A;
       if (packed.shape[0] % blocks != 0 || r % blocks != 0)
-        refuse(packed, "rows and a rank that " + std::to_string(blocks) + " blocks divide", packed.text());
+        refuse(packed, sentence({"rows and a rank that ", std::to_string(blocks), " blocks divide"}), packed.text());
       (packed_B ? B : A) = spread(packed, packed_B ? B : A, parts.blocks);
     }
     parts.experts.push_back(adapter_of(parts, A, B, rank));
@@ -210,9 +210,11 @@ class assembler {
   matrix spread(const safetensors::entry& t, const matrix& packed, index_t blocks) const {
     constexpr index_t most_blocks = 256, most_elements = (index_t{64} << 20) / static_cast<index_t>(sizeof(T));
     if (blocks > most_blocks && packed.size() > most_elements / blocks)
-      refuse(t, "blocks whose matrix has at most 64 MiB, or at most " + std::to_string(most_blocks) + " times their bytes",
-             std::to_string(blocks) + " blocks in " + t.text() + ", a matrix of " + std::to_string(packed.rows()) + " x " +
-                 std::to_string(packed.cols()) + " * " + std::to_string(blocks),
+      refuse(t,
+             sentence(
+                 {"blocks whose matrix has at most 64 MiB, or at most ", std::to_string(most_blocks), " times their bytes"}),
+             sentence({std::to_string(blocks), " blocks in ", t.text(), ", a matrix of ", std::to_string(packed.rows()),
+                       " x ", std::to_string(packed.cols()), " * ", std::to_string(blocks)}),
              "a reader does not ask for so much memory for a small tensor");
     const index_t rows = packed.rows() / blocks;
     matrix result = matrix::Zero(packed.rows(), packed.cols() * blocks);
@@ -250,11 +252,13 @@ class assembler {
     const bool ones = std::all_of(B.begin() + std::min<std::ptrdiff_t>(2, static_cast<std::ptrdiff_t>(B.size())), B.end(),
                                   [](auto extent) { return extent == 1; });
     if (B.size() != A.size() || !ones)
-      refuse(*t.B, "a kernel of 1 in every direction, with " + std::to_string(A.size()) + " dimensions", t.B->text());
-    if (r % B[1] != 0) refuse(*t.B, "a second dimension that divides the rank " + std::to_string(rank), t.B->text());
+      refuse(*t.B, sentence({"a kernel of 1 in every direction, with ", std::to_string(A.size()), " dimensions"}),
+             t.B->text());
+    if (r % B[1] != 0)
+      refuse(*t.B, sentence({"a second dimension that divides the rank ", std::to_string(rank)}), t.B->text());
     parts.groups = static_cast<index_t>(r / B[1]);
     if (B[0] % (r / B[1]) != 0)
-      refuse(*t.B, "outputs that the " + std::to_string(parts.groups) + " groups divide", t.B->text());
+      refuse(*t.B, sentence({"outputs that the ", std::to_string(parts.groups), " groups divide"}), t.B->text());
     parts.in_channels = static_cast<index_t>(A[1]);
     for (std::size_t k = 2; k < A.size(); ++k) parts.kernel.push_back(static_cast<index_t>(A[k]));
     const matrix lora_A = widened(*t.A);
@@ -272,7 +276,7 @@ class assembler {
     const auto r = static_cast<std::uint64_t>(rank);
     if (t.A->shape[0] % r != 0) refuse_rank(*t.A, rank, "a multiple of it as its first");
     if (t.B->shape[1] != t.A->shape[0])
-      refuse(*t.B, "as many columns as lora_A has rows, " + std::to_string(t.A->shape[0]), t.B->text());
+      refuse(*t.B, sentence({"as many columns as lora_A has rows, ", std::to_string(t.A->shape[0])}), t.B->text());
     const auto count = static_cast<index_t>(t.A->shape[0] / r);
     choose_orientation(parts, t, count);
     const bool grouped = columns_of(parts, t, count) == expert_columns::grouped_by_expert;
@@ -304,9 +308,8 @@ class assembler {
     parts.orientation_unsaid = count == 1;
     if (count > 1)
       refuse(
-          *t.A, "to know whether the square slices of " + io_detail::in_quotes(parts.name) + " take B A or its transpose",
-          config_.peft_version.empty() ? "no peft_version in the config"
-                                       : "peft_version " + io_detail::in_quotes(config_.peft_version),
+          *t.A, sentence({"to know whether the square slices of ", in_quotes(parts.name), " take B A or its transpose"}),
+          config_.peft_version.empty() ? "no peft_version in the config" : "peft_version " + in_quotes(config_.peft_version),
           "PEFT before 0.19.1 saved stacks of experts transposed, and later versions load such a file without a word: read "
           "with read_options::parameters_in_out = true for the transpose (what PEFT 0.17 and 0.18 trained), or false for B A");
   }
@@ -322,8 +325,8 @@ class assembler {
       const bool differs = (said.lora_B && layout.lora_B && said.lora_B != layout.lora_B) ||
                            (said.experts && layout.experts && said.experts != layout.experts);
       if (by != nullptr && !by->empty() && differs)
-        refuse(*t.B, "one layout for " + io_detail::in_quotes(parts.name),
-               "another under " + io_detail::in_quotes(name) + " than under " + io_detail::in_quotes(*by));
+        refuse(*t.B, sentence({"one layout for ", in_quotes(parts.name)}),
+               sentence({"another under ", in_quotes(name), " than under ", in_quotes(*by)}));
       if (layout.lora_B) said.lora_B = layout.lora_B;
       if (layout.experts) said.experts = layout.experts;
       by = &name;
@@ -335,8 +338,8 @@ class assembler {
       ending = dot == std::string_view::npos ? std::string_view{} : ending.substr(dot + 1);
     }
     if (said.experts && *said.experts != static_cast<std::uint64_t>(count))
-      refuse(*t.A, std::to_string(*said.experts) + " experts, as num_experts in the config says",
-             std::to_string(count) + " in " + t.A->text());
+      refuse(*t.A, sentence({std::to_string(*said.experts), " experts, as num_experts in the config says"}),
+             sentence({std::to_string(count), " in ", t.A->text()}));
     const auto& option = options_.experts_grouped_b;
     if (!option) return said.lora_B.value_or(expert_columns::rank_major);
     const auto wanted = *option ? expert_columns::grouped_by_expert : expert_columns::rank_major;
@@ -350,12 +353,9 @@ class assembler {
   void check_all_layouts() const {
     for (const auto& [name, layout] : config_.expert_layouts)
       if (!name.empty() && layout.lora_B == expert_columns::grouped_by_expert && !used_layouts_.contains(name))
-        lora::detail::raise(format_error(
-            {.path = config_.path,
-             .item = "unsloth_fused_expert_lora",
-             .expected = "the name of a parameter that the file has a stack for",
-             .found = io_detail::in_quotes(name),
-             .hint = "its columns are grouped by expert, so the stack that it is meant for would be scrambled"}));
+        io_detail::refuse({.path = config_.path, .item = "unsloth_fused_expert_lora"},
+                          "the name of a parameter that the file has a stack for", in_quotes(name),
+                          "its columns are grouped by expert, so the stack that it is meant for would be scrambled");
   }
 
   /// Factors of all experts in one tensor of three dimensions: how other trainers save them.
@@ -367,14 +367,14 @@ class assembler {
     const bool leading = A[1] == r && B[2] == r && (A[0] == B[0] || A[0] == 1 || B[0] == 1);
     const bool trailing = A[1] == r && B[1] == r && A[0] == B[2];
     if (kernel || (!leading && !trailing)) return;
-    refuse(*t.A, "two dimensions", t.A->text() + " beside lora_B " + t.B->text() + ", a stack of experts",
+    refuse(*t.A, "two dimensions", sentence({t.A->text(), " beside lora_B ", t.B->text(), ", a stack of experts"}),
            "other trainers save the factors of all experts so; PEFT cannot load them, and they are not read yet: PEFT has "
            "[rank * experts, in] and [out, rank * experts] under target_parameters");
   }
   bool is_flat_stack(const io_detail::module_tensors& t, std::uint64_t rank) const {
     return t.A->shape[0] % rank == 0 && t.A->shape[0] == t.B->shape[1];
   }
-  static constexpr const char* flat_stack_hint =
+  static constexpr std::string_view flat_stack_hint =
       "these may be several experts' factors: name the parameter in target_parameters, as PEFT does; or the config and the "
       "tensors do not belong together, or rank_pattern lacks this module";
 
@@ -396,7 +396,7 @@ class assembler {
     const bool parameter = parts.kind == entry_kind::parameter;
     const bool attention = is_attention(parts.kind);
     const auto refuse_key = [&](const std::string& key, const std::string& why) {
-      refuse(t, "a config without " + key + " for the " + name_of(parts.kind) + " " + io_detail::in_quotes(parts.name),
+      refuse(t, sentence({"a config without ", key, " for the ", name_of(parts.kind), " ", in_quotes(parts.name)}),
              "one with it", why);
     };
     if (config_.use_dora && (attention || parameter))
@@ -406,10 +406,10 @@ class assembler {
     if (config_.change == base_change::kasa && (attention || parameter))
       refuse_key("kasa_config", "PEFT has no KaSA of attentions and parameters and refuses to load this adapter");
     if (config_.change != base_change::none && (attention || parameter))
-      refuse_key("init_lora_weights " + io_detail::in_quotes(config_.init_lora_weights),
-                 "PEFT changes the base when it loads " + std::string(entry<T>::change_name(config_.change)) +
-                     ", which converted() knows for linear modules only: convert the adapter with "
-                     "path_initial_model_for_weight_conversion of save_pretrained");
+      refuse_key(sentence({"init_lora_weights ", in_quotes(config_.init_lora_weights)}),
+                 sentence({"PEFT changes the base when it loads ", entry<T>::change_name(config_.change),
+                           ", which converted() knows for linear modules only: convert the adapter with "
+                           "path_initial_model_for_weight_conversion of save_pretrained"}));
   }
 
   void extra(std::vector<T>& values, safetensors::dtype& dtype, const io_detail::module_tensors& t,
@@ -417,18 +417,18 @@ class assembler {
              const std::string& module) {
     if (tensor == nullptr && !asked_for) return;
     if (tensor == nullptr)
-      refuse(*t.A, "a tensor " + module + suffix + " beside it, for " + key, "none", "the file is incomplete");
+      refuse(*t.A, sentence({"a tensor ", module, suffix, " beside it, for ", key}), "none", "the file is incomplete");
     if (!asked_for) {
       if (!options_.lenient)
-        refuse(*tensor, std::string(key) + " in the config, for this tensor", "none",
+        refuse(*tensor, sentence({key, " in the config, for this tensor"}), "none",
                "PEFT would ignore this tensor; read_options::lenient does too");
-      more_.passed_over.push_back("tensor " + io_detail::in_quotes(tensor->name) + ": the config does not ask for it");
+      more_.passed_over.push_back("tensor " + in_quotes(tensor->name) + ": the config does not ask for it");
       return;
     }
     check_not_empty(*tensor);
     std::uint64_t elements = 1;
     for (const auto extent : tensor->shape) elements *= extent;  // cannot overflow: the reader counted the bytes
-    if (elements != size) refuse(*tensor, std::to_string(size) + " values", tensor->text());
+    if (elements != size) refuse(*tensor, sentence({std::to_string(size), " values"}), tensor->text());
     check_holds(*tensor);
     values = tensors_.template copy<T>(tensor->name);
     dtype = tensor->dtype;
@@ -453,13 +453,13 @@ class assembler {
     for (const auto& [name, numbers] : config_.trainable_tokens) {
       if (!name.empty() && !io_detail::is_or_ends_with(module, name)) continue;
       if (ids != nullptr && *ids != numbers)
-        refuse(t, "the same tokens in every key of trainable_token_indices that fits " + io_detail::in_quotes(module),
-               "others in " + io_detail::in_quotes(name), "keep the key that belongs to this embedding");
+        refuse(t, sentence({"the same tokens in every key of trainable_token_indices that fits ", in_quotes(module)}),
+               sentence({"others in ", in_quotes(name)}), "keep the key that belongs to this embedding");
       ids = &numbers;
     }
-    if (ids == nullptr) refuse(t, "trainable_token_indices in the config for " + io_detail::in_quotes(module), "none");
+    if (ids == nullptr) refuse(t, sentence({"trainable_token_indices in the config for ", in_quotes(module)}), "none");
     if (ids->size() != t.shape[0])
-      refuse(t, "a row for each of the " + std::to_string(ids->size()) + " tokens of the config", t.text());
+      refuse(t, sentence({"a row for each of the ", std::to_string(ids->size()), " tokens of the config"}), t.text());
     if (entries_.find(module) != entries_.end())
       refuse(t, "an embedding with trained rows or with an adapter", "one with both",
              "which of them wins for a trained row is not defined");
@@ -479,13 +479,11 @@ class assembler {
     for (const auto& [name, ids] : config_.trainable_tokens) {
       if (ids.empty() || there.contains(ids)) continue;
       if (!options_.lenient)
-        lora::detail::raise(format_error(
-            {.path = tensors_.name(),
-             .item = "trainable_token_indices",
-             .expected = "a tensor " + (name.empty() ? "<input embedding>" : name) + ".token_adapter.trainable_tokens_delta",
-             .found = "none",
-             .hint = "the file is incomplete"}));
-      more_.passed_over.push_back("trainable_token_indices " + io_detail::in_quotes(name) +
+        io_detail::refuse(
+            {.path = tensors_.name(), .item = "trainable_token_indices"},
+            sentence({"a tensor ", name.empty() ? "<input embedding>" : name, ".token_adapter.trainable_tokens_delta"}),
+            "none", "the file is incomplete");
+      more_.passed_over.push_back("trainable_token_indices " + in_quotes(name) +
                                   ": no rows, at which PEFT stops; those of the base stay");
     }
   }
@@ -500,7 +498,7 @@ class assembler {
   }
   void check_holds(const safetensors::entry& t) const {
     if (!safetensors::holds_exactly<T>(t.dtype))
-      refuse(t, std::string(name_of(safetensors::dtype_of<T>())) + " or a type whose every value it holds", t.text(),
+      refuse(t, sentence({name_of(safetensors::dtype_of<T>()), " or a type whose every value it holds"}), t.text(),
              t.dtype == safetensors::dtype::f64   ? "read<double>() keeps every value"
              : t.dtype == safetensors::dtype::f32 ? "read<float>() keeps every value"
                                                   : "");
@@ -514,15 +512,17 @@ class assembler {
     return Eigen::Map<const matrix>(values.data(), rows, static_cast<index_t>(values.size()) / rows);
   }
 
-  [[noreturn]] void refuse_rank(const safetensors::entry& t, index_t rank, const char* dimension,
-                                const char* hint = nullptr) const {
-    refuse(t, "rank " + std::to_string(rank) + ", as the config says for this module, as its " + dimension + " dimension",
-           t.text(),
-           hint != nullptr ? hint : "the config and the tensors do not belong together, or rank_pattern lacks this module");
+  [[noreturn]] void refuse_rank(const safetensors::entry& t, index_t rank, std::string_view dimension,
+                                std::string_view hint = {}) const {
+    refuse(
+        t,
+        sentence({"rank ", std::to_string(rank), ", as the config says for this module, as its ", dimension, " dimension"}),
+        t.text(),
+        hint.empty() ? "the config and the tensors do not belong together, or rank_pattern lacks this module" : hint);
   }
-  [[noreturn]] void refuse(const safetensors::entry& t, std::string expected, std::string found,
-                           std::string hint = "") const {
-    io_detail::refuse_tensor(tensors_, t, std::move(expected), std::move(found), std::move(hint));
+  [[noreturn]] void refuse(const safetensors::entry& t, std::string_view expected, std::string_view found,
+                           std::string_view hint = {}) const {
+    io_detail::refuse_tensor(tensors_, t, expected, found, hint);
   }
 
   const config& config_;

@@ -128,11 +128,9 @@ class peft_directory {
     std::error_code failure;
     return std::filesystem::exists(path, failure);
   }
-  [[noreturn]] static void refuse(const std::filesystem::path& path, const char* name, std::string found, std::string hint) {
-    detail::raise(format_error({.path = path.string(),
-                                .expected = "an adapter's directory with " + std::string(name),
-                                .found = std::move(found),
-                                .hint = std::move(hint)}));
+  [[noreturn]] static void refuse(const std::filesystem::path& path, const char* name, std::string_view found,
+                                  std::string_view hint) {
+    io_detail::refuse({.path = path.string()}, sentence({"an adapter's directory with ", name}), found, hint);
   }
 
   std::filesystem::path path_;

@@ -48,14 +48,9 @@ struct replacing_tensor {
 };
 
 /// Throws format_error about one tensor of a file.
-[[noreturn]] inline void refuse_tensor(const safetensors::file& tensors, const safetensors::entry& t, std::string expected,
-                                       std::string found, std::string hint = "") {
-  detail::raise(format_error({.path = tensors.name(),
-                              .item = std::string(t.name),
-                              .offset = t.offset,
-                              .expected = std::move(expected),
-                              .found = std::move(found),
-                              .hint = std::move(hint)}));
+[[noreturn]] inline void refuse_tensor(const safetensors::file& tensors, const safetensors::entry& t,
+                                       std::string_view expected, std::string_view found, std::string_view hint = {}) {
+  io_detail::refuse({.path = tensors.name(), .item = t.name, .offset = t.offset}, expected, found, hint);
 }
 
 /// Throws format_error about a tensor without elements.
@@ -69,11 +64,10 @@ struct replacing_tensor {
 inline void check_work(const peft::config& c, double steps) {
   constexpr double most = 2e9;
   if (steps <= most) return;
-  detail::raise(format_error({.path = c.path,
-                              .expected = "patterns and lists of names (rank_pattern, alpha_pattern, target_modules, "
-                                          "modules_to_save ...) that can be looked up for every name of the file",
-                              .found = "more work than a reader may do for a file",
-                              .hint = "use plain names, or fewer of them"}));
+  io_detail::refuse({.path = c.path},
+                    "patterns and lists of names (rank_pattern, alpha_pattern, target_modules, "
+                    "modules_to_save ...) that can be looked up for every name of the file",
+                    "more work than a reader may do for a file", "use plain names, or fewer of them");
 }
 
 class peft_keys {
@@ -163,7 +157,7 @@ class peft_keys {
       (bare.nested() ? nested : single) = &t;
       if (first == nullptr) front = bare.front();
       if (first != nullptr && bare.front() != front)
-        refuse_tensor(tensors_, t, "one adapter in a file", "another front than in " + in_quotes(first->name),
+        refuse_tensor(tensors_, t, "one adapter in a file", sentence({"another front than in ", in_quotes(first->name)}),
                       "a dict of several state dicts was saved: save each by itself");
       first = &t;
       if (bare.part().empty()) continue;
@@ -182,19 +176,21 @@ class peft_keys {
                      " names; PEFT loads none of these tensors");
   }
   [[noreturn]] void refuse_wrapper(const safetensors::entry& t, const unwrapped_name& bare) const {
-    refuse_tensor(tensors_, t, "a name of the base's modules", in_quotes(bare.part()) + " in it, left by " + bare.who(),
-                  "a base has no weight of this name: save the unwrapped model, or read the tensor as " +
-                      in_quotes(bare.name()) +
-                      " with read_options::wrappers = wrapper_names::strip. A base whose own modules "
-                      "are called so is read with wrapper_names::keep");
+    refuse_tensor(tensors_, t, "a name of the base's modules",
+                  sentence({in_quotes(bare.part()), " in it, left by ", bare.who()}),
+                  sentence({"a base has no weight of this name: save the unwrapped model, or read the tensor as ",
+                            in_quotes(bare.name()),
+                            " with read_options::wrappers = wrapper_names::strip. A base whose own modules "
+                            "are called so is read with wrapper_names::keep"}));
   }
   void take_off_component() {
     const std::string front = config_.component + ".";
     for (const auto name : tensors_.names()) {
       const auto& t = tensors_.at(name);
       if (!name.starts_with(front))
-        refuse_tensor(tensors_, t, "a name that begins with " + in_quotes(front) + ", for whose model the config is",
-                      "another", "give each model's adapter a file of its own");
+        refuse_tensor(tensors_, t,
+                      sentence({"a name that begins with ", in_quotes(front), ", for whose model the config is"}), "another",
+                      "give each model's adapter a file of its own");
       unwrapped_.emplace(&t, std::string(name.substr(front.size())));
     }
   }
@@ -217,7 +213,7 @@ class peft_keys {
       if (module.*p.where != nullptr ||
           (factor && (module.A != nullptr || module.B != nullptr) && module.embedding != p.embedding))
         refuse_tensor(tensors_, t, "one adapter for a module",
-                      "a second tensor of the same part, " + in_quotes((module.any())->name));
+                      sentence({"a second tensor of the same part, ", in_quotes(module.any()->name)}));
       module.*p.where = &t;
       if (factor) module.embedding = p.embedding;
       return;
@@ -225,7 +221,7 @@ class peft_keys {
     if (name.ends_with(token_suffix)) {
       const auto embedding = name.substr(0, name.size() - token_suffix.size());
       if (!token_rows_.emplace(embedding, &t).second)
-        refuse_tensor(tensors_, t, "the trained rows of " + in_quotes(embedding) + " once", "them twice");
+        refuse_tensor(tensors_, t, sentence({"the trained rows of ", in_quotes(embedding), " once"}), "them twice");
       return;
     }
     other_.push_back(&t);
@@ -303,8 +299,8 @@ class peft_keys {
       const auto [other, first] = seen.emplace(each.name, each.tensor);
       const auto &a = *other->second, &b = *each.tensor;
       if (!first && !std::equal(a.bytes.begin(), a.bytes.end(), b.bytes.begin(), b.bytes.end()))
-        refuse_tensor(tensors_, b, "one tensor for " + in_quotes(each.name), "another in " + in_quotes(a.name),
-                      "remove the one that is not meant");
+        refuse_tensor(tensors_, b, sentence({"one tensor for ", in_quotes(each.name)}),
+                      sentence({"another in ", in_quotes(a.name)}), "remove the one that is not meant");
     }
   }
 
@@ -376,16 +372,16 @@ class peft_keys {
     if (saved == saved_.end() && of.trained) saved = beside(of.rest.substr(of.rest.find('.') + 1));
     if (saved == saved_.end()) {
       if (options_.lenient) return pass_over(t);
-      refuse_tensor(
-          tensors_, t,
-          "a tensor " + in_quotes(std::string(of.module) + "." + std::string(of.rest)) + " beside it, which PEFT reads",
-          "none", "the file is incomplete; read_options::lenient passes over this tensor");
+      refuse_tensor(tensors_, t,
+                    sentence({"a tensor ", in_quotes(std::string(of.module) + "." + std::string(of.rest)),
+                              " beside it, which PEFT reads"}),
+                    "none", "the file is incomplete; read_options::lenient passes over this tensor");
     }
     const auto& other = *saved->second;
     if (of.trained &&
         (t.dtype != other.dtype || !std::equal(t.bytes.begin(), t.bytes.end(), other.bytes.begin(), other.bytes.end())))
-      refuse_tensor(tensors_, t, "the values of " + in_quotes(other.name) + ", of which it is a copy", "others",
-                    "PEFT reads " + in_quotes(other.name) + ": remove the copy if that is the one that is meant");
+      refuse_tensor(tensors_, t, sentence({"the values of ", in_quotes(other.name), ", of which it is a copy"}), "others",
+                    sentence({"PEFT reads ", in_quotes(other.name), ": remove the copy if that is the one that is meant"}));
     add_replacing(t, saved->first, reason::unused_copy);
   }
 
@@ -397,7 +393,7 @@ class peft_keys {
     for (const auto* other : other_)
       if (const auto meaning = meaning_of(tensors_, *other); !meaning.empty() && last_segment(other->name) != "alpha")
         refuse_tensor(tensors_, t, expected, "another",
-                      "the file has also " + in_quotes(other->name) + ": " + std::string(meaning));
+                      sentence({"the file has also ", in_quotes(other->name), ": ", meaning}));
     if (!own.empty()) refuse_tensor(tensors_, t, expected, std::string(own));
     const std::string lenient =
         "PEFT loads it where the base has a tensor of this name, and read_options::lenient gives it as "

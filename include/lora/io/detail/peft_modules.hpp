@@ -73,8 +73,9 @@ class peft_modules {
     std::uint64_t layer = 0;
     const auto parsed = std::from_chars(number.data(), number.data() + number.size(), layer);
     if (parsed.ec != std::errc() || layer >= origins_.size())
-      refuse_tensor(tensors_, t, "a layer of the " + std::to_string(origins_.size()) + " that layer_replication makes",
-                    "layer " + std::string(number), "the config and the tensors do not belong together");
+      refuse_tensor(tensors_, t,
+                    sentence({"a layer of the ", std::to_string(origins_.size()), " that layer_replication makes"}),
+                    sentence({"layer ", number}), "the config and the tensors do not belong together");
     const auto origin = origins_[static_cast<std::size_t>(layer)];
     base_name result{name, copies_.at(origin) > 1};
     if (origin != layer)
@@ -96,7 +97,8 @@ class peft_modules {
     if (!parameters.empty() && !selected(path, bare)) return parameter(bare, depth, parameters, t);
     if (depth != 0)
       refuse(t, "an adapter of a module",
-             "an adapter inside " + in_quotes(bare) + ", which is neither an attention nor named by target_parameters",
+             sentence(
+                 {"an adapter inside ", in_quotes(bare), ", which is neither an attention nor named by target_parameters"}),
              "a PeftModel around a PeftModel saves so, too: each of its adapters needs a file of its own");
     if (t.embedding) return {peft::entry_kind::embedding, bare, bare};
     const auto* factor = t.A != nullptr ? t.A : t.B;
@@ -133,12 +135,10 @@ class peft_modules {
     return answer.fits;
   }
   [[noreturn]] void refuse_undecided(const char* key, const std::string& expression, const std::string& module) const {
-    detail::raise(
-        format_error({.path = config_.path,
-                      .item = key,
-                      .expected = "an expression whose answer does not depend on the Unicode class of a letter",
-                      .found = in_quotes(expression) + " for the module " + in_quotes(module),
-                      .hint = "write the module's name, or a class of characters in place of \\w, \\d, \\s or \\b"}));
+    io_detail::refuse({.path = config_.path, .item = key},
+                      "an expression whose answer does not depend on the Unicode class of a letter",
+                      sentence({in_quotes(expression), " for the module ", in_quotes(module)}),
+                      "write the module's name, or a class of characters in place of \\w, \\d, \\s or \\b");
   }
 
   /// x.base_layer.base_layer: the module x inside two wrappers.
@@ -175,10 +175,10 @@ class peft_modules {
     std::size_t wrappers = 0;
     for (std::string path = module; keys_.modules().contains(path); path += ".base_layer") ++wrappers;
     if (depth >= wrappers)
-      refuse(t, "an adapter inside each of the " + std::to_string(depth + 1) + " wrappers of " + in_quotes(module),
-             std::to_string(wrappers) + " from the outermost on", "the file is incomplete");
+      refuse(t, sentence({"an adapter inside each of the ", std::to_string(depth + 1), " wrappers of ", in_quotes(module)}),
+             sentence({std::to_string(wrappers), " from the outermost on"}), "the file is incomplete");
     if (names.size() < wrappers || (names.size() > wrappers && listed_in_order(names).size() != wrappers))
-      refuse(t, std::to_string(names.size()) + " adapters inside " + in_quotes(module) + ", for " + listed(names),
+      refuse(t, sentence({std::to_string(names.size()), " adapters inside ", in_quotes(module), ", for ", listed(names)}),
              std::to_string(wrappers),
              names.size() < wrappers ? "" : "list the parameters that the file has in read_options::parameter_order");
     names = names.size() > wrappers ? listed_in_order(names) : names;
@@ -191,7 +191,7 @@ class peft_modules {
                                     const module_tensors& t) const {
     auto result = listed_in_order(names);
     if (result.size() != names.size())
-      refuse(t, "to know in which order " + in_quotes(module) + " registers " + listed(names),
+      refuse(t, sentence({"to know in which order ", in_quotes(module), " registers ", listed(names)}),
              options_.parameter_order.empty() ? "no order: it is in the model's code, not in the files"
                                               : "an order without all of them",
              "give it in read_options::parameter_order");
@@ -205,15 +205,16 @@ class peft_modules {
     return result;
   }
 
-  [[noreturn]] void refuse(const module_tensors& t, std::string expected, std::string found, std::string hint = "") const {
-    refuse_tensor(tensors_, *t.any(), std::move(expected), std::move(found), std::move(hint));
+  [[noreturn]] void refuse(const module_tensors& t, std::string_view expected, std::string_view found,
+                           std::string_view hint = {}) const {
+    refuse_tensor(tensors_, *t.any(), expected, found, hint);
   }
 
   const peft::config& config_;
   const peft_keys& keys_;
   const safetensors::file& tensors_;
   const peft::read_options& options_;
-  peft::config_detail::target_rule rule_;
+  target_rule rule_;
   std::vector<std::uint64_t> origins_;           // of the layers that layer_replication makes
   std::map<std::uint64_t, std::size_t> copies_;  // of a layer of the base
 };

@@ -104,24 +104,22 @@ inline std::string hint_from_first_bytes(std::span<const std::byte> bytes) {
 /// Rules 1 to 3: the first eight bytes against the size of the whole file. Throws format_error.
 inline header check_length(std::span<const std::byte> first, std::uint64_t file_bytes, std::string_view path,
                            const safetensors::limits& limit) {
-  const auto refuse = [&](std::string expected, std::string found, std::string hint) {
-    detail::raise(format_error({.path = std::string(path),
-                                .offset = 0,
-                                .expected = std::move(expected),
-                                .found = std::move(found),
-                                .hint = std::move(hint)}));
+  const auto refuse = [&](std::string_view expected, std::string_view found, std::string_view hint) {
+    io_detail::refuse({.path = path, .offset = 0}, expected, found, hint);
   };
   if (file_bytes < 8)
-    refuse("a safetensors file, which begins with 8 bytes of header length", std::to_string(file_bytes) + " bytes in all",
+    refuse("a safetensors file, which begins with 8 bytes of header length",
+           sentence({std::to_string(file_bytes), " bytes in all"}),
            file_bytes == 0 ? "the file is empty: was the download or the save interrupted?" : damaged_hint);
   std::uint64_t length = 0;
   for (std::size_t k = 8; k-- > 0;) length = length << 8 | std::to_integer<std::uint64_t>(first[k]);
   const std::uint64_t largest = std::min<std::uint64_t>(limit.header_bytes, 100'000'000);
   if (length > largest)
-    refuse("a header length of at most " + std::to_string(largest), std::to_string(length), hint_from_first_bytes(first));
+    refuse(sentence({"a header length of at most ", std::to_string(largest)}), std::to_string(length),
+           hint_from_first_bytes(first));
   if (length > file_bytes - 8)
-    refuse("a header length that the file holds, " + std::to_string(file_bytes - 8) + " bytes left",
-           "header length " + std::to_string(length),
+    refuse(sentence({"a header length that the file holds, ", std::to_string(file_bytes - 8), " bytes left"}),
+           sentence({"header length ", std::to_string(length)}),
            "the file is cut off, or its length field is wrong: download or save it again");
   header result;
   result.path = std::string(path);
@@ -142,7 +140,7 @@ class header_handler {
         if (result_.metadata.find(name) != result_.metadata.end())
           refuse(offset, std::string(name), "a __metadata__ key once", "it twice");
         if (result_.metadata.size() >= limit_.metadata)
-          refuse(offset, metadata_name, "at most " + std::to_string(limit_.metadata) + " pairs", "more");
+          refuse(offset, metadata_name, sentence({"at most ", std::to_string(limit_.metadata), " pairs"}), "more");
         metadata_key_ = name;
         break;
       case level::entry: begin_field(name, offset); break;
@@ -159,7 +157,7 @@ class header_handler {
         break;
       case level::metadata:
         if (value.kind != json_kind::string)
-          refuse(offset, metadata_name, "text under the key " + in_quotes(metadata_key_), value.text());
+          refuse(offset, metadata_name, sentence({"text under the key ", in_quotes(metadata_key_)}), value.text());
         result_.metadata.emplace(std::move(metadata_key_), value.string);
         break;
       case level::entry: field_value(value, offset); break;
@@ -181,11 +179,11 @@ class header_handler {
       if (!in_metadata_ && kind != json_kind::object) refuse_entry(offset, json_kind_name(kind));
       level_ = in_metadata_ ? level::metadata : level::entry;
     } else if (level_ == level::metadata) {
-      refuse(offset, metadata_name, "text under the key " + in_quotes(metadata_key_), json_kind_name(kind));
+      refuse(offset, metadata_name, sentence({"text under the key ", in_quotes(metadata_key_)}), json_kind_name(kind));
     } else if (level_ == level::entry) {
       begin_field_value(kind, offset);
     } else {
-      refuse_tensor(offset, "unsigned integers in " + std::string(fields[field_]), json_kind_name(kind));
+      refuse_tensor(offset, sentence({"unsigned integers in ", fields[field_]}), json_kind_name(kind));
     }
   }
 
@@ -219,10 +217,10 @@ class header_handler {
       return;
     }
     if (name.size() > limit_.name_bytes)
-      refuse(offset, std::string(name), "a name of at most " + std::to_string(limit_.name_bytes) + " bytes",
+      refuse(offset, std::string(name), sentence({"a name of at most ", std::to_string(limit_.name_bytes), " bytes"}),
              std::to_string(name.size()));
     if (result_.tensors.size() >= limit_.tensors)
-      refuse(offset, std::string(name), "at most " + std::to_string(limit_.tensors) + " tensors", "more");
+      refuse(offset, std::string(name), sentence({"at most ", std::to_string(limit_.tensors), " tensors"}), "more");
     entry_ = {.name_at = static_cast<std::uint32_t>(result_.names.size()),
               .name_size = static_cast<std::uint32_t>(name.size()),
               .shape_at = static_cast<std::uint32_t>(result_.shapes.size()),
@@ -236,12 +234,12 @@ class header_handler {
     field_ = static_cast<std::size_t>(std::find(fields.begin(), fields.end(), name) - fields.begin());
     if (field_ == other) {
       if (other_fields_.size() >= limit_.other_fields)
-        refuse_tensor(offset, "at most " + std::to_string(limit_.other_fields) + " other fields", "more",
+        refuse_tensor(offset, sentence({"at most ", std::to_string(limit_.other_fields), " other fields"}), "more",
                       "safetensors::limits raises it");
       other_fields_.emplace_back(name);
       return;
     }
-    if (seen_[field_]) refuse_tensor(offset, "the field " + in_quotes(name) + " once", "it twice");
+    if (seen_[field_]) refuse_tensor(offset, sentence({"the field ", in_quotes(name), " once"}), "it twice");
     seen_[field_] = true;
   }
 
@@ -250,18 +248,18 @@ class header_handler {
       if (value.kind != json_kind::string) refuse_tensor(offset, "a dtype as text", value.text());
       const auto known = safetensors::dtype_named(value.string);
       if (!known)
-        refuse_tensor(offset, "a dtype this reader knows (" + safetensors::all_dtype_names() + ")", in_quotes(value.string),
-                      "save the tensor as one of them");
+        refuse_tensor(offset, sentence({"a dtype this reader knows (", safetensors::all_dtype_names(), ")"}),
+                      in_quotes(value.string), "save the tensor as one of them");
       entry_.type = *known;
     } else if (field_ != other) {
-      refuse_tensor(offset, "an array of unsigned integers as " + std::string(fields[field_]), value.text());
+      refuse_tensor(offset, sentence({"an array of unsigned integers as ", fields[field_]}), value.text());
     }
   }
 
   void begin_field_value(json_kind kind, std::uint64_t offset) {
     if (field_ == dtype_field) refuse_tensor(offset, "a dtype as text", json_kind_name(kind));
     if (field_ != other && kind != json_kind::array)
-      refuse_tensor(offset, "an array of unsigned integers as " + std::string(fields[field_]), json_kind_name(kind));
+      refuse_tensor(offset, sentence({"an array of unsigned integers as ", fields[field_]}), json_kind_name(kind));
     level_ = field_ == other ? level::skipped : field_ == shape_field ? level::shape : level::offsets;
     if (level_ == level::skipped) skipped_depth_ = 1;
     if (level_ == level::offsets) offsets_ = 0;
@@ -272,7 +270,7 @@ class header_handler {
     if (value.unsigned_integer > static_cast<std::uint64_t>(std::numeric_limits<std::int64_t>::max()))
       refuse_tensor(offset, "a dimension below 2^63", value.text());
     if (entry_.dimensions >= std::min<std::uint64_t>(limit_.dimensions, std::numeric_limits<std::uint16_t>::max()))
-      refuse_tensor(offset, "at most " + std::to_string(limit_.dimensions) + " dimensions", "more",
+      refuse_tensor(offset, sentence({"at most ", std::to_string(limit_.dimensions), " dimensions"}), "more",
                     "safetensors::limits raises it");
     result_.shapes.push_back(value.unsigned_integer);
     ++entry_.dimensions;
@@ -287,31 +285,27 @@ class header_handler {
 
   void finish_entry(std::uint64_t offset) {
     for (std::size_t k = 0; k < fields.size(); ++k)
-      if (!seen_[k]) refuse_tensor(offset, "the field " + std::string(fields[k]), "none");
+      if (!seen_[k]) refuse_tensor(offset, sentence({"the field ", fields[k]}), "none");
     if (other_fields_.size() > 1) {
       std::sort(other_fields_.begin(), other_fields_.end());
       const auto twice = std::adjacent_find(other_fields_.begin(), other_fields_.end());
-      if (twice != other_fields_.end()) refuse_tensor(offset, "the field " + in_quotes(*twice) + " once", "it twice");
+      if (twice != other_fields_.end())
+        refuse_tensor(offset, sentence({"the field ", in_quotes(*twice), " once"}), "it twice");
     }
     result_.tensors.push_back(entry_);
   }
 
-  [[noreturn]] void refuse_entry(std::uint64_t offset, std::string found) const {
-    refuse_tensor(offset, "an object with dtype, shape and data_offsets", std::move(found));
+  [[noreturn]] void refuse_entry(std::uint64_t offset, std::string_view found) const {
+    refuse_tensor(offset, "an object with dtype, shape and data_offsets", found);
   }
   /// Of the tensor that is being read.
-  [[noreturn]] void refuse_tensor(std::uint64_t offset, std::string expected, std::string found,
-                                  const char* hint = damaged_hint) const {
-    refuse(offset, std::string(result_.name_of(entry_)), std::move(expected), std::move(found), hint);
+  [[noreturn]] void refuse_tensor(std::uint64_t offset, std::string_view expected, std::string_view found,
+                                  std::string_view hint = damaged_hint) const {
+    refuse(offset, std::string(result_.name_of(entry_)), expected, found, hint);
   }
-  [[noreturn]] void refuse(std::uint64_t offset, std::string item, std::string expected, std::string found,
-                           const char* hint = "") const {
-    detail::raise(format_error({.path = result_.path,
-                                .item = std::move(item),
-                                .offset = offset,
-                                .expected = std::move(expected),
-                                .found = std::move(found),
-                                .hint = hint}));
+  [[noreturn]] void refuse(std::uint64_t offset, std::string_view item, std::string_view expected, std::string_view found,
+                           std::string_view hint = {}) const {
+    io_detail::refuse({.path = result_.path, .item = item, .offset = offset}, expected, found, hint);
   }
 
   static constexpr std::array<std::string_view, 3> fields{"dtype", "shape", "data_offsets"};
@@ -424,8 +418,8 @@ class header_rules {
     if (needed && t.end - t.begin == *needed) return;
     const std::string what = std::string(safetensors::name_of(t.type)) + " " + shape_list(h_.shape_of(t));
     if (!needed) refuse(t, "a shape whose bytes can be counted", what, "it overflows 64 bits or ends inside a byte");
-    refuse(t, std::to_string(*needed) + " bytes for " + what, std::to_string(t.end - t.begin) + " at " + range(t),
-           damaged_hint);
+    refuse(t, sentence({std::to_string(*needed), " bytes for ", what}),
+           sentence({std::to_string(t.end - t.begin), " at ", range(t)}), damaged_hint);
   }
 
   void check_order() const {
@@ -435,8 +429,8 @@ class header_rules {
       if (t.begin != at) {
         const std::string neighbour =
             before == nullptr ? "the beginning of the data" : in_quotes(h_.name_of(*before)) + " " + range(*before);
-        refuse(t, "to begin at " + std::to_string(at) + ", where " + neighbour + " ends", range(t),
-               std::string(t.begin > at ? "a hole in the data" : "two tensors share bytes") + "; " + damaged_hint);
+        refuse(t, sentence({"to begin at ", std::to_string(at), ", where ", neighbour, " ends"}), range(t),
+               sentence({std::string(t.begin > at ? "a hole in the data" : "two tensors share bytes"), "; ", damaged_hint}));
       }
       at = t.end;
       before = &t;
@@ -451,16 +445,16 @@ class header_rules {
     const bool padding = !cut && looks_like_padding(off);
     if (padding && tolerate_.uncounted_padding) return take_padding(off);
     if (!cut && !padding && tolerate_.trailing_bytes) return drop_trailing(off);
-    detail::raise(format_error({.path = h_.path,
-                                .item = h_.tensors.empty() ? "" : std::string(h_.name_of(h_.tensors.back())),
-                                .offset = h_.data_offset() + std::min(end, h_.data_bytes),
-                                .expected = "tensor data to end at " + std::to_string(end),
-                                .found = "a data size of " + std::to_string(h_.data_bytes) + ", " + std::to_string(off) +
-                                         (cut ? " bytes missing" : " bytes too many"),
-                                .hint = cut       ? "the file is cut off: download or save it again"
-                                        : padding ? "probably uncounted header padding: the data would be shifted by it "
-                                                    "(tolerances::uncounted_padding reads it so)"
-                                                  : "tolerances::trailing_bytes reads the file without them"}));
+    io_detail::refuse({.path = h_.path,
+                       .item = h_.tensors.empty() ? "" : std::string(h_.name_of(h_.tensors.back())),
+                       .offset = h_.data_offset() + std::min(end, h_.data_bytes)},
+                      sentence({"tensor data to end at ", std::to_string(end)}),
+                      sentence({"a data size of ", std::to_string(h_.data_bytes), ", ", std::to_string(off),
+                                (cut ? " bytes missing" : " bytes too many")}),
+                      cut       ? "the file is cut off: download or save it again"
+                      : padding ? "probably uncounted header padding: the data would be shifted by it "
+                                  "(tolerances::uncounted_padding reads it so)"
+                                : "tolerances::trailing_bytes reads the file without them");
   }
 
   /// As many bytes as bring the header to a multiple of 8, and all of them NUL or all spaces.
@@ -482,13 +476,9 @@ class header_rules {
   static std::string range(const header_entry& t) {
     return "[" + std::to_string(t.begin) + ", " + std::to_string(t.end) + ")";
   }
-  [[noreturn]] void refuse(const header_entry& t, std::string expected, std::string found, std::string hint) const {
-    detail::raise(format_error({.path = h_.path,
-                                .item = std::string(h_.name_of(t)),
-                                .offset = t.offset,
-                                .expected = std::move(expected),
-                                .found = std::move(found),
-                                .hint = std::move(hint)}));
+  [[noreturn]] void refuse(const header_entry& t, std::string_view expected, std::string_view found,
+                           std::string_view hint) const {
+    io_detail::refuse({.path = h_.path, .item = std::string(h_.name_of(t)), .offset = t.offset}, expected, found, hint);
   }
 
   header& h_;

@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <initializer_list>
 #include <string>
 #include <string_view>
 #include <utility>
@@ -37,6 +38,13 @@ inline std::string printable(std::string_view name) {
 
 inline std::string in_quotes(std::string_view name) { return '"' + printable(name) + '"'; }
 
+/// The pieces one after another, for messages.
+[[gnu::cold, gnu::noinline]] inline std::string sentence(std::initializer_list<std::string_view> pieces) {
+  std::string result;
+  for (const auto piece : pieces) result += piece;
+  return result;
+}
+
 /// "a", "b", "c": at most `most` of them, then how many more.
 template <class Names>
 std::string listed(const Names& names, std::size_t most = 8) {
@@ -47,6 +55,13 @@ std::string listed(const Names& names, std::size_t most = 8) {
     ++count;
   }
   return count > most ? result + " and " + std::to_string(count - most) + " more" : result;
+}
+
+/// ASCII letters in lower case.
+inline std::string lower_case(std::string text) {
+  std::transform(text.begin(), text.end(), text.begin(),
+                 [](char x) { return x >= 'A' && x <= 'Z' ? static_cast<char>(x - 'A' + 'a') : x; });
+  return text;
 }
 
 /// What a repository holds in place of a large file.
