@@ -128,6 +128,7 @@ target_sources(lora_io INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DI
   include/lora/io/peft_inventory.hpp
   include/lora/io/peft_patterns.hpp
   include/lora/io/peft_replacement.hpp
+  include/lora/io/peft_stacks.hpp
   include/lora/io/peft_verbs.hpp
   include/lora/io/peft_write.hpp
   include/lora/io/safetensors.hpp

@@ -133,7 +133,7 @@ void apply(workspace& space, const X& x, Y&& y, const L&... l) {
     const detail::default_environment environment;
     decltype(auto) input = detail::in_memory(x);
     const index_t out = detail::output_view(y).rows(), in = detail::input_view(input).rows();
-    return mixed_form<acc>("apply", out, in, detail::steps_of<acc>("apply", out, in, nullptr, l...));
+    return mixed_form<acc>("apply", out, in, detail::steps_of(step_request<acc>{"apply", 1.0, nullptr, step_use::product}, out, in, l...));
   }();
   apply(space, x, y, form);
 }

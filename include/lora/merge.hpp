@@ -100,6 +100,15 @@ inline void refuse_nonfinite(const tally& seen, index_t size) {
                                      " of them are finite now); W is untouched");
 }
 
+/// What merge_checked does before it writes: throws unless every element of the result is finite.
+template <class View, class... L>
+void check_merge(const View& weight, const L&... l) {
+  const default_environment environment;
+  workspace space;
+  const auto update = update_for(space, "merge_checked", merging, weight, l...);
+  refuse_nonfinite(subtract_update<writing::nowhere>(update, weight), weight.size());
+}
+
 template <class M>
 concept mergeable = matrix_like<M> || is_packed_weight<bare<M>>;
 

@@ -322,11 +322,19 @@ inline constexpr bool is_mixed_form<mixed_form<Acc>> = true;
 
 /// The form of adapters beside a weight: a view or a packed weight, out_features x in_features.
 template <class Acc, class W, class... L>
-mixed_form<Acc> form_beside(const char* operation, const W& weight, const L&... l) {
+mixed_form<Acc> form_beside(const char* operation, step_use use, const W& weight, const L&... l) {
   const default_environment environment;
   const auto base = reader_of<Acc>(weight);
   const index_t out = base.out_features(), in = base.in_features();
-  return mixed_form<Acc>(operation, out, in, steps_of(step_request<Acc>{operation, 1.0, &base}, out, in, l...));
+  return mixed_form<Acc>(operation, out, in, steps_of(step_request<Acc>{operation, 1.0, &base, use}, out, in, l...));
+}
+
+/// The same for a weight as the adapters' base stores it.
+template <class Acc, class W, class... L>
+mixed_form<Acc> form_beside_stored(const char* operation, step_use use, const W& weight, const L&... l) {
+  if constexpr (!is_packed_weight<W>)
+    if (are_stored_in_out(operation, l...)) return form_beside<Acc>(operation, use, weight.transpose(), l...).for_in_out();
+  return form_beside<Acc>(operation, use, weight, l...);
 }
 
 template <class Acc, class... Operands>
@@ -396,10 +404,10 @@ auto mixed(const M& W, const L&... l) {
   static_assert(std::is_same_v<acc, double> || !(detail::holds_double<detail::bare<M>> || ... || detail::holds_double<L>),
                 "lora::mixed: W or an adapter holds double, which a form of float would round");
   if constexpr (detail::is_packed_weight<detail::bare<M>>) {
-    return detail::form_beside<acc>("mixed", W, l...);
+    return detail::form_beside<acc>("mixed", step_use::prepare, W, l...);
   } else {
     const auto weight = as_matrix(W);
-    return detail::form_beside<acc>("mixed", weight, l...);
+    return detail::form_beside_stored<acc>("mixed", step_use::prepare, weight, l...);
   }
 }
 
@@ -411,7 +419,7 @@ auto mixed(I out_features, std::type_identity_t<I> in_features, const L&... l) {
                 "lora::mixed: an adapter holds double, which a form of float would round");
   const detail::default_environment environment;
   const auto out = static_cast<index_t>(out_features), in = static_cast<index_t>(in_features);
-  return mixed_form<acc>("mixed", out, in, detail::steps_of(step_request<acc>{"mixed"}, out, in, l...));
+  return mixed_form<acc>("mixed", out, in, detail::steps_of(step_request<acc>{"mixed", 1.0, nullptr, step_use::prepare}, out, in, l...));
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

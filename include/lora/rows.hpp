@@ -302,7 +302,7 @@ void rows(const M& W, const R& ids, Y&& y, const L&... l) {
   detail::refuse_temporary<Y>();
   const auto run = [&](const auto& weight, const auto& as_given) {
     using acc = accumulator_t<detail::bare<decltype(weight)>, Y, L...>;
-    rows(as_given, ids, y, detail::form_beside<acc>("rows", weight.transpose(), l...));
+    rows(as_given, ids, y, detail::form_beside<acc>("rows", step_use::rows, weight.transpose(), l...));
   };
   if constexpr (rows_detail::is_scaled_embedding<M>)
     run(W.weight, W);

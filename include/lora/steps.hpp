@@ -166,15 +166,27 @@ class weight_rows {
   virtual const detail::square_source<Acc>* squares() const { return nullptr; }
 };
 
+/// What the steps are for.
+enum class step_use {
+  merge,    ///< into a weight
+  prepare,  ///< a mixed form, for any use
+  product,  ///< y = W x: forward, apply
+  rows,     ///< an embedding's rows
+  through,  ///< a convolution of the caller's
+};
+
 /// What a verb asks a kind's steps for.
 template <class Acc>
 struct step_request {
-  const char* operation;                    ///< the verb, for messages
-  double strength = 1;                      ///< of scaled(strength, adapter), finite
-  const weight_rows<Acc>* weight = nullptr;  ///< the pristine base; null where the verb has none (apply)
+  const char* operation;                     ///< the verb, for messages
+  double strength = 1;                       ///< of scaled(strength, adapter), finite
+  const weight_rows<Acc>* weight = nullptr;  ///< the base as it was before any merge; null where the verb has none (apply)
+  step_use use = step_use::merge;
 };
 
-/// A class that says its steps.
+/// A class that says its steps. It may also have
+///   bool stored_in_out() const                             the base stores its weight in x out, and verbs take it so
+///   void check_fits(operation, out_features, in_features)  throws unless it is for such a weight, with a better sentence
 template <class K>
 concept adapter_kind = requires(const detail::bare<K>& k, const step_request<float>& f, const step_request<double>& d) {
   typename detail::bare<K>::value_type;
@@ -213,6 +225,16 @@ class scaled_kind {
   const K& of() const { return *of_; }
   index_t out_features() const { return of_->out_features(); }
   index_t in_features() const { return of_->in_features(); }
+  bool stored_in_out() const
+    requires requires(const K& k) { k.stored_in_out(); }
+  {
+    return of_->stored_in_out();
+  }
+  void check_fits(const char* operation, index_t out_features, index_t in_features) const
+    requires requires(const K& k) { k.check_fits(operation, out_features, in_features); }
+  {
+    of_->check_fits(operation, out_features, in_features);
+  }
   template <class Acc>
   std::vector<step<Acc>> steps(step_request<Acc> request) const {
     request.strength *= strength_;
@@ -274,9 +296,11 @@ void append_steps(std::vector<step<Acc>>& all, const step_request<Acc>& request,
 template <class Acc, class... L>
 std::vector<step<Acc>> steps_of(const step_request<Acc>& request, index_t out_features, index_t in_features, const L&... l) {
   std::vector<step<Acc>> all;
-  const auto add = [&]<class K>(const K& one) {
+  [[maybe_unused]] const auto add = [&]<class K>(const K& one) {
     if constexpr (low_rank<K>)
       check_adapter(request.operation, one, out_features, in_features);
+    else if constexpr (requires { one.check_fits(request.operation, out_features, in_features); })
+      one.check_fits(request.operation, out_features, in_features);
     else
       check_fit(request.operation, one.out_features(), one.in_features(), 1.0, out_features, in_features);
     append_steps(all, request, one);
@@ -298,7 +322,7 @@ bool is_stored_in_out(const K& k) {
 template <class... L>
 bool are_stored_in_out(const char* operation, const L&... l) {
   bool any = false, all = true;
-  const auto look = [&](const auto& one) { (is_stored_in_out(one) ? any : all) = is_stored_in_out(one); };
+  [[maybe_unused]] const auto look = [&](const auto& one) { (is_stored_in_out(one) ? any : all) = is_stored_in_out(one); };
   (visit_kinds(look, l), ...);
   if (any && !all)
     raise_value(operation, "one adapter is for a weight stored in x out, and another for one stored out x in");

@@ -203,7 +203,7 @@ void apply_through(const Down& down, Y&& y, const L&... l) {
   (detail::visit_kinds(look, l), ...);
   const index_t out = detail::output_view(y).rows();
   apply_through(down, y,
-                mixed_form<acc>("apply_through", out, in, detail::steps_of<acc>("apply_through", out, in, nullptr, l...)));
+                mixed_form<acc>("apply_through", out, in, detail::steps_of(step_request<acc>{"apply_through", 1.0, nullptr, step_use::through}, out, in, l...)));
 }
 
 /// A mistaken call of it gets a sentence.

@@ -36,30 +36,28 @@ concept factors_like = requires(bare<A>& a) {
   a.lora_A();
   a.lora_B();
 };
-/// peft::entry and scaled_entry.
+/// peft::entry, scaled or not.
 template <class A>
 concept entry_like = requires(const bare<A>& a) {
   a.factors();
   a.what_else();
 } || requires(const bare<A>& a) { a.of().what_else(); };
-/// dora_adapter and dora_view.
+/// dora_adapter, scaled or not.
 template <class A>
 concept dora_like = !entry_like<A> && (
                                           requires(const bare<A>& a) {
                                             a.factors().lora_A();
                                             a.magnitude();
                                           } ||
-                                          requires(const bare<A>& a) {
-                                            a.factors.lora_A();
-                                            a.magnitude.size();
-                                          });
+                                          requires(const bare<A>& a) { a.of().magnitude(); });
 /// Adapters of any kind that say their steps (steps.hpp).
 template <class A>
 concept says_steps = requires { &bare<A>::template steps<float>; };
+/// mixed_form.
 template <class A>
-concept attached_like = requires(const bare<A>& a) {
-  a.base_scale();
-  a.adapters();
+concept form_like = requires(const bare<A>& a) {
+  a.steps();
+  a.additive();
 };
 /// packed_adapter and scaled_packed_adapter.
 template <class A>

@@ -1,10 +1,24 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// One module's adapter out of a PEFT file, with everything the file says of it. An entry is more than factors: how the base
-// stores its weight, a bias of its own, a magnitude, a kernel, several experts. So it is not an adapter that a verb of the core
-// takes (a verb would ignore the rest); lora/io/peft_verbs.hpp has the verbs that honour all of it.
+// One module's adapter out of a PEFT file, with everything the file says of it: how the base stores its weight, a bias of its
+// own, a magnitude, a kernel, several experts. It is an adapter kind: the verbs take it where they take an adapter, with W as
+// the base stores it, and honour all of it.
+//
+//   merge(W, e...), unmerge, merged, merge_checked, merge(rounding::as_peft, W, e...)
+//   merge(W, b, e...), unmerge(W, b, e...)    and the base's bias b:  b += sum of s * bias
+//   merge(stack, e...)                        a tensor_view<T, 3> [experts, ., .] (peft_stacks.hpp)
+//   forward(W, x, y, e...), mixed(W, e...)    one product, whatever the kind
+//   apply(x, y, e...)                         y := round(y + sum of (s B (A x) + s bias))
+//   rows(W, ids, y, e...)                     an embedding's rows with its adapters
+//   apply_through(down, y, e...)              a convolution's, through the caller's convolution (through.hpp)
+//
+// A square W does not betray a wrong fan_in_fan_out (only a rectangular one "fits transposed"): before merging a file, compare
+// the shapes of all its entries with the base. A verb that cannot honour an entry wholly throws value_error before anything is
+// written: a bias without b, a grouped convolution in merge (its delta has no kernel of the base's shape), a change of the base
+// (see converted() in peft_convert.hpp), a weight that replicated layers share.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 #include <string>
 #include <type_traits>
@@ -12,15 +26,76 @@
 #include <vector>
 
 #include "lora/adapter.hpp"
+#include "lora/dora.hpp"
+#include "lora/io/detail/module_path.hpp"
 #include "lora/io/peft_entry_parts.hpp"
 #include "lora/scaled.hpp"
+#include "lora/steps.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::peft {
+
+template <scalar T>
+class entry;
+
+namespace entry_detail {
+
+/// What of the base a verb is given.
+enum class given { matrix, stack };
+
+/// PEFT looks at a module's is_transposed for stacks only: a parameter of two dimensions is out x in always.
+template <class T>
+bool stored_in_out(const entry<T>& e, given base) {
+  if (e.kind() == entry_kind::parameter && base == given::matrix) return false;
+  return e.fan_in_fan_out() || e.kind() == entry_kind::embedding;
+}
+
+/// A hint where only the number of tokens differs.
+template <class T>
+std::string resized_vocabulary(index_t stored_rows, index_t stored_cols, index_t rows, index_t cols, const entry<T>& e) {
+  const bool embeds = e.kind() == entry_kind::embedding || io_detail::is_embedding_name(e.name());
+  if (!embeds || stored_cols != cols || stored_rows == rows) return {};
+  const std::string tokens = "; the columns fit and the rows are tokens: ";
+  if (stored_rows > rows)
+    return tokens + "this base has a larger vocabulary, or a padded one, than the adapter was trained with";
+  return tokens + "the vocabulary was resized, probably, before the adapter was trained: resize the base to " +
+         std::to_string(rows) + " rows first (its new rows may be in a file beside the adapter)";
+}
+
+/// Throws shape_error, with a way out when W only fits the other way round.
+template <class T>
+void check_shape(const char* operation, index_t stored_rows, index_t stored_cols, const entry<T>& e,
+                 given base = given::matrix) {
+  const bool swapped = stored_in_out(e, base);
+  const index_t rows = swapped ? e.in_features() : e.out_features();
+  const index_t cols = swapped ? e.out_features() : e.in_features();
+  if (stored_rows == rows && stored_cols == cols) return;
+  std::string what = "the weight of " + e.name() + " is " + lora::detail::shape_text(stored_rows, stored_cols) +
+                     " and the adapter is for " + lora::detail::shape_text(rows, cols);
+  if (stored_rows == cols && stored_cols == rows && e.kind() == entry_kind::linear)
+    what += swapped ? "; it fits transposed: the config says fan_in_fan_out, but this base stores out x in: read with "
+                      "{.fan_in_fan_out = false}"
+                    : "; it fits transposed: this base stores in x out (fan_in_fan_out, as GPT-2 does) and the config does "
+                      "not say so: read with {.fan_in_fan_out = true}";
+  if (stored_rows == cols && stored_cols == rows && e.kind() == entry_kind::parameter)
+    what += base == given::stack
+                ? "; it fits transposed: a base may store [expert, in, out] (is_transposed), and PEFT before "
+                  "0.19.1 saved stacks transposed: read with read_options::parameters_in_out the other way"
+                : "; it fits transposed: if this is a slice of a stack of experts, pass the stack";
+  lora::detail::raise_shape(operation, what + resized_vocabulary(stored_rows, stored_cols, rows, cols, e));
+}
+
+/// Throws value_error where a use cannot honour an entry.
+template <class T>
+void check_use(const char* operation, step_use use, const entry<T>& e);
+
+}  // namespace entry_detail
 
 /// Immutable. Copies share what they hold, and moving copies, so that no entry is ever empty.
 template <scalar T>
 class entry {
  public:
+  using value_type = T;
+
   entry(const entry&) = default;
   entry& operator=(const entry&) = default;
   ~entry() = default;
@@ -123,6 +198,32 @@ class entry {
     return "";
   }
 
+  /// Whether the verbs take W in_features x out_features.
+  bool stored_in_out() const { return entry_detail::stored_in_out(*this, entry_detail::given::matrix); }
+  /// Throws shape_error unless it is for an out_features x in_features weight, with a way out where there is one.
+  void check_fits(const char* operation, index_t out_features, index_t in_features) const {
+    const bool swapped = stored_in_out();
+    entry_detail::check_shape(operation, swapped ? in_features : out_features, swapped ? out_features : in_features, *this);
+  }
+  /// The factors as stored, the gains of a magnitude, the bias.
+  template <class Acc>
+  std::vector<step<Acc>> steps(const step_request<Acc>& request) const {
+    entry_detail::check_use(request.operation, request.use, *this);
+    const double s = request.strength * scaling();
+    const any_factors shared(adapter_view<T>(factors()), parts_);
+    std::vector<step<Acc>> all;
+    if (!magnitude().empty())
+      all = lora::detail::dora_steps(request, shared, magnitude());
+    else if (!lora::detail::is_zero(s))
+      all.push_back(low_rank_step{shared, request.strength});
+    if (!lora_bias().empty() && !lora::detail::is_zero(s)) {
+      shift_step shift{.shift = std::vector<double>(lora_bias().size()), .of = name()};
+      for (std::size_t i = 0; i < shift.shift.size(); ++i) shift.shift[i] = s * lora::detail::widen<double>(lora_bias()[i]);
+      all.push_back(std::move(shift));
+    }
+    return all;
+  }
+
  private:
   static entry_parts<T> plain_parts(std::string& name, lora::adapter<T>& factors, bool fan_in_fan_out) {
     entry_parts<T> parts;
@@ -143,26 +244,30 @@ class entry {
   std::shared_ptr<const entry_parts<T>> parts_;
 };
 
-/// weight * (an entry): the delta and the bias at that strength; a magnitude stays. Looks at the entry, which must outlive it.
-template <scalar T>
-class scaled_entry {
- public:
-  scaled_entry(double weight, const entry<T>& of) : weight_(weight), entry_(&of) {
-    if (!lora::detail::is_finite(weight)) lora::detail::raise_value("scaled", "the weight is not finite");
-  }
-  double weight() const { return weight_; }
-  const entry<T>& of() const { return *entry_; }
+namespace entry_detail {
 
-  const std::string& name() const { return entry_->name(); }
-  index_t in_features() const { return entry_->in_features(); }
-  index_t out_features() const { return entry_->out_features(); }
-  bool fan_in_fan_out() const { return entry_->fan_in_fan_out(); }
-  scaled_adapter<lora::adapter<T>> factors() const { return {weight_, entry_->factors()}; }
+template <class T>
+void check_use(const char* operation, step_use use, const entry<T>& e) {
+  const auto refuse = [&](const std::string& why) { lora::detail::raise_value(operation, e.name() + why); };
+  if (e.change() != base_change::none)
+    refuse(std::string(" was trained beside a base that its initialization had changed (") + e.change_name(e.change()) +
+           "): make it an adapter of the published base with converted(W, entry) of lora/io/peft_convert.hpp");
+  if (use == step_use::merge && e.groups() > 1)
+    refuse(" is a convolution with " + std::to_string(e.groups()) +
+           " groups whose lora_A sees all channels, so that its delta has no kernel of the base's shape (PEFT refuses to merge "
+           "it too): mix it in with apply_through");
+  if ((use == step_use::merge || (use == step_use::prepare && !e.magnitude().empty())) && !e.shared_with().empty())
+    refuse(" is one of several layers of layer_replication that share the weight of " + e.shared_with() +
+           ": copy the weight for each layer and merge the factors() of its entry there, or mix with apply");
+  if (use == step_use::product && e.kind() == entry_kind::embedding) refuse(" is an embedding: use rows(W, ids, y, entry)");
+  const auto& kernel = e.kernel();
+  if (use == step_use::product && std::any_of(kernel.begin(), kernel.end(), [](auto extent) { return extent != 1; }))
+    refuse(" is a convolution with a kernel: use apply_through(down, y, entry)");
+  if (use == step_use::rows && e.kind() != entry_kind::embedding)
+    refuse(std::string(" is not an embedding but a ") + name_of(e.kind()));
+}
 
- private:
-  double weight_;
-  const entry<T>* entry_;
-};
+}  // namespace entry_detail
 
 namespace entry_detail {
 template <class E>
@@ -170,30 +275,13 @@ inline constexpr bool is_entry = false;
 template <class T>
 inline constexpr bool is_entry<entry<T>> = true;
 template <class T>
-inline constexpr bool is_entry<scaled_entry<T>> = true;
+inline constexpr bool is_entry<scaled_kind<entry<T>>> = true;
 }  // namespace entry_detail
 
 template <class E>
 concept adapter_entry = entry_detail::is_entry<std::remove_cvref_t<E>>;
 
-static_assert(lora::detail::entry_like<entry<float>> && lora::detail::entry_like<scaled_entry<float>>);
-static_assert(!low_rank<entry<float>> && !low_rank<scaled_entry<float>>,
-              "an entry must not pass as an adapter: what else it holds would be ignored");
+static_assert(adapter_kind<entry<float>> && lora::detail::entry_like<entry<float>>);
+static_assert(!low_rank<entry<float>>, "an entry must not pass as an adapter: what else it holds would be ignored");
 
 }  // namespace lora::inline LORA_DETAIL_ABI::peft
-
-namespace lora::inline LORA_DETAIL_ABI {
-
-/// The entry at weight times its own scaling, as a view. Throws value_error when the weight is not finite.
-template <scalar T>
-auto scaled(double weight, const peft::entry<T>& e) {
-  return peft::scaled_entry<T>(weight, e);
-}
-template <scalar T>
-void scaled(double weight, peft::entry<T>&& temporary) = delete;  // the view would outlive it
-template <scalar T>
-auto scaled(double weight, const peft::scaled_entry<T>& e) {
-  return peft::scaled_entry<T>(weight * e.weight(), e.of());
-}
-
-}  // namespace lora::inline LORA_DETAIL_ABI
