@@ -17,6 +17,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/advise.hpp
   include/lora/apply.hpp
   include/lora/batch.hpp
+  include/lora/bounds.hpp
   include/lora/concepts.hpp
   include/lora/delta.hpp
   include/lora/dora.hpp
@@ -25,6 +26,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/detail/convert.hpp
   include/lora/detail/environment.hpp
   include/lora/detail/eigen.hpp
+  include/lora/detail/error_terms.hpp
   include/lora/detail/factors.hpp
   include/lora/detail/huge_pages.hpp
   include/lora/detail/memory.hpp

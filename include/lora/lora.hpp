@@ -8,6 +8,7 @@
 #include "lora/advise.hpp"
 #include "lora/apply.hpp"
 #include "lora/batch.hpp"
+#include "lora/bounds.hpp"
 #include "lora/concepts.hpp"
 #include "lora/delta.hpp"
 #include "lora/error.hpp"
