@@ -224,7 +224,7 @@ class weight_bound {
       detail::raise_shape("share", "the result is " + detail::shape_text(got.rows(), got.cols()) + " and the bound is " +
                                        detail::shape_text(rows(), cols()));
     constexpr double infinity = std::numeric_limits<double>::infinity();
-    const double slack = detail::gamma(error_.rank() + 3, std::numeric_limits<wide>::epsilon());
+    const double slack = detail::gamma(error_.rank() + 3, static_cast<double>(std::numeric_limits<wide>::epsilon() / 2));
     double largest = 0;
     each_block([&](index_t first, const block& size, const block& bounds) {
       Eigen::Matrix<wide, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> exact(size.rows(), cols());

@@ -40,19 +40,30 @@ inline double gamma(index_t k, double u) {
   return ku < 1 ? ku / (1 - ku) : std::numeric_limits<double>::infinity();
 }
 
+// Real is double. These are templates so that a program without bounds does not compile their products: 4 s in each unit.
+template <class Real>
+using real_matrix = Eigen::Matrix<Real, Eigen::Dynamic, Eigen::Dynamic>;
+template <class Real>
+using real_column = Eigen::Matrix<Real, Eigen::Dynamic, 1>;
+template <class Real>
+using real_row = Eigen::Matrix<Real, 1, Eigen::Dynamic>;
+
 /// An adapter in a bound: its factors, exact in double, and what its arithmetic loses beside roundings.
-struct error_part {
-  Eigen::MatrixXd A, B;  ///< rank x in_features, out_features x rank
-  double s;              ///< the double that the verbs multiply by
-  rounding_unit U = {};  ///< to which s A x is rounded before B multiplies it; 0 where it is not
-  double flushed = 0;    ///< numbers below this count as zero in a B A that is accumulated in float
-  bool in_pairs = true;  ///< where W x is computed by dot products, A x is, too
+template <class Real>
+struct basic_error_part {
+  real_matrix<Real> A, B;  ///< rank x in_features, out_features x rank
+  double s;                ///< the double that the verbs multiply by
+  rounding_unit U = {};    ///< to which s A x is rounded before B multiplies it; 0 where it is not
+  double flushed = 0;      ///< numbers below this count as zero in a B A that is accumulated in float
+  bool in_pairs = true;    ///< where W x is computed by dot products, A x is, too
   index_t rank() const { return A.rows(); }
 };
+using error_part = basic_error_part<double>;
 
-inline index_t total_rank(const std::vector<error_part>& parts) {
+template <class Real>
+index_t total_rank(const std::vector<basic_error_part<Real>>& parts) {
   index_t rank = 0;
-  for (const error_part& p : parts) rank += p.rank();
+  for (const auto& p : parts) rank += p.rank();
   return rank;
 }
 
@@ -70,13 +81,14 @@ void each_block(index_t out, index_t in, const Call& call) {
 /// How far a stored weight may be from W + delta: e + u_s (|W| + d + e) + eta_s / 2 with
 ///   e = of_W |W| + gamma_{R+more} d + eta (R + 1 + S_A) + dots,        d = sum |s| |B| |A|.
 /// Without ranks nothing is computed, and the bound is 0.
-class weight_error {
+template <class Real>
+class basic_weight_error {
  public:
-  using block = row_major_matrix<double>;
+  using block = row_major_matrix<Real>;
 
   /// more: the roundings of a term beside those of the ranks.
-  weight_error(std::vector<error_part> parts, index_t out, index_t in, double of_W, index_t more, rounding_unit accumulator,
-               rounding_unit stored)
+  basic_weight_error(std::vector<basic_error_part<Real>> parts, index_t out, index_t in, double of_W, index_t more,
+                     rounding_unit accumulator, rounding_unit stored)
       : parts_(std::move(parts)),
         rank_(total_rank(parts_)),
         of_W_(of_W),
@@ -84,7 +96,7 @@ class weight_error {
         stored_(stored) {
     by_row_.setZero(out);
     by_col_.setZero(in);
-    for (const error_part& p : parts_) {
+    for (const auto& p : parts_) {
       by_col_ += accumulator.eta * p.A.cwiseAbs().colwise().sum();
       // Dot products lose an operand, a product or a sum of each step, times s. They accumulate in float.
       const double each = accumulator.u == unit_of<float>().u ? p.flushed * std::abs(p.s) : 0;
@@ -96,7 +108,7 @@ class weight_error {
     everywhere_ += accumulator.eta * static_cast<double>(rank_ + 1);
   }
 
-  const std::vector<error_part>& parts() const { return parts_; }
+  const std::vector<basic_error_part<Real>>& parts() const { return parts_; }
   index_t rank() const { return rank_; }
 
   index_t rows() const { return by_row_.size(); }
@@ -110,7 +122,7 @@ class weight_error {
       return;
     }
     block d = block::Zero(rows, cols());
-    for (const error_part& p : parts_)
+    for (const auto& p : parts_)
       if (p.rank() != 0) d.noalias() += (std::abs(p.s) * p.B.middleRows(first, rows).cwiseAbs()) * p.A.cwiseAbs();
     error = of_W_ * size + of_delta_ * d;
     error.array() += everywhere_;
@@ -124,7 +136,7 @@ class weight_error {
   double of_element(index_t row, index_t col, double W) const {
     if (rank_ == 0) return 0;
     double d = 0;
-    for (const error_part& p : parts_) {
+    for (const auto& p : parts_) {
       double sum = 0;
       for (index_t k = 0; k < p.rank(); ++k) sum += std::abs(p.B(row, k)) * std::abs(p.A(k, col));
       d += std::abs(p.s) * sum;
@@ -134,25 +146,29 @@ class weight_error {
   }
 
  private:
-  std::vector<error_part> parts_;
+  std::vector<basic_error_part<Real>> parts_;
   index_t rank_;
   double of_W_, of_delta_, everywhere_ = 0;
   rounding_unit stored_;
-  Eigen::VectorXd by_row_;
-  Eigen::RowVectorXd by_col_;
+  real_column<Real> by_row_;
+  real_row<Real> by_col_;
 };
+using weight_error = basic_weight_error<double>;
 
 /// A part of a product, at a strength.
-struct strong_part {
-  const error_part* part;
+template <class Real>
+struct basic_strong_part {
+  const basic_error_part<Real>* part;
   double s;
 };
+using strong_part = basic_strong_part<double>;
 
 /// How far y = W x + sum of s B (A x) + b may be from exact: the weight first, then the parts of every token, then b.
-class product_error {
+template <class Real>
+class basic_product_error {
  public:
   /// flushed: numbers below it count as zero in W x.
-  product_error(Eigen::MatrixXd x, index_t out, rounding_unit accumulator, double flushed)
+  basic_product_error(real_matrix<Real> x, index_t out, rounding_unit accumulator, double flushed)
       : x_(std::move(x)), unit_(accumulator), flushed_(flushed) {
     x_ = x_.cwiseAbs();
     sum_x_ = x_.colwise().sum();
@@ -163,9 +179,9 @@ class product_error {
 
   /// read(first, block) writes rows of W. What is merged into it has an error of its own; null: nothing is.
   template <class Read>
-  void add_weight(const Read& read, const weight_error* merged) {
+  void add_weight(const Read& read, const basic_weight_error<Real>* merged) {
     each_block(size_.rows(), x_.rows(), [&](index_t first, index_t rows) {
-      weight_error::block size(rows, x_.rows()), error;
+      typename basic_weight_error<Real>::block size(rows, x_.rows()), error;
       read(first, size);
       size = size.cwiseAbs();
       if (merged != nullptr) {
@@ -179,7 +195,7 @@ class product_error {
   }
 
   /// The parts of some tokens, once for each token.
-  void add_parts(index_t first, index_t tokens, std::span<const strong_part> parts) {
+  void add_parts(index_t first, index_t tokens, std::span<const basic_strong_part<Real>> parts) {
     const auto x = x_.middleCols(first, tokens);
     auto size = size_.middleCols(first, tokens);
     auto e = error_.middleCols(first, tokens);
@@ -189,12 +205,12 @@ class product_error {
     for (const auto& [p, s] : parts) R += p->rank();
     const double steps = static_cast<double>(n), of_parts = gamma(n + R + 3, unit_.u);
     e += gamma(n + R + 1, unit_.u) * size;
-    Eigen::VectorXd sum_B = Eigen::VectorXd::Zero(out), sum_sB = sum_B, sum_pairs = sum_B;
+    real_column<Real> sum_B = real_column<Real>::Zero(out), sum_sB = sum_B, sum_pairs = sum_B;
     for (const auto& [p, strength] : parts) {
       if (p->rank() == 0) continue;
       const double s = std::abs(strength);
-      const Eigen::MatrixXd B = p->B.cwiseAbs(), U = s * (p->A.cwiseAbs() * x), through = B * U;
-      const Eigen::VectorXd of_ranks = B.rowwise().sum();
+      const real_matrix<Real> B = p->B.cwiseAbs(), U = s * (p->A.cwiseAbs() * x), through = B * U;
+      const real_column<Real> of_ranks = B.rowwise().sum();
       size += through;
       e += of_parts * through;
       sum_B += of_ranks;
@@ -219,7 +235,7 @@ class product_error {
   }
 
   /// Of what is stored. b is added last: out x tokens, out x 1, or empty.
-  Eigen::MatrixXd stored(const Eigen::MatrixXd& bias, rounding_unit output) && {
+  real_matrix<Real> stored(const real_matrix<Real>& bias, rounding_unit output) && {
     if (bias.cols() == x_.cols() && bias.size() != 0) {
       size_ += bias.cwiseAbs();
       error_ += unit_.u * bias.cwiseAbs();
@@ -233,11 +249,12 @@ class product_error {
   }
 
  private:
-  Eigen::MatrixXd x_, size_, error_;  // |x|; sums of magnitudes; errors
-  Eigen::RowVectorXd sum_x_;
-  Eigen::VectorXd row_sums_;  // of the weight
+  real_matrix<Real> x_, size_, error_;  // |x|; sums of magnitudes; errors
+  real_row<Real> sum_x_;
+  real_column<Real> row_sums_;  // of the weight
   rounding_unit unit_;
   double flushed_;
 };
+using product_error = basic_product_error<double>;
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail
