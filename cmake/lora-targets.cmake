@@ -21,6 +21,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/concepts.hpp
   include/lora/delta.hpp
   include/lora/dora.hpp
+  include/lora/dora_bounds.hpp
   include/lora/detail/activations.hpp
   include/lora/detail/argument_kinds.hpp
   include/lora/detail/convert.hpp
@@ -57,7 +58,9 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/packed_weight.hpp
   include/lora/residual.hpp
   include/lora/rounding.hpp
+  include/lora/rounding_bounds.hpp
   include/lora/rows.hpp
+  include/lora/rows_bounds.hpp
   include/lora/scaled.hpp
   include/lora/scaling.hpp
   include/lora/tensor_view.hpp

@@ -32,6 +32,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <concepts>
 #include <limits>
 #include <span>
 #include <string>
@@ -180,10 +181,11 @@ auto rows_of_weight(const M& W) {
 /// The bound of a weight, out_features x in_features, element by element: |stored - exact| <= bound(i, j). Holds copies of
 /// the factors and looks at W, which must outlive it and stay as it is: a merge in place changes W, so keep a copy or compare
 /// with what merged(W, l...) returns. It holds nothing of W's size; every element is computed when it is asked for.
-template <class Acc, class Weight>
+/// share is there for merge, unmerge and delta_weight of plain adapters.
+template <class Acc, class Weight, class Error = detail::weight_error>
 class weight_bound {
  public:
-  weight_bound(Weight weight, detail::weight_error error, double sign)
+  weight_bound(Weight weight, Error error, double sign)
       : weight_(std::move(weight)), error_(std::move(error)), sign_(sign) {}
 
   index_t rows() const { return weight_.rows(); }
@@ -216,7 +218,7 @@ class weight_bound {
   /// result or of the bound is not finite. The exact result is computed in double, in long double where the accumulator is
   /// double; what those may be off is added to the bound. Throws shape_error when the result has another shape.
   template <class M>
-    requires detail::base_weight<M>
+    requires detail::base_weight<M> && std::same_as<Error, detail::weight_error>
   double share(const M& result) const {
     const detail::default_environment environment;
     const auto got = detail::rows_of_weight(result);
@@ -264,7 +266,7 @@ class weight_bound {
   }
 
   Weight weight_;
-  detail::weight_error error_;
+  Error error_;
   double sign_;
 };
 
