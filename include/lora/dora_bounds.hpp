@@ -110,22 +110,23 @@ class dora_bounder {
 
   dora_bound<Acc> finish() && {
     const index_t out = W_.rows();
-    column g = column::Ones(out), grown = column::Ones(out);
+    column g = column::Ones(out), P = column::Zero(out);
     std::vector<typename dora_bound<Acc>::piece> pieces;
     bool has_magnitude = false;
     for (std::size_t k = all_.size(); k-- > 0;) {
-      auto& [part, magnitude] = all_[k];
-      if (magnitude.size() != 0) {
+      auto& one = all_[k];
+      if (one.magnitude.size() != 0) {
         has_magnitude = true;
         column f(out), more(out);
-        each_block(out, W_.cols(), [&](index_t first, index_t rows) { norms(part, magnitude, first, rows, f, more); });
+        each_block(out, W_.cols(),
+                   [&](index_t first, index_t rows) { norms(one.part, one.magnitude, first, rows, f, more); });
         g = g.cwiseProduct(f);
-        grown = grown.cwiseProduct(more);
+        P += more + P.cwiseProduct(more);  // of products of 1 + more the small digits would be lost
       }
-      if (part.s == 0) continue;
-      pieces.insert(pieces.begin(), typename dora_bound<Acc>::piece{std::move(part), g, column(grown.array() - 1)});
+      if (one.part.s == 0) continue;
+      pieces.insert(pieces.begin(), typename dora_bound<Acc>::piece{std::move(one.part), g, P});
     }
-    return {g, grown.array() - 1, std::move(pieces), W_.cols(), has_magnitude};
+    return {g, P, std::move(pieces), W_.cols(), has_magnitude};
   }
 
  private:
@@ -146,7 +147,7 @@ class dora_bounder {
     if (all_.back().part.s == 0) all_.back().part.A.resize(0, W_.cols()), all_.back().part.B.resize(W_.rows(), 0);
   }
 
-  /// f = m / n, and 1 + its relative error, for a block of rows.
+  /// f = m / n, and the bound of its relative error, for a block of rows.
   void norms(const error_part& p, const column& magnitude, index_t first, index_t rows, column& f, column& more) const {
     using block = Eigen::Matrix<wide, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
     block sum(rows, W_.cols());
@@ -164,7 +165,7 @@ class dora_bounder {
       const auto e = static_cast<double>(static_cast<wide>(off.row(i).stableNorm()) / norm);
       const double t = e + (1 + e) * own;
       f(first + i) = static_cast<double>(static_cast<wide>(magnitude(first + i)) / norm);
-      more(first + i) = t < 1 ? 1 + t / (1 - t) : std::numeric_limits<double>::infinity();
+      more(first + i) = t < 1 ? t / (1 - t) : std::numeric_limits<double>::infinity();
     }
   }
 

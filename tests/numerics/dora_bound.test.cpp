@@ -56,11 +56,12 @@ template <class T, class B>
 bool within(const test::matrix<T>& got, const exact_matrix& want, const B& bound) {
   return ((test::exact(got) - want).cwiseAbs().array() <= elements(bound).array()).all();
 }
-/// What is stored in the accumulator adds no rounding: then the two bounds are the same formula.
+/// What is stored in the accumulator adds no rounding: then the two bounds are the same formula. The oracle finds P as a
+/// product of 1 + t, of which long double keeps five digits where t is 2^-48.
 template <class T, class Acc, class B>
 bool same_bound(const B& bound, const exact_matrix& e) {
   const exact_matrix got = elements(bound);
-  return !std::is_same_v<T, Acc> || ((got - e).array().abs() <= 1e-6L * e.array()).all();
+  return !std::is_same_v<T, Acc> || ((got - e).array().abs() <= 1e-4L * e.array()).all();
 }
 
 template <class T, class F>
