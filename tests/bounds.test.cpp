@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The bounds that users call, against exact results in long double: they hold, they are close to what can happen, and a
-// mistake exceeds them. docs/numerics.md derives the formulas; laws/agreement has the many random layers.
+// The bounds that users call, against exact results in long double: they hold, they are close to
+// what can happen, and a mistake exceeds them. docs/numerics.md derives the formulas;
+// laws/agreement has the many random layers.
 #include "lora/bounds.hpp"
 
 #include <limits>
@@ -258,10 +259,12 @@ TEST_CASE("a batch has for each token the bound of its own adapters") {
   CHECK_THROWS_AS(lora::forward_bound(W, x, y, who), lora::shape_error);
 }
 
-// --- Close to what can happen -------------------------------------------------------------------------------------------
+// --- Close to what can happen
+// -------------------------------------------------------------------------------------------
 
 TEST_CASE("a merge reaches nine tenths of its bound") {
-  // 1 + 2^-24 is a tie that float rounds down to 1: the error is u |W|, and the bound has d = 2^-24 beside it.
+  // 1 + 2^-24 is a tie that float rounds down to 1: the error is u |W|, and the bound has d = 2^-24
+  // beside it.
   const test::matrix<float> W = test::matrix<float>::Ones(1, 1);
   const auto with = [](double delta) {
     return lora::adapter<float>{test::matrix<float>::Constant(1, 1, static_cast<float>(delta)),
@@ -297,7 +300,8 @@ TEST_CASE("adapters that are not read have no error") {
   CHECK(lora::forward_bound(W, x, y, off) == lora::forward_bound(W, x, y));
 }
 
-// --- Mistakes -----------------------------------------------------------------------------------------------------------
+// --- Mistakes
+// -----------------------------------------------------------------------------------------------------------
 
 TEMPLATE_TEST_CASE("a lost adapter and a scale used twice exceed the bound", "", all_float, all_double, all_float16) {
   test::random g(seed);
@@ -331,10 +335,12 @@ TEST_CASE("a result with NaN or infinity has an infinite share") {
   }
 }
 
-// --- Numbers that a build takes for zero --------------------------------------------------------------------------------
+// --- Numbers that a build takes for zero
+// --------------------------------------------------------------------------------
 
 TEST_CASE("what dot products take for zero is in the bounds") {
-  // Factors and products of about 2^-130: in builds without dot products of bfloat16 nothing is lost.
+  // Factors and products of about 2^-130: in builds without dot products of bfloat16 nothing is
+  // lost.
   const index_t out = 3, in = 64, rank = 8;
   const auto tiny = [](index_t rows, index_t cols, double v) {
     return test::matrix<bfloat16>(test::matrix<bfloat16>::Constant(rows, cols, bfloat16(v)));
@@ -353,7 +359,8 @@ TEST_CASE("what dot products take for zero is in the bounds") {
   if (lora::smallest_in_product<float, bfloat16, bfloat16>() != 0) CHECK(y.isZero(0));
 }
 
-// --- Memory and refusals ------------------------------------------------------------------------------------------------
+// --- Memory and refusals
+// ------------------------------------------------------------------------------------------------
 
 TEST_CASE("no bound holds a matrix of the weight's size") {
   test::random g(seed);

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The bounds of PEFT's two roundings: they hold against long double in every format, element by element and row by row, and a
-// mistake exceeds them.
+// The bounds of PEFT's two roundings: they hold against long double in every format, element by
+// element and row by row, and a mistake exceeds them.
 #include "lora/rounding_bounds.hpp"
 
 #include "support/catch.hpp"

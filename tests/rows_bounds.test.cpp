@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The bounds of rows, apply of replaced rows and apply_through: they hold against long double, a mistake exceeds them, and a
-// copy has none.
+// The bounds of rows, apply of replaced rows and apply_through: they hold against long double, a
+// mistake exceeds them, and a copy has none.
 #include "lora/rows_bounds.hpp"
 
 #include "support/catch.hpp"

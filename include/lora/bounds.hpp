@@ -1,33 +1,40 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How far a result may be from exact arithmetic. The bound of verb(arguments) is verb_bound(the same arguments):
+// How far a result may be from exact arithmetic. The bound of verb(arguments) is verb_bound(the
+// same arguments):
 //
-//   merge_bound(W, l...)           of merge(W, l...), merged, merge_checked; W as it is before the merge
+//   merge_bound(W, l...)           of merge(W, l...), merged, merge_checked; W as it is before the
+//                                  merge
 //   unmerge_bound(W, l...)         of unmerge(W, l...); W as it is before
 //   delta_weight_bound(l...)       of delta_weight(l...)
-//   forward_bound(W, x, y, l...)   of forward(W, x, y, l...), also with a bias or a batch; y is not read
+//   forward_bound(W, x, y, l...)   of forward(W, x, y, l...), also with a bias or a batch; y is not
+//                                  read
 //   apply_bound(x, y, l...)        of apply(x, y, l...); y as it is before
-//   with_merged(W, l...)           as W of forward_bound: the weight that merge(W, l...) makes of this W
+//   with_merged(W, l...)           as W of forward_bound: the weight that merge(W, l...) makes of
+//                                  this W
 //
 //   const auto bound = lora::merge_bound(W, style);
-//   if (!(std::abs(W_merged(i, j) - exact(i, j)) <= bound(i, j))) ...     // a mistake, and no rounding
-//   if (!(bound.share(W_merged) <= 1)) ...                                // the same for all elements
+//   if (!(std::abs(W_merged(i, j) - exact(i, j)) <= bound(i, j))) ...     // a mistake: no rounding
+//   if (!(bound.share(W_merged) <= 1)) ...                                // the same of all elements
 //
-// A difference within the bound may be rounding; a larger one is a mistake (a lost adapter, a scale used twice). Two results
-// of one function, by two states or two programs, differ by at most the sum of their bounds. Each comparison is written
-// !(difference <= bound), so that NaN fails it.
-//   formula  docs/numerics.md, "The bounds": e, and what is rounded when the result is stored. The thresholds below which a
-//            build for AVX512-BF16 takes numbers for zero are in it (smallest_in_product, smallest_in_delta).
-//   shapes   as the verb's. A weight's bound is a weight_bound, out x in, which computes its elements when they are asked
-//            for. The others are Eigen::MatrixXd, out x tokens.
+// A difference within the bound may be rounding; a larger one is a mistake (a lost adapter, a scale
+// used twice). Two results of one function, by two states or two programs, differ by at most the
+// sum of their bounds. Each comparison is written !(difference <= bound), so that NaN fails it.
+//   formula  docs/numerics.md, "The bounds": e, and what is rounded when the result is stored. The
+//            thresholds below which a build for AVX512-BF16 takes numbers for zero are in it
+//            (smallest_in_product, smallest_in_delta).
+//   shapes   as the verb's. A weight's bound is a weight_bound, out x in, which computes its
+//            elements when they are asked for. The others are Eigen::MatrixXd, out x tokens.
 //   units    those of the result; absolute.
-//   exact    no: the bound is a sum of out x in positive terms, computed in double. Its own relative error is about (in + R)
-//            2^-53.
-//   cost     a weight_bound: 16 R (in + out) bytes; 2 R FLOPs for an element, 2 R out in for all, in blocks of 256 KiB.
-//            forward_bound: 2 (out in + R (in + out)) FLOPs a token, and 2 R out in where something is merged; doubles of the
-//            size of x and twice y, a block, and the factors. Nothing of the size of W.
+//   exact    no: the bound is a sum of out x in positive terms, computed in double. Its own
+//            relative error is about (in + R) 2^-53.
+//   cost     a weight_bound: 16 R (in + out) bytes; 2 R FLOPs for an element, 2 R out in for all,
+//            in blocks of 256 KiB. forward_bound: 2 (out in + R (in + out)) FLOPs a token, and 2 R
+//            out in where something is merged; doubles of the size of x and twice y, a block, and
+//            the factors. Nothing of the size of W.
 //   throws   shape_error, value_error (scaling not finite), std::bad_alloc, as the verb.
-// The bound of a sum of products is Higham's (Accuracy and Stability of Numerical Algorithms, section 3.1).
+// The bound of a sum of products is Higham's (Accuracy and Stability of Numerical Algorithms,
+// section 3.1).
 #pragma once
 
 #include <algorithm>
@@ -178,10 +185,11 @@ auto rows_of_weight(const M& W) {
 
 }  // namespace detail
 
-/// The bound of a weight, out_features x in_features, element by element: |stored - exact| <= bound(i, j). Holds copies of
-/// the factors and looks at W, which must outlive it and stay as it is: a merge in place changes W, so keep a copy or compare
-/// with what merged(W, l...) returns. It holds nothing of W's size; every element is computed when it is asked for.
-/// share is there for merge, unmerge and delta_weight of plain adapters.
+/// The bound of a weight, out_features x in_features, element by element: |stored - exact| <=
+/// bound(i, j). Holds copies of the factors and looks at W, which must outlive it and stay as it
+/// is: a merge in place changes W, so keep a copy or compare with what merged(W, l...) returns. It
+/// holds nothing of W's size; every element is computed when it is asked for. share is there for
+/// merge, unmerge and delta_weight of plain adapters.
 template <class Acc, class Weight, class Error = detail::weight_error>
 class weight_bound {
  public:
@@ -214,9 +222,10 @@ class weight_bound {
     return result;
   }
 
-  /// The largest |result - exact| / bound: at most 1 if the result differs by rounding. Infinite where an element of the
-  /// result or of the bound is not finite. The exact result is computed in double, in long double where the accumulator is
-  /// double; what those may be off is added to the bound. Throws shape_error when the result has another shape.
+  /// The largest |result - exact| / bound: at most 1 if the result differs by rounding. Infinite
+  /// where an element of the result or of the bound is not finite. The exact result is computed in
+  /// double, in long double where the accumulator is double; what those may be off is added to the
+  /// bound. Throws shape_error when the result has another shape.
   template <class M>
     requires detail::base_weight<M> && std::same_as<Error, detail::weight_error>
   double share(const M& result) const {
@@ -349,8 +358,8 @@ inline constexpr bool bias_is_double<merged_base<B>> = bias_is_double<B>;
 template <class M>
 concept bounded_base = base<M> || is_merged_base<bare<M>>;
 
-/// forward_bound with everything found out but the parts: add(error) adds those of every token. Operands are what the
-/// accumulator depends on besides W, x and y.
+/// forward_bound with everything found out but the parts: add(error) adds those of every token.
+/// Operands are what the accumulator depends on besides W, x and y.
 template <class... Operands, class M, class X, class Y, class Check, class Add>
 Eigen::MatrixXd forward_bound_of(const M& W, const X& x, const Y& y, const Check& check, const Add& add) {
   const default_environment environment;
@@ -387,7 +396,8 @@ template <class M, class... L>
 auto merge_bound(const M& W, const L&... l) {
   return detail::merge_bound_of("merge_bound", 1, W, l...);
 }
-/// Of unmerge, for the W that is unmerged: its bound from W - delta. unmerge(merge(W)) is within both bounds of W.
+/// Of unmerge, for the W that is unmerged: its bound from W - delta. unmerge(merge(W)) is within
+/// both bounds of W.
 template <class M, class... L>
   requires detail::mergeable<M> && (detail::adapters<L> && ...)
 auto unmerge_bound(const M& W, const L&... l) {
@@ -415,8 +425,9 @@ auto delta_weight_bound(const L&... l) {
       {detail::error_parts<acc>("delta_weight_bound", each, out, in), out, in, 0.0, 2, detail::unit_of<acc>(), {}}, 1);
 }
 
-/// A base of forward_bound with adapters inside its weight: that of a layer whose W took merge(W, l...). W is the weight
-/// before the merge, or with_bias(it, b); it must outlive the result. linear merges the same way.
+/// A base of forward_bound with adapters inside its weight: that of a layer whose W took merge(W,
+/// l...). W is the weight before the merge, or with_bias(it, b); it must outlive the result. linear
+/// merges the same way.
 template <class M, class... L>
   requires detail::base<M> && (detail::adapters<L> && ...)
 auto with_merged(const M& W, const L&... l) {
@@ -434,7 +445,8 @@ auto with_merged(const M& W, const L&... l) {
   }
 }
 
-/// Of forward. W is what forward takes, or with_merged(it, ...). Of y the shape and the scalar count.
+/// Of forward. W is what forward takes, or with_merged(it, ...). Of y the shape and the scalar
+/// count.
 template <class M, class X, class Y, class... L>
   requires detail::bounded_base<M> && activations<X> && activations<Y> && (detail::mixables<L> && ...)
 Eigen::MatrixXd forward_bound(const M& W, const X& x, const Y& y, const L&... l) {

@@ -9,14 +9,18 @@
 //   forward_bound(W, x, y, sure)     of forward(W, x, y, layer), also with a bias
 //   apply_bound(x, y, sure)          of apply(x, y, layer); y as it is before
 //   rows_bound(W, ids, y, sure)      of rows(W, ids, y, layer), also with_scale
-//   apply_through_bound(down, y, sure)   of apply_through(down, y, layer), beside the error of what down returns
+//   apply_through_bound(down, y, sure)   of apply_through(down, y, layer), beside the error of what
+//                                        down returns
 //
-//   formula  docs/numerics.md, "DoRA". attach_bound finds the norms again, and P, the relative error that each factor g has.
-//            Where W + D cancels, P is large and so are all bounds of that output; where nothing can be said they are infinite.
-//   result   merge_bound and unmerge_bound: a weight_bound, out x in. The others: Eigen::MatrixXd of y's shape.
-//   W        out x in, as attach takes it; a weight that is stored in x out is passed as its transpose.
-//   cost     attach_bound: 4 r out in FLOPs for each adapter with a magnitude, in blocks of rows; copies the factors as
-//            doubles. The others as those of bounds.hpp and rows_bounds.hpp.
+//   formula  docs/numerics.md, "DoRA". attach_bound finds the norms again, and P, the relative
+//            error that each factor g has. Where W + D cancels, P is large and so are all bounds of
+//            that output; where nothing can be said they are infinite.
+//   result   merge_bound and unmerge_bound: a weight_bound, out x in. The others: Eigen::MatrixXd
+//            of y's shape.
+//   W        out x in, as attach takes it; a weight that is stored in x out is passed as its
+//            transpose.
+//   cost     attach_bound: 4 r out in FLOPs for each adapter with a magnitude, in blocks of rows;
+//            copies the factors as doubles. The others as those of bounds.hpp and rows_bounds.hpp.
 //   throws   shape_error, value_error (scaling not finite)
 #pragma once
 
@@ -35,8 +39,9 @@
 
 namespace lora::inline LORA_DETAIL_ABI {
 
-/// What the bounds of an attached_dora need: for each of its adapters the factors, |g_k| and the bound P_k of g_k's relative
-/// error, and |g_0| and P_0 of the base. Owns them; immutable. Right for the W that attach saw. Acc is attach's accumulator.
+/// What the bounds of an attached_dora need: for each of its adapters the factors, |g_k| and the
+/// bound P_k of g_k's relative error, and |g_0| and P_0 of the base. Owns them; immutable. Right
+/// for the W that attach saw. Acc is attach's accumulator.
 template <class Acc>
 class dora_bound {
  public:
@@ -83,8 +88,8 @@ class dora_bound {
 
 namespace detail {
 
-/// Collects the adapters in order, then finds what dora_bound holds. Norms and factors in Wide: double, or long double where
-/// attach's own are in double.
+/// Collects the adapters in order, then finds what dora_bound holds. Norms and factors in Wide:
+/// double, or long double where attach's own are in double.
 template <class Acc, class Rows>
 class dora_bounder {
  public:
@@ -173,8 +178,8 @@ class dora_bounder {
   std::vector<collected> all_;
 };
 
-/// weight_error with factors for each row: e = a |W| + sum c_p |s B_p| |A_p| + row + h col, of a value of the size
-/// b |W| + sum g_p |s B_p| |A_p|.
+/// weight_error with factors for each row: e = a |W| + sum c_p |s B_p| |A_p| + row + h col, of a
+/// value of the size b |W| + sum g_p |s B_p| |A_p|.
 class dora_error {
  public:
   using block = weight_error::block;
@@ -219,7 +224,8 @@ class dora_error {
   }
 };
 
-/// The base of all: the deltas of a dora_bound, for a count of roundings, and the underflow eta (R + 2 + S_A).
+/// The base of all: the deltas of a dora_bound, for a count of roundings, and the underflow eta (R
+/// + 2 + S_A).
 template <class Acc>
 dora_error dora_deltas(const dora_bound<Acc>& sure, index_t roundings, rounding_unit stored) {
   const auto unit = dora_bound<Acc>::unit();
@@ -242,7 +248,8 @@ void check_dora_weight(const char* operation, const Rows& W, const dora_bound<Ac
   dora_detail::check_stored(operation, W.rows(), W.cols(), sure, false);
 }
 
-/// Of y before it is stored, and its size: base is |g_0| times it with its error, for which there is |x| of the deltas.
+/// Of y before it is stored, and its size: base is |g_0| times it with its error, for which there
+/// is |x| of the deltas.
 template <class Acc>
 void add_dora_deltas(const dora_bound<Acc>& sure, const Eigen::MatrixXd& ax, Eigen::MatrixXd& e, Eigen::MatrixXd& size) {
   const auto unit = dora_bound<Acc>::unit();
@@ -261,7 +268,8 @@ void add_dora_deltas(const dora_bound<Acc>& sure, const Eigen::MatrixXd& ax, Eig
 
 }  // namespace detail
 
-/// The norms of attach(W, l...) with their errors; see the top of this file. W is not looked at any more.
+/// The norms of attach(W, l...) with their errors; see the top of this file. W is not looked at any
+/// more.
 template <class M, class... L>
   requires matrix_like<M> && (attachable<L> && ...)
 auto attach_bound(const M& W, const L&... l) {
@@ -287,8 +295,9 @@ auto merge_bound(const M& W, const dora_bound<Acc>& sure) {
   return weight_bound<Acc, rows, detail::dora_error>(weight, std::move(e), 1);
 }
 
-/// Of unmerge(W, what was attached), W the merged weight: the error of (W - sum of diag(g_k) D_k) / diag(g_0), for
-/// |quotient| <= (|W| + sum |g_k| d_k) / |g_0|. unmerge(merge(W)) is within both bounds.
+/// Of unmerge(W, what was attached), W the merged weight: the error of (W - sum of diag(g_k) D_k) /
+/// diag(g_0), for |quotient| <= (|W| + sum |g_k| d_k) / |g_0|. unmerge(merge(W)) is within both
+/// bounds.
 template <class M, class Acc>
   requires matrix_like<M>
 auto unmerge_bound(const M& W, const dora_bound<Acc>& sure) {
@@ -314,7 +323,8 @@ auto unmerge_bound(const M& W, const dora_bound<Acc>& sure) {
   return weight_bound<Acc, rows, detail::dora_error>(weight, std::move(e), -1);
 }
 
-/// Of forward(W, x, y, what was attached). W is out x in, or with_bias(it, b). Of y the shape and the scalar count.
+/// Of forward(W, x, y, what was attached). W is out x in, or with_bias(it, b). Of y the shape and
+/// the scalar count.
 template <class M, class X, class Y, class Acc>
   requires(matrix_like<M> || detail::is_biased<M>) && activations<X> && activations<Y>
 Eigen::MatrixXd forward_bound(const M& W, const X& x, const Y& y, const dora_bound<Acc>& sure) {
@@ -374,8 +384,8 @@ Eigen::MatrixXd apply_bound(const X& x, const Y& y, const dora_bound<Acc>& sure)
 
 namespace detail {
 
-/// Of c (g_0 base + sum of g_k D_k), where |base| is out x columns and U(piece) the |U| that its B multiplies; one more term
-/// for each rounding that c adds.
+/// Of c (g_0 base + sum of g_k D_k), where |base| is out x columns and U(piece) the |U| that its B
+/// multiplies; one more term for each rounding that c adds.
 template <class Acc, class Of>
 Eigen::MatrixXd dora_through(const dora_bound<Acc>& sure, const Eigen::MatrixXd& base, index_t more, double c, double last,
                              rounding_unit output, const Of& U_of) {
@@ -395,7 +405,8 @@ Eigen::MatrixXd dora_through(const dora_bound<Acc>& sure, const Eigen::MatrixXd&
 
 }  // namespace detail
 
-/// Of rows(W, ids, y, what was attached to W.transpose()); W is vocabulary x features, or with_scale(it, c).
+/// Of rows(W, ids, y, what was attached to W.transpose()); W is vocabulary x features, or
+/// with_scale(it, c).
 template <class M, class R, class Y, class Acc>
   requires(matrix_like<M> || rows_detail::is_scaled_embedding<M>) && token_range<R> && activations<Y>
 Eigen::MatrixXd rows_bound(const M& W, const R& ids, const Y& y, const dora_bound<Acc>& sure) {
@@ -426,7 +437,8 @@ Eigen::MatrixXd rows_bound(const M& W, const R& ids, const Y& y, const dora_boun
     return run(as_matrix(W), 1.0);
 }
 
-/// Of apply_through(down, y, what was attached): y is its content before the call. down gets lora_A in attach's accumulator.
+/// Of apply_through(down, y, what was attached): y is its content before the call. down gets lora_A
+/// in attach's accumulator.
 template <class Down, class Y, class Acc>
   requires activations<Y>
 Eigen::MatrixXd apply_through_bound(const Down& down, const Y& y, const dora_bound<Acc>& sure) {

@@ -2,12 +2,14 @@
 //
 // How far the results of rounding.hpp may be from exact arithmetic; see bounds.hpp.
 //
-//   merge_bound(rounding::peft, W, l...)       of merge(rounding::peft, W, l...); W as it is before the merge
+//   merge_bound(rounding::peft, W, l...)       of merge(rounding::peft, W, l...); W as it is before
+//                                              the merge
 //   merge_bound(rounding::peft_safe, W, l...)  of merge(rounding::peft_safe, W, l...)
 //   unmerge_bound(either, W, l...)             of unmerge(either, W, l...)
 //
-//   formula  docs/numerics.md, "PEFT's rounding". Adapters are so many steps, each with the bound of the weight that it meets,
-//            at most |W| + what the steps before it added; their errors add.
+//   formula  docs/numerics.md, "PEFT's rounding". Adapters are so many steps, each with the bound
+//            of the weight that it meets, at most |W| + what the steps before it added; their
+//            errors add.
 //   result   a weight_bound: elements and rows when they are asked for, nothing of W's size.
 //   cost     16 R (in + out) bytes; 2 R FLOPs for an element, 2 R out in for all
 //   throws   as the verb
@@ -33,7 +35,8 @@ struct policy_step {
   double sum;                 ///< u of the format in which W and D are added
   rounding_unit stored;       ///< of W, where that is another format
 
-  /// The errors of W after this step: of size, |W| before it, and d = |s| |B| |A|; underflow is that of D.
+  /// The errors of W after this step: of size, |W| before it, and d = |s| |B| |A|; underflow is
+  /// that of D.
   template <class T>
   T of(const T& size, const T& d, const T& underflow, index_t rank) const {
     const T t = gamma(rank + 2, accumulator.u) * d + underflow;

@@ -2,15 +2,19 @@
 //
 // How far the results of rows.hpp and through.hpp may be from exact arithmetic; see bounds.hpp.
 //
-//   rows_bound(W, ids, y, l...)             of rows(W, ids, y, l...), W a matrix or with_scale(it, c)
-//   apply_bound(ids, y, replaced, c)        of apply(ids, y, replaced, c): 0 in the columns that it leaves
-//   apply_through_bound(down, y, l...)      of apply_through(down, y, l...); y as it is before. down is called once for each
-//                                           adapter; the error of what it returns comes on top.
+//   rows_bound(W, ids, y, l...)             of rows(W, ids, y, l...), W a matrix or with_scale(it,
+//                                           c)
+//   apply_bound(ids, y, replaced, c)        of apply(ids, y, replaced, c): 0 in the columns that it
+//                                           leaves
+//   apply_through_bound(down, y, l...)      of apply_through(down, y, l...); y as it is before.
+//                                           down is called once for each adapter; the error of what
+//                                           it returns comes on top.
 //
 //   shapes   Eigen::MatrixXd of y's shape; of y's elements only apply_through_bound reads any.
-//   formula  docs/numerics.md, "The bounds"; for rows |c| (gamma_3 |W row| + gamma_{R+5} d column) + underflow, and what storing
-//            rounds; 0 where a row is copied into its own format.
-//   cost     2 R features FLOPs a token, as the verb; doubles of the factors that are read, and of y's size.
+//   formula  docs/numerics.md, "The bounds"; for rows |c| (gamma_3 |W row| + gamma_{R+5} d column)
+//            + underflow, and what storing rounds; 0 where a row is copied into its own format.
+//   cost     2 R features FLOPs a token, as the verb; doubles of the factors that are read, and of
+//            y's size.
 //   throws   as the verb
 #pragma once
 
@@ -85,7 +89,8 @@ Eigen::MatrixXd rows_bound_of(const W& weight, double c, const R& ids, const Y& 
     e.rowwise() += unit.eta * (sizes.sum_U.array() + static_cast<double>(sizes.rank + 1)).matrix();
     e = (std::abs(c) * e.array() + unit.eta).matrix();
   }
-  // Of a row that is copied, the format is that of the weight: it holds every element where y's does.
+  // Of a row that is copied, the format is that of the weight: it holds every element where y's
+  // does.
   const bool copied = sizes.rank == 0 && c == 1 && holds_exactly<element_t<Y>, typename W::value_type>;
   return copied ? e : stored_error(e, std::abs(c) * (base + sizes.delta), unit_of_stored<element_t<Y>, acc>());
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The library's bounds for layers whose formats are known at run time: a weight and activations as doubles, the formats
-// beside them. The formulas are those of lora/detail/error_terms.hpp.
+// The library's bounds for layers whose formats are known at run time: a weight and activations as
+// doubles, the formats beside them. The formulas are those of lora/detail/error_terms.hpp.
 #pragma once
 
 #include <vector>
@@ -25,7 +25,8 @@ struct formats {
   format accumulator, weight, output;
   double flushed = 0;  ///< numbers below this count as zero in W x and A x: where dot products of bfloat16 compute them
 };
-/// A weight stored in T, results stored in Y, accumulated in Acc; activations stored in X, as far as that matters.
+/// A weight stored in T, results stored in Y, accumulated in Acc; activations stored in X, as far
+/// as that matters.
 template <class T, class Y, class Acc, class X = Acc>
 formats formats_of() {
   return {format_of<Acc>(), lora::detail::unit_of_stored<T, Acc>(), lora::detail::unit_of_stored<Y, Acc>(),
@@ -60,9 +61,10 @@ inline Eigen::MatrixXd merge_bound(const Eigen::MatrixXd& W, const std::vector<p
   return bound;
 }
 
-/// |computed y - exact y| per output and token, y = W x (+ bias) + sum over all parts of s B (A x), with some of the parts
-/// merged and the others mixed in. bias is empty or out_features long. The merge may have accumulated in another format
-/// than the product, which also looks at the activations.
+/// |computed y - exact y| per output and token, y = W x (+ bias) + sum over all parts of s B (A x),
+/// with some of the parts merged and the others mixed in. bias is empty or out_features long. The
+/// merge may have accumulated in another format than the product, which also looks at the
+/// activations.
 inline Eigen::MatrixXd error_bound(const Eigen::MatrixXd& W, const Eigen::VectorXd& bias, const state& where,
                                    const Eigen::MatrixXd& x, const formats& f, const formats& merge) {
   lora::detail::product_error error(x, W.rows(), f.accumulator, f.flushed);

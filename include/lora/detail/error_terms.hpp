@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The terms of which the bounds of docs/numerics.md are made, for formats that are known at run time: of a stored weight
-// (weight_error) and of a product (product_error). All is computed in double from the exact values of the operands. A weight
-// is read in blocks of rows; nothing here has its size.
+// The terms of which the bounds of docs/numerics.md are made, for formats that are known at run
+// time: of a stored weight (weight_error) and of a product (product_error). All is computed in
+// double from the exact values of the operands. A weight is read in blocks of rows; nothing here
+// has its size.
 #pragma once
 
 #include <algorithm>
@@ -18,7 +19,8 @@
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
-/// A format's unit roundoff and the step of its subnormal numbers; both 0 where nothing is rounded to it.
+/// A format's unit roundoff and the step of its subnormal numbers; both 0 where nothing is rounded
+/// to it.
 struct rounding_unit {
   double u = 0;
   double eta = 0;
@@ -40,7 +42,8 @@ inline double gamma(index_t k, double u) {
   return ku < 1 ? ku / (1 - ku) : std::numeric_limits<double>::infinity();
 }
 
-// Real is double. These are templates so that a program without bounds does not compile their products: 4 s in each unit.
+// Real is double. These are templates so that a program without bounds does not compile their
+// products: 4 s in each unit.
 template <class Real>
 using real_matrix = Eigen::Matrix<Real, Eigen::Dynamic, Eigen::Dynamic>;
 template <class Real>
@@ -48,7 +51,8 @@ using real_column = Eigen::Matrix<Real, Eigen::Dynamic, 1>;
 template <class Real>
 using real_row = Eigen::Matrix<Real, 1, Eigen::Dynamic>;
 
-/// An adapter in a bound: its factors, exact in double, and what its arithmetic loses beside roundings.
+/// An adapter in a bound: its factors, exact in double, and what its arithmetic loses beside
+/// roundings.
 template <class Real>
 struct basic_error_part {
   real_matrix<Real> A, B;  ///< rank x in_features, out_features x rank
@@ -67,7 +71,8 @@ index_t total_rank(const std::vector<basic_error_part<Real>>& parts) {
   return rank;
 }
 
-/// Rows of a block: 256 KiB of doubles, and at least 8, so that a product of blocks is worth its call.
+/// Rows of a block: 256 KiB of doubles, and at least 8, so that a product of blocks is worth its
+/// call.
 inline index_t rows_of_block(index_t cols) {
   return std::clamp<index_t>((index_t{1} << 15) / std::max<index_t>(cols, 1), 8, 256);
 }
@@ -98,7 +103,8 @@ class basic_weight_error {
     by_col_.setZero(in);
     for (const auto& p : parts_) {
       by_col_ += accumulator.eta * p.A.cwiseAbs().colwise().sum();
-      // Dot products lose an operand, a product or a sum of each step, times s. They accumulate in float.
+      // Dot products lose an operand, a product or a sum of each step, times s. They accumulate in
+      // float.
       const double each = accumulator.u == unit_of<float>().u ? p.flushed * std::abs(p.s) : 0;
       if (each == 0) continue;
       everywhere_ += each * 2 * static_cast<double>(p.rank());
@@ -163,7 +169,8 @@ struct basic_strong_part {
 };
 using strong_part = basic_strong_part<double>;
 
-/// How far y = W x + sum of s B (A x) + b may be from exact: the weight first, then the parts of every token, then b.
+/// How far y = W x + sum of s B (A x) + b may be from exact: the weight first, then the parts of
+/// every token, then b.
 template <class Real>
 class basic_product_error {
  public:
@@ -177,7 +184,8 @@ class basic_product_error {
     row_sums_.setZero(out);
   }
 
-  /// read(first, block) writes rows of W. What is merged into it has an error of its own; null: nothing is.
+  /// read(first, block) writes rows of W. What is merged into it has an error of its own; null:
+  /// nothing is.
   template <class Read>
   void add_weight(const Read& read, const basic_weight_error<Real>* merged) {
     each_block(size_.rows(), x_.rows(), [&](index_t first, index_t rows) {
@@ -224,7 +232,8 @@ class basic_product_error {
       sum_pairs += s * of_ranks;
       e.colwise() += flushed_ * s * (B * p->A.cwiseAbs().rowwise().sum());
     }
-    // Results below the normal range: half a step for each operation. s B multiplies those of A x, and B that of s U.
+    // Results below the normal range: half a step for each operation. s B multiplies those of A x,
+    // and B that of s U.
     e.colwise() += unit_.eta * ((steps + static_cast<double>(R + 2)) * (sum_sB.array() + 1).matrix() + sum_B);
     if (flushed_ == 0) return;
     // An operand, a product or a sum of each step: of W x, and of A x, which s B multiplies.
