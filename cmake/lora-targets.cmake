@@ -17,15 +17,18 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/advise.hpp
   include/lora/apply.hpp
   include/lora/batch.hpp
+  include/lora/bounds.hpp
   include/lora/concepts.hpp
   include/lora/delta.hpp
   include/lora/dora.hpp
+  include/lora/dora_bounds.hpp
   include/lora/detail/activations.hpp
   include/lora/detail/argument_kinds.hpp
   include/lora/detail/convert.hpp
   include/lora/detail/delta_rows.hpp
   include/lora/detail/environment.hpp
   include/lora/detail/eigen.hpp
+  include/lora/detail/error_terms.hpp
   include/lora/detail/factors.hpp
   include/lora/detail/huge_pages.hpp
   include/lora/detail/memory.hpp
@@ -73,7 +76,9 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/residual.hpp
   include/lora/prepared_merge.hpp
   include/lora/rounding.hpp
+  include/lora/rounding_bounds.hpp
   include/lora/rows.hpp
+  include/lora/rows_bounds.hpp
   include/lora/scaled.hpp
   include/lora/scaling.hpp
   include/lora/steps.hpp

@@ -6,7 +6,6 @@
 #include <cstdio>
 #include <random>
 
-#include "agreement.hpp"
 #include "lora/lora.hpp"
 
 namespace {
@@ -32,45 +31,41 @@ struct layer {
       normal(4, 160, 0.1F), normal(96, 4, 0.05F), {.alpha = 3, .rule = lora::scaling_rule::rank_stabilized}};
 };
 
-struct state {
-  const char* name;
-  bool style_merged, subject_merged;
-};
-
 template <class T>
 void show(const char* format, const layer& data) {
+  const auto& style = data.style;
   const auto subject = lora::scaled(-0.5, data.subject);
   lora::linear<T> q(data.W.cast<T>().eval());
-  q.attach("style", data.style);
+  q.attach("style", style);
   q.attach("subject", subject);
 
   // The exact result, from the weight as it is stored: double has 29 bits more than float.
-  const Eigen::MatrixXd W = agreement::in_double(q.weight()), x = data.x.cast<double>();
-  const agreement::part parts[] = {agreement::part_of(data.style), agreement::part_of(subject)};
-  Eigen::MatrixXd exact = W * x;
-  for (const auto& p : parts) exact += p.s * p.B * (p.A * x);
+  const auto W = q.weight();
+  const Eigen::MatrixXd x = data.x.cast<double>();
+  Eigen::MatrixXd exact = W.template cast<double>() * x;
+  const auto add_exact = [&](const auto& l) {
+    exact += l.scaling() * l.lora_B().template cast<double>() * (l.lora_A().template cast<double>() * x);
+  };
+  add_exact(style);
+  add_exact(subject);
 
-  const auto before = agreement::in_double(q.weight());
-  const auto formats = agreement::formats_of<T, float, float>();
-  for (const state s : {state{"both mixed", false, false}, state{"style merged, subject mixed", true, false},
-                        state{"subject merged, style mixed", false, true}, state{"both merged", true, true}}) {
-    q.unmerge();
-    if (s.style_merged) q.merge("style");
-    if (s.subject_merged) q.merge("subject");
-    matrix y(96, 12);
+  matrix y(96, 12);
+  const auto check = [&](const char* state, const Eigen::MatrixXd& bound) {
     q.forward(data.x, y);
-
-    agreement::state where;
-    (s.style_merged ? where.merged : where.mixed).push_back(parts[0]);
-    (s.subject_merged ? where.merged : where.mixed).push_back(parts[1]);
-    const Eigen::ArrayXXd bound = agreement::error_bound(W, {}, where, x, formats).array();
-    const Eigen::ArrayXXd difference = (y.cast<double>() - exact).array().abs();
-    std::printf("%-9s %-27s %.0e   %s\n", format, s.name, difference.maxCoeff(),
-                (difference <= bound).all() ? "within the bound" : "MORE THAN ROUNDING");
-  }
+    const Eigen::MatrixXd difference = (y.cast<double>() - exact).cwiseAbs();
+    std::printf("%-9s %-27s %.0e   %s\n", format, state, difference.maxCoeff(),
+                (difference.array() <= bound.array()).all() ? "within the bound" : "MORE THAN ROUNDING");
+  };
+  check("both mixed", lora::forward_bound(W, data.x, y, style, subject));
+  q.merge("style");
+  check("style merged, subject mixed", lora::forward_bound(lora::with_merged(W, style), data.x, y, subject));
+  q.unmerge("style");
+  q.merge("subject");
+  check("subject merged, style mixed", lora::forward_bound(lora::with_merged(W, subject), data.x, y, style));
+  q.merge();
+  check("both merged", lora::forward_bound(lora::with_merged(W, style, subject), data.x, y));
   q.unmerge();
-  std::printf("%-9s after unmerging, the weight is %s\n\n", format,
-              agreement::in_double(q.weight()) == before ? "the same, bit for bit" : "CHANGED");
+  std::printf("%-9s after unmerging, the weight is %s\n\n", format, q.weight() == W ? "the same, bit for bit" : "CHANGED");
 }
 
 }  // namespace

@@ -8,13 +8,11 @@
 #include <exception>
 #include <limits>
 
-#include "agreement.hpp"
 #include "llama.hpp"
 
 namespace {
 
 namespace fs = std::filesystem;
-using agreement::part;
 constexpr int prompts = 4;
 const std::vector<std::string> names = {"capitals", "german"};
 
@@ -89,7 +87,7 @@ void describe(const world& w, const llama::model<double>& base) {
       const auto& l = entry.plain();
       rank.add(static_cast<double>(l.rank()));
       scaling.add(l.scaling());
-      const auto W = agreement::in_double(base.layers().at(module).weight());
+      const auto W = base.layers().at(module).weight();
       size.add(lora::delta_weight(l).template cast<double>().norm() / W.norm());
     }
     std::printf("%-10s %4zu    %.0f-%.0f    %.3f-%.3f    %.2f-%.2f   %s\n", names[k].c_str(), w.adapters[k].size(), rank.low,
@@ -133,29 +131,37 @@ struct distance {
 struct comparison {
   distance one_two, one_merged, two_merged, exact;
 
-  template <class T>
-  void add(lora::linear<T> layer, const part (&parts)[2], const Eigen::MatrixXf& x) {
-    const Eigen::MatrixXd W = agreement::in_double(layer.weight()), X = x.cast<double>();
-    Eigen::MatrixXd truth = W * X;
-    for (const part& p : parts) truth += p.s * p.B * (p.A * X);
-    Eigen::ArrayXXd y[3], bound[3];
+  template <class T, class L>
+  void add(lora::linear<T> layer, const L& capitals, const L& german, const Eigen::MatrixXf& x) {
+    layer.unmerge();
+    const auto W = layer.weight();
+    Eigen::MatrixXf result(layer.out_features(), x.cols());
+    const Eigen::ArrayXXd bound[3] = {
+        lora::forward_bound(lora::with_merged(W, capitals), x, result, german).array(),
+        lora::forward_bound(W, x, result, capitals, german).array(),
+        lora::forward_bound(lora::with_merged(W, capitals, german), x, result).array(),
+    };
+    const Eigen::MatrixXd X = x.cast<double>();
+    Eigen::MatrixXd truth = W.template cast<double>() * X;
+    for (const L* l : {&capitals, &german}) truth += in_double(*l, X);
+    Eigen::ArrayXXd y[3];
     for (int way = 0; way < 3; ++way) {
       layer.unmerge();
-      agreement::state where;
-      for (std::size_t k = 0; k < 2; ++k) {
-        const bool merge = way == 2 || (way == 0 && k == 0);
-        if (merge) layer.merge(names[k]);
-        (merge ? where.merged : where.mixed).push_back(parts[k]);
-      }
-      Eigen::MatrixXf result(layer.out_features(), x.cols());
+      if (way != 1) layer.merge(names[0]);
+      if (way == 2) layer.merge(names[1]);
       layer.forward(x, result);
       y[way] = result.cast<double>().array();
-      bound[way] = agreement::error_bound(W, {}, where, X, agreement::formats_of<T, float, float>()).array();
       exact.take((y[way] - truth.array()).abs(), bound[way]);
     }
     one_two.take((y[0] - y[1]).abs(), bound[0] + bound[1]);
     one_merged.take((y[0] - y[2]).abs(), bound[0] + bound[2]);
     two_merged.take((y[1] - y[2]).abs(), bound[1] + bound[2]);
+  }
+
+  /// s B (A x)
+  template <class L>
+  static Eigen::MatrixXd in_double(const L& l, const Eigen::MatrixXd& x) {
+    return l.scaling() * l.lora_B().template cast<double>() * (l.lora_A().template cast<double>() * x);
   }
 };
 
@@ -166,9 +172,8 @@ std::map<std::string, comparison> compare(const world& w, const inputs& seen) {
   std::map<std::string, comparison> kinds;
   for (const auto& [name, layer] : model.layers()) {
     if (!layer.contains(names[0]) || !layer.contains(names[1])) continue;
-    const part parts[2] = {agreement::part_of(w.adapters[0].at(name).plain()),
-                           agreement::part_of(w.adapters[1].at(name).plain())};
-    kinds[name.substr(name.rfind('.') + 1)].add(layer, parts, seen.at(name));
+    kinds[name.substr(name.rfind('.') + 1)].add(layer, w.adapters[0].at(name).plain(), w.adapters[1].at(name).plain(),
+                                                seen.at(name));
   }
   return kinds;
 }

@@ -3,8 +3,8 @@
 // Batches whose tokens have their own adapters: the right sum for each token, and the same bits whatever else is in it.
 #include <vector>
 
-#include "agreement.hpp"
 #include "lora/lora.hpp"
+#include "support/agreement.hpp"
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/openmp.hpp"

@@ -8,10 +8,10 @@
 #include <utility>
 #include <vector>
 
-#include "agreement.hpp"
 #include "lora/forward.hpp"
 #include "lora/linear.hpp"
 #include "lora/merge.hpp"
+#include "support/agreement.hpp"
 #include "support/allocations.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"

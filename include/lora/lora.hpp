@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The verbs of plain adapters. Included by name: what fewer need (lora/dora.hpp, rows.hpp, through.hpp, rounding.hpp,
-// residual.hpp) and the file formats (lora/io/safetensors.hpp, lora/io/peft.hpp).
+// The verbs of plain adapters, and their bounds. Included by name: what fewer need (lora/dora.hpp, rows.hpp, through.hpp,
+// rounding.hpp, residual.hpp; dora_bounds.hpp, rows_bounds.hpp, rounding_bounds.hpp) and the file
+// formats (lora/io/safetensors.hpp, lora/io/peft.hpp).
 #pragma once
 
 #include "lora/adapter.hpp"
 #include "lora/advise.hpp"
 #include "lora/apply.hpp"
 #include "lora/batch.hpp"
+#include "lora/bounds.hpp"
 #include "lora/concepts.hpp"
 #include "lora/delta.hpp"
 #include "lora/error.hpp"

@@ -75,8 +75,8 @@ static inline __m512bh narrowed_pairs(const V& upper, const V& lower) {
 #define __AVX512F__ 1
 #define LORA_DETAIL_EMULATED 1
 #define __AVX512BF16__ 1
-#include "agreement.hpp"
 #include "lora/lora.hpp"
+#include "support/agreement.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
 

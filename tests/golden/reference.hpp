@@ -14,9 +14,9 @@
 #include <string>
 #include <vector>
 
-#include "agreement.hpp"
 #include "lora/concepts.hpp"
 #include "lora/io/safetensors.hpp"
+#include "support/agreement.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
 

@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // DoRA within its bound where W + D cancels, so that the norm has few digits left, with one
-// magnitude and several, merged, unmerged, mixed and looked up; and rows whose norm lies near the
-// ends of double's range.
+// magnitude and several, merged, unmerged, mixed and looked up; the bounds of lora/dora_bounds.hpp
+// against those of support/dora_bound.hpp in long double; and rows whose norm lies near the ends of
+// double's range.
 #include "support/dora_bound.hpp"
 
 #include <cstdio>
 
-#include "lora/dora.hpp"
+#include "lora/dora_bounds.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
 
@@ -43,6 +44,26 @@ std::vector<double> in_double(const std::vector<F>& m) {
   return {m.begin(), m.end()};
 }
 
+/// The elements of a bound of the library, which has no long double.
+template <class B>
+exact_matrix elements(const B& bound) {
+  exact_matrix result(bound.rows(), bound.cols());
+  for (index_t i = 0; i < bound.rows(); ++i)
+    for (index_t j = 0; j < bound.cols(); ++j) result(i, j) = static_cast<long double>(bound(i, j));
+  return result;
+}
+template <class T, class B>
+bool within(const test::matrix<T>& got, const exact_matrix& want, const B& bound) {
+  return ((test::exact(got) - want).cwiseAbs().array() <= elements(bound).array()).all();
+}
+/// What is stored in the accumulator adds no rounding: then the two bounds are the same formula. The oracle finds P as a
+/// product of 1 + t, of which long double keeps five digits where t is 2^-48.
+template <class T, class Acc, class B>
+bool same_bound(const B& bound, const exact_matrix& e) {
+  const exact_matrix got = elements(bound);
+  return !std::is_same_v<T, Acc> || ((got - e).array().abs() <= 1e-4L * e.array()).all();
+}
+
 template <class T, class F>
 void check(test::random& g) {
   const index_t out = g.integer(1, 9), in = g.integer(2, 30), r = g.integer(1, 5), tokens = 3;
@@ -66,6 +87,9 @@ void check(test::random& g) {
   auto stored = W;
   lora::merge(stored, layer);
   REQUIRE(test::stored_within<T, acc>(stored, bound.merged, bound.weight()));
+  const auto sure = several ? lora::attach_bound(W, one, plain, two) : lora::attach_bound(W, one);
+  REQUIRE(within(stored, bound.merged, lora::merge_bound(W, sure)));
+  REQUIRE(same_bound<T, acc>(lora::merge_bound(W, sure), bound.weight()));
   // (W' - deltas) / g_0 of what is stored
   const exact_matrix base_part = bound.sign_g0.asDiagonal() * bound.W;
   const exact_matrix deltas = bound.merged - base_part;
@@ -73,6 +97,7 @@ void check(test::random& g) {
   auto back = stored;
   lora::unmerge(back, layer);
   REQUIRE(test::stored_within<T, acc>(back, q, bound.unmerged(q)));
+  REQUIRE(within(back, q, lora::unmerge_bound(stored, sure)));
 
   const test::matrix<F> x = g.reals<F>(in, tokens, 1);
   const std::vector<F> bias(static_cast<std::size_t>(out), F(0.3F));
@@ -82,6 +107,15 @@ void check(test::random& g) {
   exact_matrix want = test::times(bound.merged, test::exact(x));
   want.colwise() += b;
   REQUIRE(test::stored_within<F, acc>(y, want, bound.mixed(test::exact(x), b)));
+  REQUIRE(within(y, want, lora::forward_bound(lora::with_bias(W, bias), x, y, sure)));
+  REQUIRE(same_bound<F, acc>(lora::forward_bound(lora::with_bias(W, bias), x, y, sure), bound.mixed(test::exact(x), b)));
+
+  const test::matrix<F> base_y = g.reals<F>(out, tokens, 1);
+  const auto apply_bound = lora::apply_bound(x, base_y, sure);
+  y = base_y;
+  lora::apply(x, y, layer);
+  const exact_matrix want_applied = bound.sign_g0.asDiagonal() * test::exact(base_y) + test::times(deltas, test::exact(x));
+  REQUIRE(within(y, want_applied, apply_bound));
 
   const test::matrix<T> embedding = W.transpose();
   const std::vector<index_t> ids{in - 1, 0, in - 1};
@@ -95,6 +129,7 @@ void check(test::random& g) {
     rows_bound.col(t) = e.col(ids[static_cast<std::size_t>(t)]);
   }
   REQUIRE(test::stored_within<F, acc>(found, want_rows, rows_bound));
+  REQUIRE(within(found, want_rows, lora::rows_bound(lora::with_scale(embedding, c), ids, found, sure)));
 }
 
 }  // namespace

@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "agreement.hpp"
+#include "support/agreement.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
 

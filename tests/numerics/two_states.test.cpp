@@ -6,8 +6,8 @@
 #include <cstdio>
 #include <limits>
 
-#include "agreement.hpp"
 #include "lora/linear.hpp"
+#include "support/agreement.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"

@@ -9,7 +9,7 @@
 #include <random>
 #include <vector>
 
-#include "agreement.hpp"
+#include "support/agreement.hpp"
 #include "support/sanitized.hpp"
 
 namespace layers {
