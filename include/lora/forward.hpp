@@ -426,7 +426,7 @@ template <class M, class X, class Y, class... L>
 void forward(workspace& space, const M& W, const X& x, Y&& y, const L&... l) {
   detail::refuse_temporary<Y>();
   using acc = typename detail::accumulator_of_call<M, X, Y, L...>::type;
-  const auto make = [&](const auto& weight) { return detail::form_beside<acc>("forward", weight, l...); };
+  const auto make = [&](const auto& weight) { return detail::form_beside_stored<acc>("forward", weight, l...); };
   if constexpr (detail::is_biased<M>)
     forward(space, W, x, y, make(W.weight));
   else if constexpr (detail::is_packed_weight<M>)

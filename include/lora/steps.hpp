@@ -256,7 +256,7 @@ void visit_kinds(const Visit& visit, const L& l) {
 template <class Acc, class L>
 void append_steps(std::vector<step<Acc>>& all, const step_request<Acc>& request, const L& l) {
   if constexpr (low_rank<L>) {
-    if (is_read(l)) all.push_back(low_rank_step{any_factors::copy_of(l), request.strength});
+    if (is_read(l)) all.emplace_back(low_rank_step{any_factors::copy_of(l), request.strength});
   } else {
     auto some = l.template steps<Acc>(request);
     for (auto& one : some) all.push_back(std::move(one));
@@ -267,7 +267,7 @@ void append_steps(std::vector<step<Acc>>& all, const step_request<Acc>& request,
 template <class Acc, class... L>
 std::vector<step<Acc>> steps_of(const step_request<Acc>& request, index_t out_features, index_t in_features, const L&... l) {
   std::vector<step<Acc>> all;
-  const auto add = [&]<class K>(const K& one) {
+  [[maybe_unused]] const auto add = [&]<class K>(const K& one) {
     if constexpr (low_rank<K>)
       check_adapter(request.operation, one, out_features, in_features);
     else
@@ -291,7 +291,7 @@ bool is_stored_in_out(const K& k) {
 template <class... L>
 bool are_stored_in_out(const char* operation, const L&... l) {
   bool any = false, all = true;
-  const auto look = [&](const auto& one) { (is_stored_in_out(one) ? any : all) = is_stored_in_out(one); };
+  [[maybe_unused]] const auto look = [&](const auto& one) { (is_stored_in_out(one) ? any : all) = is_stored_in_out(one); };
   (visit_kinds(look, l), ...);
   if (any && !all)
     raise_value(operation, "one adapter is for a weight stored in x out, and another for one stored out x in");

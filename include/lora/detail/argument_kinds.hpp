@@ -56,10 +56,11 @@ concept dora_like = !entry_like<A> && (
 /// Adapters of any kind that say their steps (steps.hpp).
 template <class A>
 concept says_steps = requires { &bare<A>::template steps<float>; };
+/// mixed_form.
 template <class A>
-concept attached_like = requires(const bare<A>& a) {
-  a.base_scale();
-  a.adapters();
+concept form_like = requires(const bare<A>& a) {
+  a.steps();
+  a.additive();
 };
 /// packed_adapter and scaled_packed_adapter.
 template <class A>

@@ -37,7 +37,7 @@ class dora_adapter;
 template <scalar T>
 struct dora_view;
 template <class Acc>
-class attached_dora;
+class mixed_form;
 template <scalar T>
 class replaced_rows;
 template <class W>
@@ -77,7 +77,7 @@ std::type_identity<dora_adapter<T>> class_of_ours(const dora_adapter<T>*);
 template <class T>
 std::type_identity<dora_view<T>> class_of_ours(const dora_view<T>*);
 template <class Acc>
-std::type_identity<attached_dora<Acc>> class_of_ours(const attached_dora<Acc>*);
+std::type_identity<mixed_form<Acc>> class_of_ours(const mixed_form<Acc>*);
 template <class T>
 std::type_identity<replaced_rows<T>> class_of_ours(const replaced_rows<T>*);
 template <class W>
@@ -103,7 +103,7 @@ concept derived_from_ours = ours_or_derived<A> && !exactly_ours<A>;
 
 /// What a verb takes as an adapter, or is given instead of one.
 template <class A>
-concept adapter_like = !derived_from_ours<A> && (factors_like<A> || entry_like<A> || dora_like<A> || attached_like<A> ||
+concept adapter_like = !derived_from_ours<A> && (factors_like<A> || entry_like<A> || dora_like<A> || form_like<A> ||
                                                  packed_adapter_like<A> || file_like<A> || batch_like<A>);
 template <class A>
 concept pointer_to_adapter = pointer_like<A> && adapter_like<bare<decltype(*std::declval<const bare<A>&>())>>;

@@ -8,7 +8,7 @@
 //
 // Such a call is an error inside `requires { lora::merge(W, l); }`, too, and not false. Generic
 // code asks the public concepts instead: matrix_like of W, activations of x and y, low_rank or
-// low_rank_range of l, weight_decomposed or attachable (lora/dora.hpp), peft::adapter_entry
+// low_rank_range of l, adapter_kind or adapter_kind_range (lora/steps.hpp), peft::adapter_entry
 // (lora/io/peft_entry.hpp).
 #pragma once
 
@@ -33,7 +33,7 @@ enum class verb {
   forward,
   rows,
   apply_through,
-  attach,
+  mixed,
   scaled,
   linear,
   batch,
@@ -49,12 +49,16 @@ inline constexpr bool never = false;
 
 template <verb V>
 inline constexpr bool mixes = V == verb::apply || V == verb::forward;
+/// Adapters of any kind, which say their steps.
+template <verb V>
+inline constexpr bool takes_kinds =
+    mixes<V> || V == verb::rows || V == verb::apply_through || V == verb::mixed || V == verb::linear;
 template <verb V>
 inline constexpr bool takes_ranges = V != verb::scaled && V != verb::linear && V != verb::pack;
 
 template <verb V, class L>
 concept adapter_argument = (V == verb::batch ? packed_adapter_like<L> : low_rank<L>) ||
-                           (mixes<V> && packed_adapter_like<L>) || (V == verb::attach && dora_like<L>);
+                           (mixes<V> && packed_adapter_like<L>) || (takes_kinds<V> && says_steps<L>);
 
 template <verb V, class L>
 inline constexpr bool takes_adapter = adapter_argument<V, L>;
@@ -94,7 +98,7 @@ constexpr bool refuse_entry() {
     static_assert(
         never<L>,
         "lora::forward takes no entry of a PEFT file, which may hold more than an adapter (a bias, a magnitude, how W "
-        "is stored): pass entry.plain(), which throws when there is more, or what lora::attach(W, entry) of "
+        "is stored): pass entry.plain(), which throws when there is more, or what lora::mixed(W, entry) of "
         "lora/io/peft_verbs.hpp returns");
   else if constexpr (V == verb::linear || V == verb::batch || V == verb::pack || V == verb::delta_weight)
     static_assert(never<L>,
@@ -117,7 +121,7 @@ constexpr bool refuse_dora() {
   else if constexpr (V == verb::unmerge)
     static_assert(
         never<L>,
-        "lora::unmerge takes no DoRA adapter, whose norms are those of W before the merge: keep what lora::attach(W, l) "
+        "lora::unmerge takes no DoRA adapter, whose norms are those of W before the merge: keep what lora::mixed(W, l) "
         "returned then, and unmerge that");
   else if constexpr (V == verb::merged || V == verb::merge_checked)
     static_assert(
@@ -129,16 +133,10 @@ constexpr bool refuse_dora() {
         never<L>,
         "lora::delta_weight takes no DoRA adapter: it scales the rows of W, too, so what it adds depends on W; its "
         "low-rank part alone is factors()");
-  else if constexpr (V == verb::linear || V == verb::batch || V == verb::pack)
-    static_assert(
-        never<L>,
-        "lora: a DoRA adapter scales the rows of W, too, which linear, batch and packed_adapter cannot: merge it, or "
-        "mix what lora::attach(W, l) returns (lora/dora.hpp)");
   else
-    static_assert(
-        never<L>,
-        "lora: a DoRA adapter scales the base's part, too: call lora::attach(W, l...) once and pass what it returns "
-        "(lora/dora.hpp)");
+    static_assert(never<L>,
+                  "lora: a DoRA adapter scales the rows of W, too, which packed_adapter and a batch of them cannot: make a "
+                  "form of it, lora::mixed(W, l); a batch takes a vector of forms, too");
   return true;
 }
 
@@ -150,12 +148,11 @@ constexpr bool refuse_adapter() {
     refuse_entry<V, L>();
   } else if constexpr (dora_like<L>) {
     refuse_dora<V, L>();
-  } else if constexpr (attached_like<L>) {
+  } else if constexpr (form_like<L>) {
     static_assert(
         never<L>,
-        "lora: what lora::attach returned goes alone, as the last argument, to merge, unmerge, apply, forward, rows or "
-        "apply_through of lora/dora.hpp, with a plain matrix and without a workspace: attach all adapters of a call "
-        "together");
+        "lora: what lora::mixed returned goes alone, as the last argument, to merge, unmerge, apply, forward, rows or "
+        "apply_through: make one form of all adapters of a call");
   } else if constexpr (packed_adapter_like<L>) {
     static_assert(
         never<L>,
@@ -255,7 +252,7 @@ constexpr bool refuse_panels() {
 template <verb V, class M>
 inline constexpr bool takes_weight = matrix_like<M> ||
                                      (V != verb::pack && V != verb::linear && V != verb::factors && V != verb::rows &&
-                                      V != verb::attach && packed_weight_like<M>) ||
+                                      packed_weight_like<M>) ||
                                      ((V == verb::forward || V == verb::linear) && biased_like<M>);
 
 /// Says why M is no weight for this verb; nothing if it is one.
@@ -377,7 +374,7 @@ constexpr bool refuse_on_activations() {
         "are attached");
     static_assert(
         V == verb::linear,
-        "lora: x and y are followed by adapters, or by a batch or what lora::attach returned, alone; a workspace, which "
+        "lora: x and y are followed by adapters, or by a batch or what lora::mixed returned, alone; a workspace, which "
         "is not const, may stand first");
   }
   return true;

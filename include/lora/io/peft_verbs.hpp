@@ -8,7 +8,7 @@
 //   apply(x, y, e...)                         y := round(y + sum of (s * B * (A * x) + s * bias))
 //   rows(W, ids, y, e...)                     an embedding's rows with its adapters
 //   apply_through(down, y, e...)              a convolution's, through the caller's convolution (through.hpp)
-//   attach(W, e...)                           DoRA: norms computed once; the verbs of dora.hpp take the result
+//   mixed(W, e...)                            their mixed form (mixed.hpp): norms computed once; every verb takes the result
 //
 // A square W does not betray a wrong fan_in_fan_out (only a rectangular one "fits transposed"): before merging a file, compare
 // the shapes of all its entries with the base.
@@ -291,9 +291,9 @@ merge_report merge_into(const char* operation, double sign, const View& stored, 
     if (sign < 0)
       check_no_magnitude(
           operation, all,
-          "its norms belong to the base before the merge: keep what attach(W, entries...) returns and unmerge "
+          "its norms belong to the base before the merge: keep what mixed(W, entries...) returns and unmerge "
           "that");
-    return lora::merge(view, lora::attach(view, core_with_magnitude(all)));
+    return lora::merge(view, core_with_magnitude(all));
   });
 }
 
@@ -342,7 +342,7 @@ merge_report merge_stack(const View& stack, const list<T>& all) {
 template <class T>
 void check_mixable(const char* operation, const list<T>& all) {
   check_usable(operation, all);
-  check_no_magnitude(operation, all, "it also scales the base's part: attach(W, entries...) once, and pass what it returns");
+  check_no_magnitude(operation, all, "it also scales the base's part: mixed(W, entries...) once, and pass what it returns");
 }
 
 }  // namespace entry_detail
@@ -359,7 +359,7 @@ merge_report merge(M&& W, const E&... e) {
 }
 
 /// unmerge(W, entries...): W with its deltas subtracted, as lora::unmerge. Entries with a magnitude are refused: their norms
-/// belong to the base before the merge; keep what attach returned and unmerge that.
+/// belong to the base before the merge; keep what mixed returned and unmerge that.
 template <class M, peft::entries... E>
   requires matrix_like<M> && (sizeof...(E) > 0)
 merge_report unmerge(M&& W, const E&... e) {
@@ -485,20 +485,26 @@ void apply_through(const Down& down, Y&& y, const E&... e) {
   peft::entry_detail::add_with_bias<acc>(to, all, run);
 }
 
-/// attach(W, entries...): W as the base stores it; see dora.hpp. What is returned knows how that
-/// is: merge, unmerge and forward take the same W, rows an embedding's.
+/// mixed(W, entries...): W as the base stores it; see mixed.hpp. What is returned knows how that is: merge, unmerge and forward
+/// take the same W, rows an embedding's. A bias of an entry (lora_bias) is a shift of the form.
 template <class M, peft::entries... E>
   requires matrix_like<M> && (sizeof...(E) > 0)
-auto attach(const M& W, const E&... e) {
+[[nodiscard]] auto mixed(const M& W, const E&... e) {
+  const detail::default_environment environment;
   const auto stored = as_matrix(W);
   const auto all = peft::entry_detail::list_of(e...);
-  peft::entry_detail::check_no_bias("attach", all, "what attach returns has no place for it; mix it in with apply");
-  auto layer = peft::entry_detail::oriented("attach", stored, all, [&](const auto& view) {
-    return lora::attach(view, peft::entry_detail::core_with_magnitude(all));
+  auto form = peft::entry_detail::oriented("mixed", stored, all, [&](const auto& view) {
+    const auto core = peft::entry_detail::core_with_magnitude(all);
+    using acc = accumulator_t<detail::bare<decltype(view)>, decltype(core)>;
+    const auto rows = detail::base_rows<acc>(view);
+    const detail::rows_reader<acc, detail::bare<decltype(rows)>> reader(rows);
+    auto steps = detail::steps_of<acc>(step_request<acc>{"mixed", 1.0, &reader}, view.rows(), view.cols(), core);
+    if (peft::entry_detail::any_bias(all))
+      steps.emplace_back(shift_step{.shift = peft::entry_detail::bias_sum(view.rows(), all)});
+    return mixed_form<acc>("mixed", view.rows(), view.cols(), std::move(steps));
   });
   using peft::entry_detail::given;
-  return peft::entry_detail::common_orientation("attach", all, given::matrix) ? std::move(layer).for_in_out()
-                                                                              : std::move(layer);
+  return peft::entry_detail::common_orientation("mixed", all, given::matrix) ? form.for_in_out() : form;
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI
