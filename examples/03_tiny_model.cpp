@@ -25,14 +25,14 @@ int main(int count, char** arguments) {
   model.merge("capitals");  // into the weights; german stays mixed
   std::cout << "capitals merged    42 = " << answer("42") << '\n';
 
-  model.set_weight("german", 0.5);
+  model.set_strength("german", 0.5);
   std::cout << "german at 0.5      42 = " << answer("42") << '\n';
 
   model.deactivate("capitals");  // leaves the weights, although it is merged
-  model.set_weight("german", 0.4);
+  model.set_strength("german", 0.4);
   std::cout << "german at 0.4      42 = " << answer("42") << '\n';
 
-  model.set_weight("german", 1);
+  model.set_strength("german", 1);
   std::cout << "german             42 = " << answer("42") << '\n';
 
   // In the middle of a text: capitals comes back after eight letters.

@@ -13,8 +13,10 @@ int main() {
   const Eigen::Vector3f x(1, 2, 3);
   Eigen::Vector2f y;
 
-  const auto layer = lora::attach(W, style, plain);  // the norms, once: the order of adapters matters
-  std::cout << "base rows times " << layer.base_scale().transpose() << "\n";
+  const auto layer = lora::mixed(W, style, plain);  // the norms, once: the order of adapters matters
+  std::cout << "base rows times";
+  for (const float gain : layer.gain()) std::cout << " " << gain;
+  std::cout << "\n";
 
   lora::forward(W, x, y, layer);  // mixed, in one product
   std::cout << "mixed    " << y.transpose() << "\n";

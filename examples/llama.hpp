@@ -127,7 +127,7 @@ class model {
     each(name, [&](layer& one) { one.detach(name); });
   }
   void set_weight(const std::string& name, double weight) {
-    each(name, [&](layer& one) { one.set_weight(name, weight); });
+    each(name, [&](layer& one) { one.set_strength(name, weight); });
   }
   void activate(const std::string& name) {
     each(name, [&](layer& one) { one.activate(name); });

@@ -262,7 +262,7 @@ TEST_CASE("a user's own type is an adapter everywhere", "[adapter]") {
 
   lora::linear<float> layer(W);
   layer.attach("mine", lora::scaled(3, mine));
-  CHECK(layer.at("mine").weight == 3);
+  CHECK(layer.at("mine").strength == 3);
   CHECK(layer.at("mine").scaling == -0.5);
   CHECK(layer.at("mine").rank == 3);
   layer.merge();

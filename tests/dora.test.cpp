@@ -112,7 +112,7 @@ TEMPLATE_TEST_CASE("DoRA is its definition, merged and mixed, in every order", "
     const std::vector<piece> list{{first.factors(), 1, dm}, {plain, 1, {}}, {second.factors(), -0.5, dn}};
     exact_matrix want = base;
     for (const piece& p : list) want = step(want, base, p.delta, p.magnitude);
-    const auto layer = lora::attach(W, first, plain, lora::scaled(-0.5, second));
+    const auto layer = lora::mixed(W, first, plain, lora::scaled(-0.5, second));
     const bounds e(base, list, u);
     const exact_matrix bound = e.weight + stored_u * (want.cwiseAbs() + e.weight);
     auto merged = W;
@@ -120,7 +120,7 @@ TEMPLATE_TEST_CASE("DoRA is its definition, merged and mixed, in every order", "
     CHECK(within(want, merged, bound));
     // Stored the other way round, as a transposed view.
     test::matrix<T> stored = W.transpose();
-    lora::merge(stored.transpose(), lora::attach(stored.transpose(), first, plain, lora::scaled(-0.5, second)));
+    lora::merge(stored.transpose(), lora::mixed(stored.transpose(), first, plain, lora::scaled(-0.5, second)));
     CHECK(within(want, test::matrix<T>(stored.transpose()), bound));
     // Mixed: forward, and apply on a product of our own.
     const test::matrix<F> x = drawn<F>(in, 3, 8);
@@ -151,16 +151,16 @@ TEST_CASE("DoRA at strength 0 does not read the factors", "[dora]") {
   const lora::adapter<float> poison(A, drawn<float>(3, 2, 3), {.alpha = 1});
   const lora::dora_adapter<float> strong(poison, {1, 2, 3});
   auto same = W, normed = W;
-  lora::merge(same, lora::attach(W, lora::scaled(0, poison)));
+  lora::merge(same, lora::mixed(W, lora::scaled(0, poison)));
   CHECK(test::same_bits(same, W));
-  lora::merge(normed, lora::attach(W, lora::scaled(0, strong)));
+  lora::merge(normed, lora::mixed(W, lora::scaled(0, strong)));
   CHECK(normed.allFinite());
   CHECK(std::abs(normed.row(1).norm() - 2) < 1e-5);  // its magnitude stays
 }
 
 TEST_CASE("DoRA adds a double bias in double", "[dora]") {
   const test::matrix<float> W = test::matrix<float>::Ones(1, 1), x = W;
-  const auto layer = lora::attach(W);
+  const auto layer = lora::mixed(W);
   const std::vector<double> b{-1 + 0x1p-40};  // -1 as a float
   test::matrix<float> y(1, 1);
   lora::forward(lora::with_bias(W, b), x, y, layer);
@@ -172,7 +172,7 @@ TEST_CASE("DoRA refuses an output over what it reads", "[dora]") {
   const auto W_before = W, x_before = x;
   std::vector<float> b(4, 1.0F);
   const lora::dora_adapter<float> l(drawn<float>(2, 4, 4), drawn<float>(4, 2, 3), {.alpha = 1}, {1, 2, 3, 4});
-  const auto layer = lora::attach(W, l);
+  const auto layer = lora::mixed(W, l);
   CHECK_THROWS_AS(lora::forward(W, x, W, layer), lora::shape_error);
   CHECK_THROWS_AS(lora::forward(W, x, x, layer), lora::shape_error);
   CHECK_THROWS_AS(lora::apply(x, x, layer), lora::shape_error);
@@ -185,9 +185,9 @@ TEST_CASE("DoRA refuses an output over what it reads", "[dora]") {
 TEST_CASE("DoRA without adapters is the base, and without magnitude LoRA", "[dora]") {
   auto W = drawn<float>(5, 4, 1), same = W;
   const lora::adapter<float> l(drawn<float>(2, 4, 2), drawn<float>(5, 2, 3), {.alpha = 2});
-  lora::merge(same, lora::attach(W));
+  lora::merge(same, lora::mixed(W));
   CHECK(test::same_bits(same, W));
-  lora::merge(same, lora::attach(W, l));
+  lora::merge(same, lora::mixed(W, l));
   lora::merge(W, l);
   CHECK(test::same_bits(same, W));  // whole numbers: nothing rounds
 }
@@ -206,8 +206,8 @@ TEST_CASE("DoRA refuses what has no norm, and writes nothing", "[dora]") {
   const lora::dora_adapter<float> not_finite(A, B, {.alpha = 1}, {1, std::numeric_limits<float>::infinity(), 3});
   CHECK_THROWS_AS(lora::merge(W, not_finite), lora::value_error);
   test::matrix<float> wide = drawn<float>(4, 3, 1);
-  CHECK_THROWS_AS(lora::attach(wide, good), lora::shape_error);
-  const auto layer = lora::attach(W, good);
+  CHECK_THROWS_AS(lora::mixed(wide, good), lora::shape_error);
+  const auto layer = lora::mixed(W, good);
   CHECK_THROWS_AS(lora::merge(wide, layer), lora::shape_error);
   test::matrix<float> y = drawn<float>(4, 2, 1);
   const auto y_before = y;
@@ -215,7 +215,7 @@ TEST_CASE("DoRA refuses what has no norm, and writes nothing", "[dora]") {
   CHECK(test::same_bits(y, y_before));
   CHECK(test::same_bits(W, before));
   const lora::dora_adapter<float> vanishing(A, B, {.alpha = 1}, {1, 0, 3});
-  const auto gone = lora::attach(W, vanishing);
+  const auto gone = lora::mixed(W, vanishing);
   lora::merge(W, gone);
   CHECK(W.row(1).isZero());
   CHECK_THROWS_WITH(lora::unmerge(W, gone), Catch::Contains("magnitude 0"));

@@ -12,40 +12,41 @@
 
 namespace {
 
-using column = Eigen::VectorXf;
-
 lora::adapter<float> adapter(lora::index_t out, lora::index_t in) {
   return {test::matrix<float>::Constant(2, in, 0.5F), test::matrix<float>::Constant(out, 2, 0.25F), {.alpha = 3}};
 }
 
 }  // namespace
 
-TEST_CASE("attached_dora refuses adapters that do not fit", "[dora][invariant]") {
-  using layer = lora::attached_dora<float>;
-  const column g = column::Ones(3);
-  CHECK_NOTHROW(layer(g, {adapter(3, 4), adapter(3, 4)}, 4));
-  CHECK_THROWS_AS(layer(g, {adapter(3, 4), adapter(2, 4)}, 4), lora::shape_error);
-  CHECK_THROWS_AS(layer(g, {adapter(3, 5)}, 4), lora::shape_error);
-  CHECK_THROWS_AS(layer(column::Ones(2), {adapter(3, 4)}, 4), lora::shape_error);
-  CHECK_THROWS_AS(layer(g, {}, -1), lora::shape_error);
+TEST_CASE("a form refuses steps that do not fit", "[mixed][invariant]") {
+  const auto form = [](lora::index_t out, const std::vector<lora::adapter<float>>& adapters, lora::index_t in) {
+    std::vector<lora::step<float>> steps{lora::gain_step<float>{std::vector<float>(3, 1.0F)}};
+    for (const auto& l : adapters) steps.push_back(lora::low_rank_step{lora::any_factors::copy_of(l)});
+    return lora::mixed_form<float>("mixed", out, in, steps);
+  };
+  CHECK_NOTHROW((void)form(3, {adapter(3, 4), adapter(3, 4)}, 4));
+  CHECK_THROWS_AS((void)form(3, {adapter(3, 4), adapter(2, 4)}, 4), lora::shape_error);
+  CHECK_THROWS_AS((void)form(3, {adapter(3, 5)}, 4), lora::shape_error);
+  CHECK_THROWS_AS((void)form(2, {adapter(2, 4)}, 4), lora::shape_error);
+  CHECK_THROWS_AS((void)form(3, {}, -1), lora::shape_error);
 }
 
-TEST_CASE("attached_dora takes its adapters at their scaling", "[dora][invariant]") {
-  const lora::attached_dora<float> layer(column::Ones(3), {adapter(3, 4)}, 4);
+TEST_CASE("a form takes its adapters at their scaling", "[mixed][invariant]") {
+  const auto form = lora::mixed(3, 4, adapter(3, 4));
   test::matrix<float> W = test::matrix<float>::Constant(3, 4, 2), want = W;
-  lora::merge(W, layer);
+  lora::merge(W, form);
   lora::merge(want, adapter(3, 4));
   CHECK(W == want);  // numbers that no step rounds
 }
 
-TEST_CASE("verbs of an attached_dora without adapters check their operands", "[dora][invariant]") {
-  const lora::attached_dora<float> layer(column::Ones(3), {}, 4);
+TEST_CASE("verbs of a form without adapters check their operands", "[mixed][invariant]") {
+  const auto form = lora::mixed(3, 4);
   test::matrix<float> y = test::matrix<float>::Ones(3, 2), tall = test::matrix<float>::Ones(5, 2);
   const test::matrix<float> W = test::matrix<float>::Ones(3, 4), x = test::matrix<float>::Ones(4, 2);
-  CHECK_THROWS_AS(lora::apply(x, tall, layer), lora::shape_error);
-  CHECK_THROWS_AS(lora::apply(tall, y, layer), lora::shape_error);
-  CHECK_THROWS_AS(lora::forward(W, tall, y, layer), lora::shape_error);
-  CHECK_THROWS_AS(lora::forward(W, x, tall, layer), lora::shape_error);
+  CHECK_THROWS_AS(lora::apply(x, tall, form), lora::shape_error);
+  CHECK_THROWS_AS(lora::apply(tall, y, form), lora::shape_error);
+  CHECK_THROWS_AS(lora::forward(W, tall, y, form), lora::shape_error);
+  CHECK_THROWS_AS(lora::forward(W, x, tall, form), lora::shape_error);
   CHECK(y == test::matrix<float>::Ones(3, 2));
 }
 
@@ -57,7 +58,7 @@ TEST_CASE("a bias that was put beside a weight by hand is checked", "[forward][i
   test::matrix<float> y = test::matrix<float>::Ones(3, 2);
   CHECK_THROWS_AS(lora::forward(good, x, y), lora::shape_error);
   CHECK_THROWS_AS(lora::linear<float>(good), lora::shape_error);
-  CHECK_THROWS_AS(lora::forward(good, x, y, lora::attach(W, adapter(3, 4))), lora::shape_error);
+  CHECK_THROWS_AS(lora::forward(good, x, y, lora::mixed(W, adapter(3, 4))), lora::shape_error);
   CHECK(y == test::matrix<float>::Ones(3, 2));
 }
 

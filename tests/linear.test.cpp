@@ -94,10 +94,10 @@ lora::linear<T> brought_to(const model<T>& m, test::random& g) {
   }
   for (const auto& name : shuffled(m.names(), g)) {
     const entry& one = m.all.at(name);
-    if (g.one_in(2)) q.set_weight(name, one.weight);
+    if (g.one_in(2)) q.set_strength(name, one.weight);
     one.merged ? q.merge(name) : q.unmerge(name);
     one.active ? q.activate(name) : q.deactivate(name);
-    q.set_weight(name, one.weight);
+    q.set_strength(name, one.weight);
   }
   return q;
 }
@@ -113,7 +113,7 @@ template <class T>
 snapshot look(const lora::linear<T>& q) {
   snapshot s{q.names(), {}, test::bytes(q.weight()), {}};
   for (const auto& name : s.names) {
-    const auto [weight, scaling, rank, active, merged] = q.at(name);
+    const auto [weight, scaling, rank, active, merged, additive] = q.at(name);
     s.attached.push_back({weight, scaling, static_cast<double>(rank), double(active), double(merged)});
   }
   test::random g(5);
@@ -205,7 +205,7 @@ class walk {
       case 2:
       case 3:
         one.weight = new_weight();
-        on_both([&](auto& q) { q.set_weight(name, one.weight); });
+        on_both([&](auto& q) { q.set_strength(name, one.weight); });
         return "set_weight " + name;
       case 4:
         one.active = true;
@@ -247,7 +247,7 @@ class walk {
     for (const auto& [name, one] : m_.all) {
       const auto is = copied_.at(name);
       as_said =
-          as_said && copied_.contains(name) && is.weight == one.weight && is.active == one.active && is.merged == one.merged;
+          as_said && copied_.contains(name) && is.strength == one.weight && is.active == one.active && is.merged == one.merged;
     }
     const bool any_inside = std::any_of(m_.all.begin(), m_.all.end(), [](const auto& n) { return n.second.inside(); });
     const auto other_way = brought_to(m_, g_);
@@ -433,9 +433,9 @@ TEMPLATE_TEST_CASE("forward is lora::forward with what is not merged", "[linear]
   CHECK(same(narrow, lora::scaled(0.3, wide)));
   q.merge("narrow");
   CHECK(same(lora::scaled(0.3, wide)));
-  q.set_weight("wide", 0);
+  q.set_strength("wide", 0);
   CHECK(same());  // at strength 0 a double adapter does not turn the product to double
-  q.set_weight("wide", 0.3);
+  q.set_strength("wide", 0.3);
   q.merge();
   CHECK(same());
   CHECK(same_bits(q.weight(), lora::merged(W, narrow, lora::scaled(0.3, wide))));
@@ -529,8 +529,8 @@ TEST_CASE("an adapter of any kind is attached, and copied", "[linear]") {
   // scaled is kept as the weight, and may be set again.
   lora::linear<float> q{W};
   q.attach("l", lora::scaled(4, lora::scaled(-0.25, plain)));
-  CHECK((q.at("l").weight == -1 && q.at("l").scaling == 2 && q.at("l").active && !q.at("l").merged));
-  q.set_weight("l", 1);
+  CHECK((q.at("l").strength == -1 && q.at("l").scaling == 2 && q.at("l").active && !q.at("l").merged));
+  q.set_strength("l", 1);
   q.merge("l");
   CHECK(test::bytes(q.weight()) == expected);
   // The factors are its own.
@@ -560,10 +560,10 @@ TEST_CASE("a layer is copied and moved with its state", "[linear]") {
   q.attach("l", rank_one(g.integers<float>(4, 1, 3), g.integers<float>(1, 6, 3)));
   q.merge();
   const auto before = look(q);
-  auto copy = q;
+  auto copy = q.clone();
   CHECK(look(copy) == before);
   q.unmerge();
-  q.set_weight("l", 7);
+  q.set_strength("l", 7);
   CHECK(look(copy) == before);
   auto moved = std::move(copy);
   CHECK(look(moved) == before);
@@ -601,7 +601,7 @@ TEST_CASE("with a reload function the base is read again only when the weight ch
                         }};
   q.attach("a", rank_one(constant(2, 1, 2), constant(1, 3, 1)));
   q.attach("b", rank_one(constant(2, 1, 3), constant(1, 3, 1)));
-  q.set_weight("a", 1);
+  q.set_strength("a", 1);
   q.deactivate("b");
   q.activate("b");
   q.unmerge();
@@ -612,13 +612,13 @@ TEST_CASE("with a reload function the base is read again only when the weight ch
   q.merge("a");
   q.forward(constant(3, 1, 1), y);
   CHECK(y == MatrixXf{{6 + 6 + 9}, {15 + 6 + 9}});
-  q.set_weight("b", 2);
+  q.set_strength("b", 2);
   q.unmerge("b");
   CHECK(calls == 0);  // nothing that is merged changed
   q.merge("b");
   CHECK(calls == 1);
   CHECK(q.weight()(0, 0) == 1 + 2 + 6);
-  q.set_weight("a", -1);
+  q.set_strength("a", -1);
   q.deactivate("b");
   CHECK(calls == 3);
   CHECK(q.weight()(1, 2) == 6 - 2);
@@ -661,7 +661,7 @@ TEST_CASE("a reload function that throws or gives other bits changes nothing", "
     refused([&] { q.unmerge(); });
     refused([&] { q.unmerge("a"); });
     refused([&] { q.deactivate("a"); });
-    refused([&] { q.set_weight("a", 3); });
+    refused([&] { q.set_strength("a", 3); });
     refused([&] { q.detach("a"); });
   }
   does = right;
@@ -683,8 +683,8 @@ TEMPLATE_TEST_CASE("an allocation that fails changes nothing", "[linear]", float
       {"attach", [](layer& q, const auto& l) { q.attach("a name too long for the string itself", lora::scaled(0.5, l)); }},
       {"detach a", [](layer& q, const auto&) { q.detach("a"); }},
       {"detach b", [](layer& q, const auto&) { q.detach("b"); }},
-      {"set_weight a", [](layer& q, const auto&) { q.set_weight("a", 0.25); }},
-      {"set_weight b", [](layer& q, const auto&) { q.set_weight("b", 0.25); }},
+      {"set_weight a", [](layer& q, const auto&) { q.set_strength("a", 0.25); }},
+      {"set_weight b", [](layer& q, const auto&) { q.set_strength("b", 0.25); }},
       {"activate", [](layer& q, const auto&) { q.activate("idle"); }},
       {"deactivate", [](layer& q, const auto&) { q.deactivate("a"); }},
       {"merge", [](layer& q, const auto&) { q.merge(); }},
@@ -705,7 +705,7 @@ TEMPLATE_TEST_CASE("an allocation that fails changes nothing", "[linear]", float
         if (merged > 0) q.merge("a");
         if (merged > 1) q.merge();
         const auto before = look(q);
-        auto undisturbed = q;
+        auto undisturbed = q.clone();
         call(undisturbed, c);
         const auto after = look(undisturbed);
         long n = 0;
@@ -799,13 +799,13 @@ TEST_CASE("what does not fit a layer is refused by name, and changes nothing", "
     // Strengths.
     for (const double weight : {double{NAN}, double{INFINITY}, -double{INFINITY}, 1e308})
       for (const char* name : {"a", "b"})
-        refuses([&] { q.set_weight(name, weight); }, {"lora::linear::set_weight:", name, "not finite"});
+        refuses([&] { q.set_strength(name, weight); }, {"lora::linear::set_weight:", name, "not finite"});
     // Names: each call says what is attached. Of several names none takes effect.
     const auto unknown = [&](const char* operation, const auto& call) {
       refuses(call, {operation, "no adapter named \"z\"", "attached: \"a\", \"b\""});
     };
     unknown("lora::linear::detach:", [&] { q.detach("z"); });
-    unknown("lora::linear::set_weight:", [&] { q.set_weight("z", 0.5); });
+    unknown("lora::linear::set_weight:", [&] { q.set_strength("z", 0.5); });
     unknown("lora::linear::activate:", [&] { q.activate("z"); });
     unknown("lora::linear::deactivate:", [&] { q.deactivate("z"); });
     unknown("lora::linear::merge:", [&] { q.merge("z"); });

@@ -196,8 +196,8 @@ TEST_CASE("what a batch of forms cannot mean is refused", "[mixed][batch]") {
   CAPTURE(g.seed());
   const test::matrix<float> W = g.reals<float>(5, 6, 1);
   std::vector<lora::mixed_form<float>> forms{lora::mixed(W, recipe<float>().low_rank(g, 5, 6, 2)),
-                                             lora::mixed(W, recipe<float>().gain(g, 5, false)),
-                                             lora::mixed(W, recipe<float>().map(g, 6))};
+                                             lora::mixed(W, recipe<float>().low_rank(g, 5, 6, 1).gain(g, 5, false)),
+                                             lora::mixed(W, recipe<float>().low_rank(g, 5, 6, 1).map(g, 6))};
   lora::batch who{forms};
   const auto refused = [&](std::initializer_list<batch_entry> entries) {
     return refusal<lora::value_error>([&] { who.add(entries); });

@@ -133,7 +133,7 @@ TEST_CASE("rows of an embedding without adapters are those of W, bit for bit", "
   CHECK(test::same_bits(y, expected));
   lora::rows(W, ids, y, none);
   CHECK(test::same_bits(y, expected));
-  lora::rows(W, ids, y, lora::attach(W.transpose(), none));
+  lora::rows(W, ids, y, lora::mixed(W.transpose(), none));
   CHECK(test::same_bits(y, expected));
   columns no_tokens(3, 0);
   lora::rows(W, std::vector<int>(), no_tokens, none);
@@ -142,7 +142,7 @@ TEST_CASE("rows of an embedding without adapters are those of W, bit for bit", "
 TEST_CASE("what nothing was attached to stays", "[nothing]") {
   const auto base = delicate<matrix<float>>(3, 4);
   auto W = base;
-  for (const auto& layer : {lora::attach(W), lora::attach(W, none), lora::attach(W, none_dora)}) {
+  for (const auto& layer : {lora::mixed(W), lora::mixed(W, none), lora::mixed(W, none_dora)}) {
     CHECK(layer.changes_nothing());
     CHECK(lora::merge(W, layer).became_nonfinite == 0);
     CHECK(test::same_bits(W, base));
@@ -161,7 +161,7 @@ TEST_CASE("what nothing was attached to stays", "[nothing]") {
   const columns x = columns::Ones(4, 5);
   columns product(3, 5), nothing(3, 5);
   lora::forward(finite, x, product);
-  lora::forward(finite, x, nothing, lora::attach(finite, none_dora));
+  lora::forward(finite, x, nothing, lora::mixed(finite, none_dora));
   CHECK(nothing == product);
 }
 

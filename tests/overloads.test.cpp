@@ -81,7 +81,7 @@ TEST_CASE("more special verbs are taken first", "[overloads]") {
   const lora::rounding::peft_safe_policy policy;
   lora::merge(policy, W, l);
   CHECK(W == matrix::Constant(2, 3, 2));
-  const auto layer = lora::attach(W, l);
+  const auto layer = lora::mixed(W, l);
   lora::merge(W, layer);
   CHECK(W == matrix::Constant(2, 3, 3));
   matrix embedding = matrix::Zero(2, 2);
@@ -188,8 +188,8 @@ struct my_rows : lora::replaced_rows<float> {
 struct my_batch : lora::batch<float> {
   using batch::batch;
 };
-struct my_attached : lora::attached_dora<float> {
-  explicit my_attached(lora::attached_dora<float> of) : attached_dora(std::move(of)) {}
+struct my_form : lora::mixed_form<float> {
+  explicit my_form(const lora::mixed_form<float>& of) : mixed_form(of) {}
 };
 struct my_layer : lora::linear<float> {
   using linear::linear;
@@ -224,12 +224,12 @@ TEST_CASE("what derives from a class of the library is one", "[overloads]") {
   lora::forward(W, x, y, who);
   CHECK(y == Eigen::VectorXf::Constant(2, 3));
 
-  const my_attached attached(lora::attach(W, l));
-  lora::merge(W, attached);
+  const my_form form(lora::mixed(W, l));
+  lora::merge(W, form);
   CHECK(W == matrix::Ones(2, 3));
 
   const my_layer layer(W);
-  CHECK(lora::linear<float>(layer).weight() == W);
+  CHECK(layer.clone().weight() == W);
   const my_packed_weight weight(W);
   CHECK(lora::packed_weight<float>(weight).matrix() == W);
   CHECK(lora::packed_weight(weight).matrix() == W);

@@ -129,13 +129,9 @@ template <class X, class Y, class... L>
 void apply(workspace& space, const X& x, Y&& y, const L&... l) {
   detail::refuse_temporary<Y>();
   using acc = accumulator_t<X, Y, L...>;
-  const auto form = [&] {
-    const detail::default_environment environment;
-    decltype(auto) input = detail::in_memory(x);
-    const index_t out = detail::output_view(y).rows(), in = detail::input_view(input).rows();
-    return mixed_form<acc>("apply", out, in, detail::steps_of(step_request<acc>{"apply", 1.0, nullptr, step_use::product}, out, in, l...));
-  }();
-  apply(space, x, y, form);
+  decltype(auto) input = detail::in_memory(x);
+  const auto from = detail::input_view(input);
+  apply(space, from, y, detail::form_alone<acc>("apply", step_use::product, detail::output_view(y).rows(), from.rows(), l...));
 }
 template <class X, class Y, class... L>
   requires activations<X> && activations<Y> && (detail::any_adapters<L> && ...) && (detail::kinds<L> || ...)

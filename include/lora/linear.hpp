@@ -1,30 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// linear<T>: a base weight with named adapters, each with a weight (strength), active or not, merged or not.
+// linear<T>: a base weight with named adapters of any kind, each with a strength, active or not, merged or not.
 //
-//   forward(x, y):   y := round(W * x (+ b) + sum over ACTIVE adapters of weight * s * lora_B * (lora_A * x))
+//   forward(x, y):   y := round(W * x (+ b) + sum over ACTIVE adapters of strength * s * lora_B * (lora_A * x))
 //
-// Merged or not says where an active adapter is evaluated, inside the weight or beside it; it never
-// changes which function is computed. So all states of one set of (active adapter, weight) pairs
-// agree up to rounding, by the bound of docs/numerics.md (and by what attach<F> of a narrower F
-// rounds), also when one adapter is merged and another is mixed in beside it. (PEFT drops the
-// latter: huggingface/peft#3756.) A merged adapter that is deactivated leaves the weight, and
+// Adapters of other kinds (DoRA, ...) do their steps (steps.hpp) instead. Adapters act in the order of their names, from the
+// pristine base. Merged or not says where an active adapter is evaluated, inside the weight or beside it; it never changes
+// which function is computed. So all states of one set of (active adapter, strength) pairs agree up to rounding, by the bound
+// of docs/numerics.md (and by what attach<F> of a narrower F rounds), also when one adapter is merged and another is mixed in
+// beside it. (PEFT drops the latter: huggingface/peft#3756.) A merged adapter that is deactivated leaves the weight, and
 // returns when it is activated again.
+//
+// Not every adapter is additive: a gain or an input map changes what those before it did. Where one of two active adapters is
+// not additive, the earlier one must not stay beside a weight that holds the later one: such a change throws value_error.
 #pragma once
 
 #include <algorithm>
 #include <cstdint>
 #include <functional>
+#include <iterator>
 #include <map>
 #include <memory>
 #include <span>
 #include <string>
 #include <string_view>
+#include <tuple>
+#include <type_traits>
 #include <utility>
 #include <variant>
 #include <vector>
 
 #include "lora/adapter.hpp"
+#include "lora/detail/merge_steps.hpp"
 #include "lora/detail/refusals.hpp"
 #include "lora/forward.hpp"
 #include "lora/merge.hpp"
@@ -46,6 +53,36 @@ struct attached_adapter {
 template <low_rank L, class A = storage_t<factor_scalar_A<L>>, class B = storage_t<factor_scalar_B<L>>>
 using factor_format = std::conditional_t<std::is_same_v<A, B>, A, accumulator_t<A, B>>;
 
+/// An adapter of another kind, as it came.
+class attached_kind {
+ public:
+  virtual ~attached_kind() = default;
+  virtual std::vector<step<float>> steps(const step_request<float>& request) const = 0;
+  virtual std::vector<step<double>> steps(const step_request<double>& request) const = 0;
+  virtual bool is_double() const = 0;
+};
+template <class K>
+class held_kind final : public attached_kind {
+ public:
+  explicit held_kind(const K& kind) : kind_(kind) {}
+  std::vector<step<float>> steps(const step_request<float>& request) const override {
+    return kind_.template steps<float>(request);
+  }
+  std::vector<step<double>> steps(const step_request<double>& request) const override {
+    return kind_.template steps<double>(request);
+  }
+  bool is_double() const override { return holds_double<K>; }
+
+ private:
+  K kind_;
+};
+/// Steps of a kind from one base at one strength.
+template <class Acc>
+struct prepared_kind {
+  std::vector<step<Acc>> steps;
+  bool additive;
+};
+
 /// scaled(w, ... adapter) taken apart: the product of the weights, and what they multiply.
 template <low_rank L>
 double weight_of(const L&) {
@@ -59,6 +96,22 @@ template <low_rank L>
 const L& unscaled(const L& l) {
   return l;
 }
+template <adapter_kind K>
+double weight_of(const K&) {
+  return 1.0;
+}
+template <adapter_kind K>
+double weight_of(const scaled_kind<K>& l) {
+  return l.strength();
+}
+template <adapter_kind K>
+const K& unscaled(const K& l) {
+  return l;
+}
+template <adapter_kind K>
+const K& unscaled(const scaled_kind<K>& l) {
+  return l.of();
+}
 template <low_rank L>
 const auto& unscaled(const scaled_adapter<L>& l) {
   return unscaled(l.adapter());
@@ -68,26 +121,29 @@ const auto& unscaled(const scaled_adapter<L>& l) {
 
 /// How an adapter is attached to a linear.
 struct attachment {
-  double weight;   ///< strength; multiplies scaling
-  double scaling;  ///< the adapter's own s
-  index_t rank;
-  bool active;  ///< part of the function
-  bool merged;  ///< evaluated inside the weight while active
+  double strength;  ///< multiplies scaling
+  double scaling;   ///< the adapter's own s; 1 for other kinds than low-rank factors
+  index_t rank;     ///< 0 for other kinds than low-rank factors
+  bool active;      ///< part of the function
+  bool merged;      ///< evaluated inside the weight while active
+  bool additive;    ///< adds to W x, and commutes with others that do
 };
 
 /// A weight of out_features x in_features elements T (float, double, float16, bfloat16) and its adapters, all owned.
 ///
 /// Invariant: weight() is round(pristine + sum over merged and active adapters), rounded once from the pristine base with
-/// the adapters in the order of their names. So the order of calls changes no bit, nothing drifts, and with nothing merged
-/// weight() is the pristine base bit for bit, after any sequence of calls.
+/// the adapters in the order of their names (of other kinds: what their steps make of it). So the order of calls changes no
+/// bit, nothing drifts, and with nothing merged weight() is the pristine base bit for bit, after any sequence of calls.
 ///
 /// The weight is kept in panels (packed_weight.hpp), whose padding is at most 31 outputs.
 /// Memory, in weights: 1 while nothing is merged and 2 while something is, the pristine copy and the merged weight. Given a
-/// reload function it holds 1 in every state and 2 while a call changes what is merged. An adapter is kept twice, as it
+/// reload function it holds 1 in every state and 2 while a call changes what is merged (3 where adapters of other kinds than
+/// low-rank ones are merged; without a reload function 3 then, too). An adapter is kept twice, as it
 /// came and in panels of the same format (double for a double layer), ranks and outputs padded to them. Blocks of 2 MiB
-/// and more take whole huge pages of 2 MiB, those from 16 KiB on share them (see packed_adapter).
+/// and more take whole huge pages of 2 MiB, those from 16 KiB on share them (see packed_adapter). While adapters of other
+/// kinds are active beside the weight, all that is beside it is held once more, as one mixed form.
 ///
-/// Every call that throws has changed nothing. Const calls may run at the same time; others need the object to themselves.
+/// Copies are explicit: clone(). Every call that throws has changed nothing. Const calls may run at the same time; others need the object to themselves.
 template <class T>
 class linear {
   static_assert(detail::refuse_panels<T>());
@@ -96,6 +152,9 @@ class linear {
   /// Writes the pristine base weight, row-major, again: called when the bits are needed and no copy is kept. It must give
   /// the bits of construction (a hash is checked) and may throw.
   using reload_function = std::function<void(std::span<T> row_major_weight)>;
+
+  /// Of a 0 x 0 weight.
+  linear() = default;
 
   /// Copies a base: a matrix out_features x in_features, or with_bias(W, b). A scalar narrower than T is widened exactly,
   /// a wider one refused at compile time. Without a reload function a pristine copy is kept.
@@ -118,6 +177,18 @@ class linear {
     }
   }
 
+  /// Takes over a packed base, without a copy.
+  explicit linear(packed_weight<T>&& base, reload_function reload = nullptr) : reload_(std::move(reload)) {
+    pristine_ = std::move(base);
+    if (reload_) fingerprint_ = fingerprint([&](index_t i, index_t k) { return pristine_(i, k); });
+  }
+
+  linear(linear&&) noexcept = default;
+  linear& operator=(linear&&) noexcept = default;
+  ~linear() = default;
+  /// A layer of its own with the same weights; adapters that do not change are shared.
+  linear clone() const { return *this; }
+
   /// A mistaken base gets a sentence.
   template <class Base>
     requires detail::mistaken_base<Base>
@@ -134,97 +205,249 @@ class linear {
   /// The same in panels, as it is held; valid until the next call that is not const.
   const packed_weight<T>& packed() const { return is_merged_ ? merged_ : pristine_; }
 
-  /// Adds an adapter under a name: active, not merged, with the weight of scaled(w, l) (1 without).
-  /// Copies the factors in their format. attach<bfloat16>(name, l) keeps the panels from which it
-  /// is mixed in 16 bits: half the bytes of float factors on a 16-bit base, and a rounding of each
-  /// factor that packed_adapter states; merging still takes the factors as they came. So merged and
-  /// mixed are then two functions, which differ by that: two states add its term to their bounds.
-  /// Throws shape_error (does not fit), value_error (name empty or taken, weight or scaling not
-  /// finite).
-  template <class Panels = void, low_rank L>
+ private:
+  using bias_value = accumulator_t<T>;
+
+  struct slot {
+    std::shared_ptr<const detail::attached_adapter> adapter = nullptr;  ///< low-rank factors
+    std::shared_ptr<const detail::attached_kind> kind = nullptr;        ///< or another kind, with its steps
+    std::shared_ptr<const detail::prepared_kind<float>> in_float = nullptr;
+    std::shared_ptr<const detail::prepared_kind<double>> in_double = nullptr;
+    double strength;
+    bool active, merged;
+
+    double scaling() const {
+      return adapter == nullptr ? 1.0 : std::visit([](const auto& l) { return l.scaling(); }, adapter->factors);
+    }
+    bool is_read() const { return kind != nullptr || strength * scaling() != 0.0; }
+    bool in_weight() const { return merged && active && is_read(); }
+    bool is_beside() const { return !merged && active && is_read(); }
+    bool additive() const {
+      return kind == nullptr || (in_float != nullptr ? in_float->additive : in_double->additive);
+    }
+    bool is_double() const {
+      return kind != nullptr ? kind->is_double() : std::holds_alternative<lora::adapter<double>>(adapter->factors);
+    }
+    template <class Acc>
+    auto& prepared() {
+      if constexpr (std::is_same_v<Acc, double>)
+        return in_double;
+      else
+        return in_float;
+    }
+    template <class Acc>
+    const auto& prepared() const {
+      return const_cast<slot*>(this)->template prepared<Acc>();
+    }
+    /// The steps, behind those that are there.
+    template <class Acc>
+    void append_to(std::vector<step<Acc>>& all) const {
+      if (kind != nullptr) {
+        all.insert(all.end(), prepared<Acc>()->steps.begin(), prepared<Acc>()->steps.end());
+        return;
+      }
+      std::visit(
+          [&]<class F>(const lora::adapter<F>& l) {
+            all.emplace_back(low_rank_step{any_factors(adapter_view<F>(l), adapter), strength});
+          },
+          adapter->factors);
+    }
+  };
+  using slots = std::map<std::string, slot>;
+
+ public:
+  /// Several changes of the adapters as one: change([&](auto& all) { ... }) gets it, and the layer's own functions of these
+  /// names do what it does. An argument `names` is one name, several, or a range of names.
+  class transaction {
+   public:
+    template <class Panels = void, class L>
+      requires low_rank<L> || adapter_kind<L>
+    void attach(const std::string& name, const L& l) {
+      if (name.empty()) detail::raise_value("linear::attach", "the name is empty");
+      if (next_.count(name) != 0)
+        detail::raise_value("linear::attach", "an adapter named \"" + name + "\" is attached already: detach it first");
+      const auto& source = detail::unscaled(l);
+      const double strength = detail::weight_of(l);
+      slot made{.strength = strength, .active = true, .merged = false};
+      if constexpr (low_rank<L>) {
+        detail::check_adapter("linear::attach", l, layer_.out_features(), layer_.in_features());
+        check_strength("linear::attach", name, strength, static_cast<double>(source.scaling()));
+        made.adapter = attached<Panels>(source);
+      } else {
+        static_assert(std::is_void_v<Panels>, "lora::linear::attach<F>: F says how low-rank factors are packed, and this is "
+                                              "an adapter of another kind");
+        detail::check_fit("linear::attach", l.out_features(), l.in_features(), 1.0, layer_.out_features(),
+                          layer_.in_features());
+        check_strength("linear::attach", name, strength, 1.0);
+        made.kind = std::make_shared<const detail::held_kind<detail::bare<decltype(source)>>>(source);
+        prepare_own("linear::attach", made);
+      }
+      next_.emplace(name, std::move(made));
+    }
+    template <class... Names>
+    void detach(const Names&... names) {
+      static_assert(sizeof...(Names) > 0, "lora::linear::detach: say which adapters");
+      each_name([&](const std::string& name) {
+        find("linear::detach", next_, name);
+        next_.erase(name);
+      }, names...);
+    }
+    void set_strength(const std::string& name, double strength) {
+      slot& one = find("linear::set_strength", next_, name);
+      check_strength("linear::set_strength", name, strength, one.scaling());
+      if (one.strength == strength) return;
+      one.strength = strength;
+      one.in_float = nullptr;
+      one.in_double = nullptr;
+      if (one.kind != nullptr) prepare_own("linear::set_strength", one);
+    }
+    template <class... Names>
+    void activate(const Names&... names) {
+      each_name([&](const std::string& name) { find("linear::activate", next_, name).active = true; }, names...);
+    }
+    template <class... Names>
+    void deactivate(const Names&... names) {
+      each_name([&](const std::string& name) { find("linear::deactivate", next_, name).active = false; }, names...);
+    }
+    template <class... Names>
+    void merge(const Names&... names) {
+      if constexpr (sizeof...(Names) == 0) {
+        for (auto& [name, one] : next_) one.merged = one.merged || one.active;
+      } else {
+        each_name([&](const std::string& name) { find("linear::merge", next_, name).merged = true; }, names...);
+      }
+    }
+    template <class... Names>
+    void unmerge(const Names&... names) {
+      if constexpr (sizeof...(Names) == 0) {
+        for (auto& [name, one] : next_) one.merged = false;
+      } else {
+        each_name([&](const std::string& name) { find("linear::unmerge", next_, name).merged = false; }, names...);
+      }
+    }
+
+   private:
+    friend linear;
+    explicit transaction(const linear& layer) : layer_(layer), next_(layer.adapters_) {}
+
+    template <class Panels, class L>
+    static auto attached(const L& source) {
+      using format = detail::factor_format<L>;
+      // Tiles of doubles read panels of doubles only.
+      using mixed = std::conditional_t<std::is_same_v<accumulator_t<T, format>, double>, double, format>;
+      using panels = std::conditional_t<std::is_void_v<Panels>, mixed, Panels>;
+      static_assert(std::is_same_v<accumulator_t<T, panels>, accumulator_t<panels>>,
+                    "lora::linear::attach: a double layer reads panels of double only");
+      return std::make_shared<const detail::attached_adapter>(
+          detail::attached_adapter{adapter<format>(source), packed_adapter<panels>(source)});
+    }
+    /// visit(name) for names and ranges of them.
+    template <class Visit, class... Names>
+    static void each_name(const Visit& visit, const Names&... names) {
+      const auto one = [&]<class N>(const N& name) {
+        if constexpr (std::convertible_to<const N&, std::string>)
+          visit(std::string(name));
+        else
+          for (const auto& each : name) visit(std::string(each));
+      };
+      (one(names), ...);
+    }
+    /// In its own accumulator: what a kind refuses is refused now.
+    void prepare_own(const char* operation, slot& one) {
+      if (one.is_double())
+        prepare<double>(operation, one);
+      else
+        prepare<bias_value>(operation, one);
+    }
+    /// The steps of a kind from the pristine base, unless they are there.
+    template <class Acc>
+    void prepare(const char* operation, slot& one) {
+      auto& made = one.template prepared<Acc>();
+      if (one.kind == nullptr || made != nullptr) return;
+      made = layer_.with_pristine<Acc>(base_, [&](const weight_rows<Acc>& rows) {
+        auto steps = one.kind->steps(step_request<Acc>{.operation = operation, .strength = one.strength, .weight = &rows});
+        bool additive = true;
+        for (const auto& s : steps)
+          additive = additive && !std::holds_alternative<gain_step<Acc>>(s) && !std::holds_alternative<input_step<Acc>>(s);
+        return std::make_shared<const detail::prepared_kind<Acc>>(detail::prepared_kind<Acc>{std::move(steps), additive});
+      });
+    }
+
+    const linear& layer_;
+    slots next_;
+    std::vector<T> base_;  ///< row-major, once it was loaded again
+  };
+
+  /// change([&](auto& all) { all.set_strength("a", 0.3); all.merge("b"); }): all changes with one rebuild of the weight, or,
+  /// where one of them throws, none. Says how many elements of the pristine base are finite and of the weight now are not.
+  template <class Changes>
+  merge_report change(const Changes& changes) {
+    const detail::default_environment environment;
+    transaction all(*this);
+    changes(all);
+    return commit(all);
+  }
+
+  /// Adds an adapter of any kind under a name: active, not merged, with the strength of scaled(w, l) (1 without). Copies it; the
+  /// factors of a low-rank one in their format. attach<bfloat16>(name, l) keeps the panels from which it is mixed in 16 bits:
+  /// half the bytes of float factors on a 16-bit base, and a rounding of each factor that packed_adapter states; merging still
+  /// takes the factors as they came. So merged and mixed are then two functions, which differ by that: two states add its term
+  /// to their bounds. Throws shape_error (does not fit), value_error (name empty or taken, strength or scaling not finite, an
+  /// adapter before it in the order is merged and does not commute with it), and what the kind throws.
+  template <class Panels = void, class L>
+    requires low_rank<L> || adapter_kind<L>
   void attach(const std::string& name, const L& l) {
-    if (name.empty()) detail::raise_value("linear::attach", "the name is empty");
-    if (adapters_.count(name) != 0)
-      detail::raise_value("linear::attach", "an adapter named \"" + name + "\" is attached already: detach it first");
-    detail::check_adapter("linear::attach", l, out_features(), in_features());
-    const auto& source = detail::unscaled(l);
-    const double weight = detail::weight_of(l);
-    check_weight("linear::attach", name, weight, static_cast<double>(source.scaling()));
-    using format = detail::factor_format<detail::bare<decltype(source)>>;
-    // Tiles of doubles read panels of doubles only.
-    using mixed = std::conditional_t<std::is_same_v<accumulator_t<T, format>, double>, double, format>;
-    using panels = std::conditional_t<std::is_void_v<Panels>, mixed, Panels>;
-    static_assert(std::is_same_v<accumulator_t<T, panels>, accumulator_t<panels>>,
-                  "lora::linear::attach: a double layer reads panels of double only");
-    adapters_.emplace(name, slot{std::make_shared<const detail::attached_adapter>(
-                                     detail::attached_adapter{adapter<format>(source), packed_adapter<panels>(source)}),
-                                 weight, true, false});
+    change([&](transaction& all) { all.template attach<Panels>(name, l); });
   }
   /// What is no adapter gets a sentence.
   template <class Panels = void, class L>
-    requires(!low_rank<L> && detail::recognisable<L>)
+    requires(!low_rank<L> && !adapter_kind<L> && detail::recognisable<L>)
   void attach(const std::string&, const L&) {
     static_assert(detail::refuse_adapter<detail::verb::linear, L>());
   }
 
-  /// Takes an adapter out; if it is merged, out of the weight too. Throws value_error when the name is not attached.
-  void detach(const std::string& name) {
-    change([&](slots& all) {
-      find("linear::detach", all, name);
-      all.erase(name);
-    });
+  /// Takes adapters out; where they are merged, out of the weight too. Throws value_error when a name is not attached.
+  template <class... Names>
+  void detach(const Names&... names) {
+    change([&](transaction& all) { all.detach(names...); });
   }
 
   /// Sets an adapter's strength, merged or not. Throws value_error when it is not finite or the name is not attached.
-  void set_weight(const std::string& name, double weight) {
-    change([&](slots& all) {
-      slot& one = find("linear::set_weight", all, name);
-      check_weight("linear::set_weight", name, weight, one.scaling());
-      one.weight = weight;
-    });
+  void set_strength(const std::string& name, double strength) {
+    change([&](transaction& all) { all.set_strength(name, strength); });
   }
 
-  /// Makes an adapter part of the function, or not; its weight and whether it is merged are kept.
-  void activate(const std::string& name) {
-    change([&](slots& all) { find("linear::activate", all, name).active = true; });
+  /// Makes adapters part of the function, or not; strengths and whether they are merged are kept.
+  template <class... Names>
+  void activate(const Names&... names) {
+    change([&](transaction& all) { all.activate(names...); });
   }
-  void deactivate(const std::string& name) {
-    change([&](slots& all) { find("linear::deactivate", all, name).active = false; });
+  template <class... Names>
+  void deactivate(const Names&... names) {
+    change([&](transaction& all) { all.deactivate(names...); });
   }
 
   /// Moves adapters into the weight; without names, every active one. Merging what is merged changes nothing. Says how many
-  /// elements of the pristine base are finite and of the weight now are not.
+  /// elements of the pristine base are finite and of the weight now are not. Throws value_error for an adapter after one that
+  /// is not merged and does not commute with it: merge that, too.
   template <class... Names>
-    requires(std::convertible_to<const Names&, std::string> && ...)
   merge_report merge(const Names&... names) {
-    return change([&](slots& all) {
-      if constexpr (sizeof...(Names) == 0) {
-        for (auto& [name, one] : all) one.merged = one.merged || one.active;
-      } else {
-        ((find("linear::merge", all, names).merged = true), ...);
-      }
-    });
+    return change([&](transaction& all) { all.merge(names...); });
   }
 
   /// Moves adapters out of the weight; without names, all. What stays merged is rounded from the pristine base once.
   template <class... Names>
-    requires(std::convertible_to<const Names&, std::string> && ...)
   merge_report unmerge(const Names&... names) {
-    return change([&](slots& all) {
-      if constexpr (sizeof...(Names) == 0) {
-        for (auto& [name, one] : all) one.merged = false;
-      } else {
-        ((find("linear::unmerge", all, names).merged = false), ...);
-      }
-    });
+    return change([&](transaction& all) { all.unmerge(names...); });
   }
 
   bool contains(const std::string& name) const { return adapters_.count(name) != 0; }
   /// Throws value_error when the name is not attached.
   attachment at(const std::string& name) const {
     const slot& one = find("linear::at", adapters_, name);
-    const auto rank = std::visit([](const auto& l) { return l.rank(); }, one.adapter->factors);
-    return {one.weight, one.scaling(), rank, one.active, one.merged};
+    const auto rank =
+        one.adapter == nullptr ? 0 : std::visit([](const auto& l) { return l.rank(); }, one.adapter->factors);
+    return {one.strength, one.scaling(), rank, one.active, one.merged, one.additive()};
   }
   /// In the order in which they are merged and evaluated.
   std::vector<std::string> names() const {
@@ -251,20 +474,29 @@ class linear {
     decltype(auto) input = detail::in_memory(x);
     const auto from = detail::input_view(input);
     const auto to = detail::output_view(y);
-    const auto beside = [this](const auto& visit) { this->visit_beside(visit); };
-    const matrix_view<const bias_value, storage_order::col_major> column(bias_.data(), has_bias() ? out_features() : 0, 1);
-    const auto* bias = has_bias() ? &column : nullptr;
-    const auto run = [&]<class Acc>(std::type_identity<Acc>) {
+    const auto& b = bias();
+    const matrix_view<const bias_value, storage_order::col_major> column(b.data(), b.empty() ? 0 : out_features(), 1);
+    const auto* of_bias = b.empty() ? nullptr : &column;
+    const auto run = [&]<class Acc>(std::type_identity<Acc>, const auto& parts) {
       detail::with_source<Acc, typename decltype(from)::value_type>(
           packed(), [&](const auto& source, index_t out, index_t in) {
-            detail::forward_views("linear::forward", space, out, in, source, bias, from, to,
-                                  detail::same_for_all<decltype(beside)>{beside});
+            detail::forward_views("linear::forward", space, out, in, source, of_bias, from, to, parts);
           });
     };
+    if (const auto* form = std::get_if<mixed_form<double>>(&beside_))
+      return run(std::type_identity<double>(), detail::one_form<double>(*form));
+    if (const auto* form = std::get_if<mixed_form<float>>(&beside_)) {
+      if constexpr (std::is_same_v<acc, double>)
+        return run(std::type_identity<double>(), detail::one_form<double>(form_in_double()));
+      else
+        return run(std::type_identity<float>(), detail::one_form<float>(*form));
+    }
+    const auto beside = [this](const auto& visit) { this->visit_beside(visit); };
+    const detail::same_for_all<decltype(beside)> parts{beside};
     if (needs_double<acc>(beside))
-      run(std::type_identity<double>());
+      run(std::type_identity<double>(), parts);
     else
-      run(std::type_identity<acc>());
+      run(std::type_identity<acc>(), parts);
   }
   /// What is no call of it gets a sentence.
   template <class... A>
@@ -274,19 +506,9 @@ class linear {
   }
 
  private:
-  using bias_value = accumulator_t<T>;
-
-  struct slot {
-    std::shared_ptr<const detail::attached_adapter> adapter;
-    double weight;
-    bool active, merged;
-
-    double scaling() const {
-      return std::visit([](const auto& l) { return l.scaling(); }, adapter->factors);
-    }
-    bool in_weight() const { return merged && active && weight * scaling() != 0.0; }
-  };
-  using slots = std::map<std::string, slot>;
+  // For clone().
+  linear(const linear&) = default;
+  linear& operator=(const linear&) = default;
 
   template <class W>
   void copy_weight(const W& view) {
@@ -310,10 +532,10 @@ class linear {
         operation, "no adapter named \"" + name + "\" is attached; attached: " + (attached.empty() ? "none" : attached));
   }
 
-  /// Weights of nested scaled(...) multiply here before they meet the scaling, which may overflow where scaled does not.
-  static void check_weight(const char* operation, const std::string& name, double weight, double scaling) {
-    if (!detail::is_finite(weight) || !detail::is_finite(weight * scaling))
-      detail::raise_value(operation, "the weight of \"" + name + "\", alone or times its scaling, is not finite");
+  /// Strengths of nested scaled(...) multiply here before they meet the scaling, which may overflow where scaled does not.
+  static void check_strength(const char* operation, const std::string& name, double strength, double scaling) {
+    if (!detail::is_finite(strength) || !detail::is_finite(strength * scaling))
+      detail::raise_value(operation, "the strength of \"" + name + "\", alone or times its scaling, is not finite");
   }
 
   /// visit(scaled(weight, adapter)) for what is in the weight, in the order of the names.
@@ -322,7 +544,7 @@ class linear {
     for (const auto& entry : all) {
       const slot& one = entry.second;
       if (!one.in_weight()) continue;
-      std::visit([&](const auto& l) { visit(scaled_adapter<detail::bare<decltype(l)>>(one.weight, l)); },
+      std::visit([&](const auto& l) { visit(scaled_adapter<detail::bare<decltype(l)>>(one.strength, l)); },
                  one.adapter->factors);
     }
   }
@@ -331,8 +553,8 @@ class linear {
   void visit_beside(const Visit& visit) const {
     for (const auto& entry : adapters_) {
       const slot& one = entry.second;
-      if (!one.active || one.merged) continue;
-      std::visit([&]<class F>(const packed_adapter<F>& l) { visit(scaled_packed_adapter<F>(one.weight, l)); },
+      if (!one.active || one.merged || one.adapter == nullptr) continue;
+      std::visit([&]<class F>(const packed_adapter<F>& l) { visit(scaled_packed_adapter<F>(one.strength, l)); },
                  one.adapter->panels);
     }
   }
@@ -346,30 +568,87 @@ class linear {
     return any;
   }
 
-  /// Applies a change to a copy of the slots, makes the weight fit, and only then keeps the copy: nothing after the weight
-  /// is written can throw.
-  template <class Change>
-  merge_report change(const Change& apply_to) {
-    const detail::default_environment environment;
-    slots next = adapters_;
-    apply_to(next);
-    const merge_report report = same_weight(adapters_, next) ? report_ : rebuild(next);
+  /// Makes the weight fit the changed slots, and only then keeps them: nothing after the weight is written can throw.
+  merge_report commit(transaction& all) {
+    slots& next = all.next_;
+    check_order(next);
+    auto beside = form_beside(all);
+    const bool same = same_weight(adapters_, next);
+    std::vector<bias_value> merged_bias = same ? std::move(merged_bias_) : std::vector<bias_value>();
+    const merge_report report = same ? report_ : rebuild(all, merged_bias);
     adapters_.swap(next);
+    beside_ = std::move(beside);
+    merged_bias_ = std::move(merged_bias);
     report_ = report;
     return report;
   }
 
+  /// A merged adapter acts before all that are beside it, so it must commute with those that come before it by name.
+  static void check_order(const slots& all) {
+    for (auto before = all.begin(); before != all.end(); ++before) {
+      if (!before->second.is_beside()) continue;
+      for (auto after = std::next(before); after != all.end(); ++after)
+        if (after->second.in_weight() && !(before->second.additive() && after->second.additive()))
+          detail::raise_value("linear", "\"" + after->first + "\" is merged and \"" + before->first +
+                                            "\", which acts before it, is not, and they do not commute: merge \"" +
+                                            before->first + "\", too, or unmerge \"" + after->first + "\"");
+    }
+  }
+
+  template <class Which>
+  static bool any(const slots& all, const Which& which) {
+    return std::any_of(all.begin(), all.end(), [&](const auto& entry) { return which(entry.second); });
+  }
+  /// The steps of some adapters in Acc, in the order of the names.
+  template <class Acc, class Which>
+  static std::vector<step<Acc>> steps_of(transaction& all, const Which& which) {
+    std::vector<step<Acc>> steps;
+    for (auto& entry : all.next_) {
+      slot& one = entry.second;
+      if (!which(one)) continue;
+      all.template prepare<Acc>("linear", one);
+      one.template append_to<Acc>(steps);
+    }
+    return steps;
+  }
+
+  using any_form = std::variant<std::monostate, mixed_form<float>, mixed_form<double>>;
+  /// The form of what is beside the weight, where it is more than low-rank factors.
+  any_form form_beside(transaction& all) const {
+    const auto beside = [](const slot& one) { return one.is_beside(); };
+    if (!any(all.next_, [&](const slot& one) { return beside(one) && one.kind != nullptr; })) return {};
+    const auto form = [&]<class Acc>(std::type_identity<Acc>) {
+      return mixed_form<Acc>("linear", out_features(), in_features(), steps_of<Acc>(all, beside));
+    };
+    if (std::is_same_v<bias_value, double> || any(all.next_, [&](const slot& one) { return beside(one) && one.is_double(); }))
+      return form(std::type_identity<double>());
+    return form(std::type_identity<float>());
+  }
+  /// The same for activations of double beside a form of float: made in the call.
+  mixed_form<double> form_in_double() const {
+    transaction all(*this);
+    return mixed_form<double>("linear::forward", out_features(), in_features(),
+                              steps_of<double>(all, [](const slot& one) { return one.is_beside(); }));
+  }
+
   static bool same_weight(const slots& before, const slots& after) {
     const auto merged = [](const slots& all) {
-      std::vector<std::pair<const detail::attached_adapter*, double>> list;
+      std::vector<std::tuple<const void*, const void*, double>> list;
       for (const auto& [name, one] : all)
-        if (one.in_weight()) list.emplace_back(one.adapter.get(), one.weight);
+        if (one.in_weight()) list.emplace_back(one.adapter.get(), one.kind.get(), one.strength);
       return list;
     };
     return merged(before) == merged(after);
   }
 
-  merge_report rebuild(const slots& next) {
+  merge_report rebuild(transaction& all, std::vector<bias_value>& merged_bias) {
+    const slots& next = all.next_;
+    const auto in_weight = [](const slot& one) { return one.in_weight(); };
+    if (any(next, [&](const slot& one) { return in_weight(one) && one.kind != nullptr; })) {
+      if (std::is_same_v<bias_value, double> || any(next, [&](const slot& one) { return in_weight(one) && one.is_double(); }))
+        return rebuild_by_steps<double>(all, merged_bias);
+      return rebuild_by_steps<bias_value>(all, merged_bias);
+    }
     const auto inside = [&next](const auto& visit) { visit_inside(next, visit); };
     return needs_double<bias_value>(inside) ? rebuild_in<double>(inside) : rebuild_in<bias_value>(inside);
   }
@@ -380,18 +659,68 @@ class linear {
     workspace space;
     const detail::panel_update<Acc, detail::has_dots<Acc, bfloat16>> update(space, "linear", inside, out_features(),
                                                                             in_features(), detail::merging);
+    if (update.rank() == 0) {
+      drop_merged();
+      return {};
+    }
+    begin_merged();
+    is_merged_ = true;
+    return detail::report_of(detail::write_panels(update, reload_ ? merged_ : pristine_, merged_),
+                             out_features() * in_features());
+  }
+  /// The same for steps of any kind, and what they do to the bias.
+  template <class Acc>
+  merge_report rebuild_by_steps(transaction& all, std::vector<bias_value>& merged_bias) {
+    const auto steps = steps_of<Acc>(all, [](const slot& one) { return one.in_weight(); });
+    const std::span<const step<Acc>> list(steps);
+    if (const detail::bias_change change = detail::bias_change_of(list); !change.empty()) {
+      merged_bias = bias_;
+      merged_bias.resize(static_cast<std::size_t>(out_features()), bias_value(0));
+      detail::change_bias(col_major(merged_bias, out_features(), 1), detail::merging, change);
+    }
+    const bool again = reload_ && is_merged_;
+    if (again && all.base_.empty()) all.base_ = reloaded();
+    // The merged weight that stands is kept until the new one is complete: the pass may throw.
+    packed_weight<T> next = again ? packed_weight<T>(lora::row_major(all.base_.data(), out_features(), in_features()))
+                            : reload_ ? packed_weight<T>()
+                                      : packed_weight<T>::unfilled(out_features(), in_features());
+    packed_weight<T>& to = reload_ && !is_merged_ ? pristine_ : next;
+    const detail::tally seen = detail::pass_over<Acc>("linear", detail::merging, reload_ ? to : pristine_, to, list);
+    merged_ = std::move(to);
+    is_merged_ = true;
+    return detail::report_of(seen, out_features() * in_features());
+  }
+
+  /// Makes merged_ the destination; given a reload function it holds the pristine base then.
+  void begin_merged() {
     if (reload_ && is_merged_) {
       const std::vector<T> row_major = reloaded();
       merged_.assign(lora::row_major(row_major, out_features(), in_features()));
-    } else if (!is_merged_ && update.rank() != 0) {
+    } else if (!is_merged_) {
       merged_ = reload_ ? std::move(pristine_) : packed_weight<T>::unfilled(out_features(), in_features());
     }
-    is_merged_ = update.rank() != 0;
-    if (is_merged_) return detail::report_of(detail::write_panels(update, reload_ ? merged_ : pristine_, merged_), out_features() * in_features());
-    if (reload_) pristine_ = std::move(merged_);
-    merged_ = {};
-    return {};
   }
+  /// Back to the pristine base.
+  void drop_merged() {
+    if (reload_ && is_merged_) {
+      const std::vector<T> row_major = reloaded();
+      merged_.assign(lora::row_major(row_major, out_features(), in_features()));
+    }
+    if (reload_ && is_merged_) pristine_ = std::move(merged_);
+    is_merged_ = false;
+    merged_ = {};
+  }
+
+  /// call(rows of the pristine base); `loaded` keeps what was loaded again for it.
+  template <class Acc, class Call>
+  auto with_pristine(std::vector<T>& loaded, const Call& call) const {
+    const auto read = [&](const auto& rows) { return call(detail::rows_reader<Acc, detail::bare<decltype(rows)>>(rows)); };
+    if (!(reload_ && is_merged_)) return read(detail::base_rows<Acc>(pristine_));
+    if (loaded.empty()) loaded = reloaded();
+    return read(detail::base_rows<Acc>(lora::row_major(loaded.data(), out_features(), in_features())));
+  }
+  /// The bias that goes with the weight as it stands; empty: none.
+  const std::vector<bias_value>& bias() const { return merged_bias_.empty() ? bias_ : merged_bias_; }
 
   /// The pristine bits again, or a value_error: other bits would be merged into silently.
   std::vector<T> reloaded() const {
@@ -422,6 +751,8 @@ class linear {
   reload_function reload_;
   std::size_t fingerprint_ = 0;
   slots adapters_;
+  any_form beside_;                      ///< set while adapters of other kinds are active beside the weight
+  std::vector<bias_value> merged_bias_;  ///< what merged adapters make of the bias; empty: bias_
   merge_report report_;
 };
 

@@ -299,10 +299,10 @@ merge_report merge_prepared(const char* operation, double sign, M&& W, const F& 
     const auto rows = rows_of<acc>(weight);
     if (rows.out_features() != form.out_features() || rows.in_features() != form.in_features())
       raise_shape(operation, "W is " + shape_text(rows.out_features(), rows.in_features()) +
-                                 " (out_features x in_features) and the adapters were attached to one of " +
+                                 " (out_features x in_features) and the form was made from one of " +
                                  shape_text(form.out_features(), form.in_features()) +
                                  (rows.out_features() == form.in_features() && rows.in_features() == form.out_features()
-                                      ? ": pass W as it was attached"
+                                      ? ": pass W as it was then"
                                       : ""));
     const auto steps = std::span<const step<acc>>(form.steps());
     refuse_shifts(operation, steps);

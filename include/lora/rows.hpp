@@ -230,13 +230,13 @@ void run_form(const W& weight, double scale, const R& ids, Y& y, const mixed_for
   const auto to = detail::output_view(y);
   using value = typename std::remove_const_t<decltype(to)>::value_type;
   using acc = accumulator_t<typename W::value_type, value, Acc>;
-  const auto tokens = checked_ids("rows", ids, weight.rows());
-  check_y("rows", to.rows(), to.cols(), weight.cols(), tokens.size());
   if (weight.rows() != form.in_features() || weight.cols() != form.out_features())
     detail::raise_shape("rows", "W is " + detail::shape_text(weight.rows(), weight.cols()) +
                                     " (vocabulary x features) and the form was made from " +
                                     detail::shape_text(form.out_features(), form.in_features()) +
                                     " (features x vocabulary): make it from W.transpose()");
+  const auto tokens = checked_ids("rows", ids, weight.rows());
+  check_y("rows", to.rows(), to.cols(), weight.cols(), tokens.size());
   if (form.has_input_map())
     detail::raise_value("rows", "an adapter changes what W is multiplied by, and rows that are looked up are not: merge it");
   if (form.state().term(1).shift != nullptr)

@@ -285,7 +285,7 @@ void visit_kinds(const Visit& visit, const L& l) {
 template <class Acc, class L>
 void append_steps(std::vector<step<Acc>>& all, const step_request<Acc>& request, const L& l) {
   if constexpr (low_rank<L>) {
-    if (is_read(l)) all.push_back(low_rank_step{any_factors::copy_of(l), request.strength});
+    if (is_read(l)) all.emplace_back(low_rank_step{any_factors::copy_of(l), request.strength});
   } else {
     auto some = l.template steps<Acc>(request);
     for (auto& one : some) all.push_back(std::move(one));

@@ -201,9 +201,7 @@ void apply_through(const Down& down, Y&& y, const L&... l) {
       in = one.in_features();
   };
   (detail::visit_kinds(look, l), ...);
-  const index_t out = detail::output_view(y).rows();
-  apply_through(down, y,
-                mixed_form<acc>("apply_through", out, in, detail::steps_of(step_request<acc>{"apply_through", 1.0, nullptr, step_use::through}, out, in, l...)));
+  apply_through(down, y, detail::form_alone<acc>("apply_through", step_use::through, detail::output_view(y).rows(), in, l...));
 }
 
 /// A mistaken call of it gets a sentence.

@@ -8,7 +8,7 @@ void use(Eigen::MatrixXf& W, const lora::dora_adapter<float>& l) {
 #ifdef LORA_MUST_FAIL
   lora::unmerge(W, l);
 #else
-  const auto layer = lora::attach(W, l);
+  const auto layer = lora::mixed(W, l);
   lora::merge(W, layer);
   lora::unmerge(W, layer);
 #endif

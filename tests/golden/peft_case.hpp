@@ -223,7 +223,7 @@ class model {
     else
       lora::forward(W, from, to);
     if (decomposed(mixed))
-      lora::apply(from, to, lora::attach(stored.matrix(), mixed));
+      lora::apply(from, to, lora::mixed(stored.matrix(), mixed));
     else if (!mixed.empty())
       lora::apply(from, to, mixed);
     if (w_.contains(bias)) to.colwise() += Eigen::Map<const Eigen::Matrix<T, -1, 1>>(w_.at(bias).values.data(), to.rows());
@@ -243,7 +243,7 @@ class model {
     if (mixed.empty())
       lora::rows(W, rows, to);
     else if (decomposed(mixed))
-      lora::rows(W, rows, to, lora::attach(stored.matrix(), mixed));
+      lora::rows(W, rows, to, lora::mixed(stored.matrix(), mixed));
     else
       lora::rows(W, rows, to, mixed);
     if (way_ == way::mixed)
@@ -365,7 +365,7 @@ class model {
         return U;
       };
       if (decomposed(mixed))
-        lora::apply_through(down, to, lora::attach(stored.matrix(), mixed));
+        lora::apply_through(down, to, lora::mixed(stored.matrix(), mixed));
       else if (!mixed.empty())
         lora::apply_through(down, to, mixed);
       if (const auto bias = w_.find(module + ".bias"); bias != w_.end())

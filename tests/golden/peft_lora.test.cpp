@@ -107,7 +107,7 @@ tensor<T> there_and_back(runner<T>& run, const std::string& tensor_name, const s
   auto W = all.at(first.weight_name()).matrix();
   const auto view = lora::as_matrix(W);
   if (decomposed(entries)) {
-    const auto layer = lora::attach(view, entries);
+    const auto layer = lora::mixed(view, entries);
     lora::merge(view, layer);  // as it is stored
     lora::unmerge(view, layer);
   } else if (!first.lora_bias().empty()) {
@@ -333,7 +333,7 @@ TEST_CASE("golden: what PEFT corrupts between merge and unmerge, linear restores
     lora::linear<float> layer(W.matrix());
     layer.attach("a", lora::scaled(0.5, file.at(module).plain()));
     layer.merge("a");
-    layer.set_weight("a", 2.0);
+    layer.set_strength("a", 2.0);
     layer.unmerge("a");
     CHECK(test::same_bits(layer.weight(), W.matrix()));
     for (const std::string label : {"context_then_unmerge_peft", "set_scale_between_peft"})

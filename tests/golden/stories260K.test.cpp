@@ -246,8 +246,8 @@ TEST_CASE("an adapter merged, set and unmerged in mid-text changes no token", "[
   model.merge("rain");
   go_on();
   model.unmerge("dragon");
-  model.set_weight("rain", 0.25);
-  model.set_weight("rain", 1);
+  model.set_strength("rain", 0.25);
+  model.set_strength("rain", 1);
   go_on();
   CHECK(llama::tokens(ids.begin() + static_cast<std::ptrdiff_t>(prompt.size()), ids.end()) == text);
 }

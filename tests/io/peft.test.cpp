@@ -862,10 +862,10 @@ TEST_CASE("DoRA is merged with its magnitude, and never without", "[peft][varian
   Eigen::MatrixXf W = Eigen::MatrixXf::Random(3, 4);
   const Eigen::MatrixXf sum = W + lora::delta_weight(e.factors()), x = Eigen::MatrixXf::Random(4, 2);
   Eigen::MatrixXf y = W * x;
-  CHECK_THROWS_WITH(lora::apply(x, y, e), Catch::Contains("attach"));
-  lora::apply(x, y, lora::attach(W, e));
+  CHECK_THROWS_WITH(lora::apply(x, y, e), Catch::Contains("mixed(W"));
+  lora::apply(x, y, lora::mixed(W, e));
   CHECK_THROWS_AS(lora::merge_checked(W, e), lora::value_error);
-  CHECK_THROWS_WITH(lora::unmerge(W, e), Catch::Contains("keep what attach"));
+  CHECK_THROWS_WITH(lora::unmerge(W, e), Catch::Contains("keep what mixed"));
   lora::merge(W, e);
   for (int i = 0; i < 3; ++i) CHECK(W.row(i).norm() == Approx(i + 1).epsilon(1e-6));
   CHECK((W - Eigen::Vector3f(1, 2, 3).cwiseQuotient(sum.rowwise().norm()).asDiagonal() * sum).norm() < 1e-5);

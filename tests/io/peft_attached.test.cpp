@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What attach(W, entry) returns takes the same W as attach did: a weight stored in x out
+// What mixed(W, entry) returns takes the same W as mixed did: a weight stored in x out
 // (fan_in_fan_out) as it is stored, by every verb, also where W is square and its shape tells
 // nothing.
 #include <string>
@@ -42,7 +42,7 @@ lora::dora_adapter<float> core_of(const peft::entry<float>& e) { return {e.facto
 
 }  // namespace
 
-TEST_CASE("what attach returns takes W as it is stored", "[peft][dora]") {
+TEST_CASE("what mixed returns takes W as it is stored", "[peft][dora]") {
   test::random g(seed);
   for (const auto& [out, in] : std::vector<std::array<int, 2>>{{5, 5}, {4, 7}, {7, 3}})
     for (const bool in_out : {false, true}) {
@@ -54,7 +54,7 @@ TEST_CASE("what attach returns takes W as it is stored", "[peft][dora]") {
       const test::matrix<float> stored = in_out ? test::matrix<float>(W.transpose()) : W;
       // The core's verbs on W out x in say what is right.
       const auto dora = core_of(e);
-      const auto want = lora::attach(W, lora::scaled(0.7, dora), plain.factors());
+      const auto want = lora::mixed(W, lora::scaled(0.7, dora), plain.factors());
       auto merged = W;
       lora::merge(merged, want);
       auto unmerged = merged;
@@ -63,7 +63,7 @@ TEST_CASE("what attach returns takes W as it is stored", "[peft][dora]") {
       test::matrix<float> want_y(out, 3), y(out, 3);
       lora::forward(lora::with_bias(W, bias), x, want_y, want);
 
-      const auto layer = lora::attach(stored, lora::scaled(0.7, e), plain);
+      const auto layer = lora::mixed(stored, lora::scaled(0.7, e), plain);
       CHECK(layer.stored_in_out() == in_out);
       const auto turned = [&](const test::matrix<float>& m) { return in_out ? test::matrix<float>(m.transpose()) : m; };
       auto got = stored;
@@ -93,7 +93,7 @@ TEST_CASE("what attach returns takes W as it is stored", "[peft][dora]") {
     }
 }
 
-TEST_CASE("what attach returns for an embedding takes W vocabulary x features", "[peft][dora]") {
+TEST_CASE("what mixed returns for an embedding takes W vocabulary x features", "[peft][dora]") {
   test::random g(seed + 1);
   for (const auto& [vocabulary, features] : std::vector<std::array<int, 2>>{{4, 4}, {6, 3}}) {
     CAPTURE(g.seed(), vocabulary, features);
@@ -104,8 +104,8 @@ TEST_CASE("what attach returns for an embedding takes W vocabulary x features", 
     const auto file = assemble(config(R"("use_dora":true)"), f);
     const auto& e = file.at("e");
     auto W = g.reals<float>(vocabulary, features, 1);
-    const auto layer = lora::attach(W, e);
-    const auto want = lora::attach(W.transpose(), core_of(e));
+    const auto layer = lora::mixed(W, e);
+    const auto want = lora::mixed(W.transpose(), core_of(e));
     const std::vector<int> ids{3, 0, 3};
     test::matrix<float> y(features, 3), want_y(features, 3);
     lora::rows(lora::with_scale(W, 1.5), ids, y, layer);

@@ -123,7 +123,7 @@ TEST_CASE("a range may make scaled entries, and may be empty", "[peft][ranges]")
   lora::apply(x, y, none);
   lora::rows(before, std::vector<int>{2}, looked_up, none);
   lora::apply_through([](const auto&) { return Eigen::MatrixXf(2, 2); }, y, none);
-  lora::merge(W, lora::attach(W, none));
+  lora::merge(W, lora::mixed(W, none));
   CHECK(W == before);
   CHECK(bias == Eigen::VectorXf::Ones(3));
   CHECK(y == Eigen::MatrixXf::Constant(3, 2, 7));

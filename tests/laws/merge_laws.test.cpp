@@ -240,7 +240,7 @@ TEMPLATE_TEST_CASE("the state of linear, not the way to it, decides every bit", 
     winding.attach("a", lora::scaled(0.7, t.l));
     winding.merge("a");
     winding.unmerge("b");
-    winding.set_weight("b", -0.4);
+    winding.set_strength("b", -0.4);
     winding.deactivate("a");
     winding.merge("b");
     winding.activate("a");

@@ -76,7 +76,7 @@ void check(test::random& g) {
   const lora::dora_adapter<F> one(first, m), two(second, n);
   const bool several = !g.one_in(3);
   CAPTURE(g.seed(), out, in, r, lost, several);
-  const auto layer = several ? lora::attach(W, one, plain, two) : lora::attach(W, one);
+  const auto layer = several ? lora::mixed(W, one, plain, two) : lora::mixed(W, one);
   std::vector<test::dora_piece> pieces{{first, in_double(m)}};
   if (several) {
     pieces.emplace_back(plain, std::vector<double>());
@@ -122,7 +122,8 @@ void check(test::random& g) {
   const double c = g.uniform(0.1, 9);
   test::matrix<F> found(out, 3);
   lora::rows(lora::with_scale(embedding, c), ids, found, layer);
-  const exact_matrix e = bound.weight(5, 5) * c;
+  const auto K = static_cast<index_t>(pieces.size());  // not fewer than gains
+  const exact_matrix e = bound.weight(K + 4, K + 4) * c;
   exact_matrix want_rows(out, 3), rows_bound(out, 3);
   for (index_t t = 0; t < 3; ++t) {
     want_rows.col(t) = bound.merged.col(ids[static_cast<std::size_t>(t)]) * static_cast<long double>(c);
@@ -178,9 +179,9 @@ TEST_CASE("DoRA refuses a factor that no number holds", "[dora]") {
   const test::matrix<double> tiny = test::matrix<double>::Constant(1, 2, 1e-320);
   const test::matrix<double> none = test::matrix<double>::Zero(1, 2), B = test::matrix<double>::Zero(1, 1);
   const lora::dora_adapter<double> l{none, B, {.alpha = 2}, {1.5}};
-  CHECK_THROWS_WITH(lora::attach(tiny, l), Catch::Contains("output 0"));
+  CHECK_THROWS_WITH(lora::mixed(tiny, l), Catch::Contains("output 0"));
   const test::matrix<float> small = test::matrix<float>::Constant(1, 2, 1e-40F);
   const lora::dora_adapter<float> f{
       test::matrix<float>::Zero(1, 2).eval(), test::matrix<float>::Zero(1, 1).eval(), {.alpha = 2}, {1.5F}};
-  CHECK_THROWS_WITH(lora::attach(small, f), Catch::Contains("accumulator"));
+  CHECK_THROWS_WITH(lora::mixed(small, f), Catch::Contains("accumulator"));
 }

@@ -29,7 +29,7 @@ void check(double c, double w, double want) {
   lora::rows(lora::with_scale(W, c), ids, y);
   CHECK(test::value(y(0, 0)) == want);
   const test::matrix<T> turned = W.transpose();
-  lora::rows(lora::with_scale(W, c), ids, y, lora::attach(turned));
+  lora::rows(lora::with_scale(W, c), ids, y, lora::mixed(turned));
   CHECK(test::value(y(0, 0)) == want);
   lora::apply(ids, y, lora::replaced_rows<T>({0}, W), c);
   CHECK(test::value(y(0, 0)) == want);

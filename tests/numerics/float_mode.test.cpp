@@ -107,7 +107,7 @@ void products(bytes& all, const operands<T, F>& o) {
 template <class T, class F>
 void others(bytes& all, const operands<T, F>& o) {
   const lora::dora_adapter<F> d(o.l, o.magnitude);
-  const auto layer = lora::attach(o.W, d, o.l);
+  const auto layer = lora::mixed(o.W, d, o.l);
   auto W = o.W;
   test::matrix<F> y(out, tokens);
   lora::merge(W, layer);

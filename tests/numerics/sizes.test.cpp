@@ -79,7 +79,7 @@ TEST_CASE("any number of tokens of no outputs takes no time", "[sizes]") {
   const output_columns y(nullptr, 0, large);
   lora::forward(W, x, y, l);
   lora::apply(x, y, l);
-  const auto layer = lora::attach(W, lora::adapter<float>(l));
+  const auto layer = lora::mixed(W, lora::adapter<float>(l));
   lora::forward(W, x, y, layer);
   lora::apply(x, y, layer);
   lora::apply_through([](const auto&) { return test::col_matrix<float>(0, large); }, y, l);

@@ -98,7 +98,7 @@ TEST_CASE("a strength on a packed adapter, of a batch and of a linear is the sam
   // A linear multiplies the strengths first, and is as far from the exact product.
   lora::linear<double> layer{W};
   layer.attach("a", lora::scaled(n.outer, inner));
-  CHECK(layer.at("a").weight == n.outer * n.inner);
+  CHECK(layer.at("a").strength == n.outer * n.inner);
 }
 
 TEST_CASE("a layer in double stays within its bound where every step rounds up", "[bound][strength]") {

@@ -106,13 +106,14 @@ struct dora_bound {
                            exact_matrix(inverse.asDiagonal() * deltas(rank + 2));
     return exact_matrix(rest.asDiagonal() * e).array() + eta;  // the quotient may be subnormal
   }
-  /// Of y = W' x + b before it is stored, by forward.
+  /// Of y = W' x + b before it is stored, by forward: a gain rounds once when it is stored and once when it multiplies.
   exact_matrix mixed(const exact_matrix& x, const exact_column& bias) const {
     const exact_matrix ax = x.cwiseAbs();
     const lora::index_t n = W.cols();
-    exact_matrix e = times(exact_matrix(share(0, n + 4).asDiagonal() * W.cwiseAbs()), ax);
+    const auto gains = 2 * static_cast<lora::index_t>(pieces.size());
+    exact_matrix e = times(exact_matrix(share(0, n + rank + gains + 1).asDiagonal() * W.cwiseAbs()), ax);
     for (std::size_t k = 0; k < pieces.size(); ++k) {
-      e += times(exact_matrix(share(k + 1, n + rank + 4).asDiagonal() * pieces[k].size), ax);
+      e += times(exact_matrix(share(k + 1, n + rank + gains + 2).asDiagonal() * pieces[k].size), ax);
       e.colwise() +=
           (eta * static_cast<long double>(n + 1) * g[k + 1].array() * pieces[k].B.rowwise().sum().array()).matrix();
       e.rowwise() += (eta * times(pieces[k].A, ax).colwise().sum()).eval().row(0);

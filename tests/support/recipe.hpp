@@ -107,6 +107,12 @@ class recipe {
                                                          lora::scaling{.alpha = 0.7, .rule = lora::scaling_rule::fixed});
     return add(s, out, in);
   }
+  /// A copy of an adapter.
+  recipe& of(const lora::adapter<T>& l) {
+    one s{'l'};
+    s.factors = std::make_shared<const lora::adapter<T>>(l);
+    return add(s, l.out_features(), l.in_features());
+  }
   recipe& delta(random& g, lora::index_t out, lora::index_t in) {
     return add({.sort = 'd', .dense = exact(g.reals<T>(out, in, 0.5))}, out, in);
   }
@@ -147,23 +153,23 @@ class recipe {
   std::vector<lora::step<Acc>> steps(const lora::step_request<Acc>& request) const {
     std::vector<lora::step<Acc>> all;
     for (const one& s : list_) switch (s.sort) {
-        case 'l': all.push_back(lora::low_rank_step{lora::any_factors(s.factors), request.strength}); break;
+        case 'l': all.emplace_back(lora::low_rank_step{lora::any_factors(s.factors), request.strength}); break;
         case 'd':
-          all.push_back(lora::delta_step<Acc>{std::make_shared<const dense_delta<Acc>>(s.dense), request.strength});
+          all.emplace_back(lora::delta_step<Acc>{std::make_shared<const dense_delta<Acc>>(s.dense), request.strength});
           break;
         case 'g':
         case 'h': {
           lora::gain_step<Acc> step{.gain = {}, .scales_bias = s.sort == 'h'};
           for (lora::index_t i = 0; i < s.dense.rows(); ++i) step.gain.push_back(static_cast<Acc>(s.dense(i, 0)));
-          all.push_back(step);
+          all.emplace_back(std::move(step));
           break;
         }
-        case 'm': all.push_back(lora::input_step<Acc>{std::make_shared<const dense_map<Acc>>(s.dense)}); break;
+        case 'm': all.emplace_back(lora::input_step<Acc>{std::make_shared<const dense_map<Acc>>(s.dense)}); break;
         default: {
           lora::shift_step step;
           for (lora::index_t i = 0; i < s.dense.rows(); ++i)
             step.shift.push_back(request.strength * static_cast<double>(s.dense(i, 0)));
-          all.push_back(step);
+          all.emplace_back(std::move(step));
         }
       }
     return all;

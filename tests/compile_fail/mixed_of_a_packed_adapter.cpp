@@ -6,8 +6,8 @@
 
 lora::index_t use(const Eigen::MatrixXf& W, const lora::adapter<float>& l) {
 #ifdef LORA_MUST_FAIL
-  return lora::attach(W, lora::packed_adapter<float>{l}).out_features();
+  return lora::mixed(W, lora::packed_adapter<float>{l}).out_features();
 #else
-  return lora::attach(W, l).out_features();
+  return lora::mixed(W, l).out_features();
 #endif
 }
