@@ -714,10 +714,9 @@ class linear {
   /// call(rows of the pristine base); `loaded` keeps what was loaded again for it.
   template <class Acc, class Call>
   auto with_pristine(std::vector<T>& loaded, const Call& call) const {
-    const auto read = [&](const auto& rows) { return call(detail::rows_reader<Acc, detail::bare<decltype(rows)>>(rows)); };
-    if (!(reload_ && is_merged_)) return read(detail::base_rows<Acc>(pristine_));
+    if (!(reload_ && is_merged_)) return call(detail::reader_of<Acc>(pristine_));
     if (loaded.empty()) loaded = reloaded();
-    return read(detail::base_rows<Acc>(lora::row_major(loaded.data(), out_features(), in_features())));
+    return call(detail::reader_of<Acc>(lora::row_major(loaded.data(), out_features(), in_features())));
   }
   /// The bias that goes with the weight as it stands; empty: none.
   const std::vector<bias_value>& bias() const { return merged_bias_.empty() ? bias_ : merged_bias_; }

@@ -39,11 +39,7 @@
 
 #include "lora/detail/factors.hpp"
 #include "lora/detail/memory.hpp"
-<<<<<<< HEAD
 #include "lora/detail/row_norms.hpp"
-=======
-#include "lora/detail/stored_rows.hpp"
->>>>>>> wt-mix
 #include "lora/packed_weight.hpp"
 #include "lora/steps.hpp"
 
@@ -324,57 +320,29 @@ inline constexpr bool is_mixed_form = false;
 template <class Acc>
 inline constexpr bool is_mixed_form<mixed_form<Acc>> = true;
 
-<<<<<<< HEAD
-=======
-/// Rows of a weight, widened.
-template <class Acc, class T, storage_order Order>
-auto base_rows(const matrix_view<T, Order>& W) {
-  return matrix_rows<Acc, T, Order>(W);
-}
-template <class Acc, class T>
-auto base_rows(const packed_weight<T>& W) {
-  return panel_rows<Acc, T>(W, nullptr);
-}
-
->>>>>>> wt-mix
 /// The form of adapters beside a weight: a view or a packed weight, out_features x in_features.
 template <class Acc, class W, class... L>
 mixed_form<Acc> form_beside(const char* operation, step_use use, const W& weight, const L&... l) {
   const default_environment environment;
-<<<<<<< HEAD
   const auto base = reader_of<Acc>(weight);
   const index_t out = base.out_features(), in = base.in_features();
   return mixed_form<Acc>(operation, out, in, steps_of(step_request<Acc>{operation, 1.0, &base, use}, out, in, l...));
 }
 
-/// The same for a weight as the adapters' base stores it.
+/// The same for a weight as the adapters' base stores it: a matrix may be in_features x out_features.
 template <class Acc, class W, class... L>
 mixed_form<Acc> form_beside_stored(const char* operation, step_use use, const W& weight, const L&... l) {
   if constexpr (!is_packed_weight<W>)
     if (are_stored_in_out(operation, l...)) return form_beside<Acc>(operation, use, weight.transpose(), l...).for_in_out();
   return form_beside<Acc>(operation, use, weight, l...);
-=======
-  const auto rows = base_rows<Acc>(weight);
-  const rows_reader<Acc, bare<decltype(rows)>> reader(rows);
-  const step_request<Acc> request{operation, 1.0, &reader};
-  return mixed_form<Acc>(operation, rows.out_features(), rows.in_features(),
-                         steps_of<Acc>(request, rows.out_features(), rows.in_features(), l...));
 }
-/// The same for a weight as the adapters' base stores it: a matrix may be in_features x out_features.
-template <class Acc, class W, class... L>
-mixed_form<Acc> form_beside_stored(const char* operation, const W& weight, const L&... l) {
-  if constexpr (!is_packed_weight<W>)
-    if (are_stored_in_out(operation, l...)) return form_beside<Acc>(operation, weight.transpose(), l...).for_in_out();
-  return form_beside<Acc>(operation, weight, l...);
-}
+
 /// The same without a weight.
 template <class Acc, class... L>
-mixed_form<Acc> form_alone(const char* operation, index_t out_features, index_t in_features, const L&... l) {
+mixed_form<Acc> form_alone(const char* operation, step_use use, index_t out_features, index_t in_features, const L&... l) {
   const default_environment environment;
-  const step_request<Acc> request{operation};
   return mixed_form<Acc>(operation, out_features, in_features,
-                         steps_of<Acc>(request, out_features, in_features, l...));
->>>>>>> wt-mix
+                         steps_of(step_request<Acc>{operation, 1.0, nullptr, use}, out_features, in_features, l...));
 }
 
 template <class Acc, class... Operands>
@@ -444,16 +412,9 @@ template <class Acc = void, class M, detail::any_adapters... L>
   static_assert(std::is_same_v<acc, double> || !(detail::holds_double<detail::bare<M>> || ... || detail::holds_double<L>),
                 "lora::mixed: W or an adapter holds double, which a form of float would round");
   if constexpr (detail::is_packed_weight<detail::bare<M>>) {
-<<<<<<< HEAD
-    return detail::form_beside<acc>("mixed", step_use::prepare, W, l...);
+    return detail::form_beside_stored<acc>("mixed", step_use::prepare, W, l...);
   } else {
-    const auto weight = as_matrix(W);
-    return detail::form_beside_stored<acc>("mixed", step_use::prepare, weight, l...);
-=======
-    return detail::form_beside_stored<acc>("mixed", W, l...);
-  } else {
-    return detail::form_beside_stored<acc>("mixed", as_matrix(W), l...);
->>>>>>> wt-mix
+    return detail::form_beside_stored<acc>("mixed", step_use::prepare, as_matrix(W), l...);
   }
 }
 
@@ -463,12 +424,8 @@ template <class Acc = void, std::integral I, detail::any_adapters... L>
   using acc = detail::form_accumulator<Acc, L...>;
   static_assert(std::is_same_v<acc, double> || !(false || ... || detail::holds_double<L>),
                 "lora::mixed: an adapter holds double, which a form of float would round");
-<<<<<<< HEAD
-  const detail::default_environment environment;
-  const auto out = static_cast<index_t>(out_features), in = static_cast<index_t>(in_features);
-  return mixed_form<acc>("mixed", out, in, detail::steps_of(step_request<acc>{"mixed", 1.0, nullptr, step_use::prepare}, out, in, l...));
-=======
-  return detail::form_alone<acc>("mixed", static_cast<index_t>(out_features), static_cast<index_t>(in_features), l...);
+  return detail::form_alone<acc>("mixed", step_use::prepare, static_cast<index_t>(out_features),
+                                 static_cast<index_t>(in_features), l...);
 }
 
 /// A mistaken call of it gets a sentence.
@@ -476,7 +433,6 @@ template <class... A>
   requires detail::mistaken_on_weight<A...>
 auto mixed(const A&...) {
   static_assert(detail::refuse_on_weight<detail::verb::mixed, A...>());
->>>>>>> wt-mix
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI
