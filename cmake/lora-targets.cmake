@@ -14,7 +14,9 @@ target_compile_features(lora_lora INTERFACE cxx_std_20)
 target_link_libraries(lora_lora INTERFACE Eigen3::Eigen)
 target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DIR}/include" FILES
   include/lora/adapter.hpp
+  include/lora/adapter_set.hpp
   include/lora/advise.hpp
+  include/lora/any_kind.hpp
   include/lora/apply.hpp
   include/lora/batch.hpp
   include/lora/bounds.hpp
@@ -37,6 +39,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/detail/mix.hpp
   include/lora/detail/mode_product.hpp
   include/lora/detail/mix_forms.hpp
+  include/lora/detail/name_match.hpp
   include/lora/detail/operands.hpp
   include/lora/detail/overlap.hpp
   include/lora/detail/panels.hpp
@@ -67,8 +70,11 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/limits.hpp
   include/lora/linear.hpp
   include/lora/lora.hpp
+  include/lora/model.hpp
   include/lora/matrix_view.hpp
   include/lora/merge.hpp
+  include/lora/module_adapter.hpp
+  include/lora/moved_prefix.hpp
   include/lora/merge_report.hpp
   include/lora/mixed.hpp
   include/lora/packed_adapter.hpp

@@ -126,8 +126,8 @@ class model {
   void detach(const std::string& name) {
     each(name, [&](layer& one) { one.detach(name); });
   }
-  void set_weight(const std::string& name, double weight) {
-    each(name, [&](layer& one) { one.set_strength(name, weight); });
+  void set_strength(const std::string& name, double strength) {
+    each(name, [&](layer& one) { one.set_strength(name, strength); });
   }
   void activate(const std::string& name) {
     each(name, [&](layer& one) { one.activate(name); });

@@ -31,6 +31,7 @@
 #include <vector>
 
 #include "lora/adapter.hpp"
+#include "lora/any_kind.hpp"
 #include "lora/detail/merge_steps.hpp"
 #include "lora/detail/refusals.hpp"
 #include "lora/forward.hpp"
@@ -53,29 +54,6 @@ struct attached_adapter {
 template <low_rank L, class A = storage_t<factor_scalar_A<L>>, class B = storage_t<factor_scalar_B<L>>>
 using factor_format = std::conditional_t<std::is_same_v<A, B>, A, accumulator_t<A, B>>;
 
-/// An adapter of another kind, as it came.
-class attached_kind {
- public:
-  virtual ~attached_kind() = default;
-  virtual std::vector<step<float>> steps(const step_request<float>& request) const = 0;
-  virtual std::vector<step<double>> steps(const step_request<double>& request) const = 0;
-  virtual bool is_double() const = 0;
-};
-template <class K>
-class held_kind final : public attached_kind {
- public:
-  explicit held_kind(const K& kind) : kind_(kind) {}
-  std::vector<step<float>> steps(const step_request<float>& request) const override {
-    return kind_.template steps<float>(request);
-  }
-  std::vector<step<double>> steps(const step_request<double>& request) const override {
-    return kind_.template steps<double>(request);
-  }
-  bool is_double() const override { return holds_double<K>; }
-
- private:
-  K kind_;
-};
 /// Steps of a kind from one base at one strength.
 template <class Acc>
 struct prepared_kind {
@@ -210,7 +188,7 @@ class linear {
 
   struct slot {
     std::shared_ptr<const detail::attached_adapter> adapter = nullptr;  ///< low-rank factors
-    std::shared_ptr<const detail::attached_kind> kind = nullptr;        ///< or another kind, with its steps
+    std::shared_ptr<const any_kind> kind = nullptr;                     ///< or another kind, with its steps
     std::shared_ptr<const detail::prepared_kind<float>> in_float = nullptr;
     std::shared_ptr<const detail::prepared_kind<double>> in_double = nullptr;
     double strength;
@@ -226,7 +204,7 @@ class linear {
       return kind == nullptr || (in_float != nullptr ? in_float->additive : in_double->additive);
     }
     bool is_double() const {
-      return kind != nullptr ? kind->is_double() : std::holds_alternative<lora::adapter<double>>(adapter->factors);
+      return kind != nullptr ? kind->holds_double() : std::holds_alternative<lora::adapter<double>>(adapter->factors);
     }
     template <class Acc>
     auto& prepared() {
@@ -279,7 +257,7 @@ class linear {
         detail::check_fit("linear::attach", l.out_features(), l.in_features(), 1.0, layer_.out_features(),
                           layer_.in_features());
         check_strength("linear::attach", name, strength, 1.0);
-        made.kind = std::make_shared<const detail::held_kind<detail::bare<decltype(source)>>>(source);
+        made.kind = std::make_shared<const any_kind>(source);
         prepare_own("linear::attach", made);
       }
       next_.emplace(name, std::move(made));
@@ -365,7 +343,8 @@ class linear {
       auto& made = one.template prepared<Acc>();
       if (one.kind == nullptr || made != nullptr) return;
       made = layer_.with_pristine<Acc>(base_, [&](const weight_rows<Acc>& rows) {
-        auto steps = one.kind->steps(step_request<Acc>{.operation = operation, .strength = one.strength, .weight = &rows});
+        auto steps = one.kind->template steps<Acc>(
+            step_request<Acc>{.operation = operation, .strength = one.strength, .weight = &rows, .use = step_use::prepare});
         bool additive = true;
         for (const auto& s : steps)
           additive = additive && !std::holds_alternative<gain_step<Acc>>(s) && !std::holds_alternative<input_step<Acc>>(s);

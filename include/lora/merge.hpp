@@ -258,11 +258,16 @@ auto with_steps(const char* operation, double sign, M& W, const Call& call, cons
   const default_environment environment;
   return as_out_in(W, are_stored_in_out(operation, l...), [&](auto&& weight) {
     using acc = accumulator_t<bare<decltype(weight)>, L...>;
-    const auto base = reader_of<acc>(weight);
-    // After a merge W is no longer what a kind may ask about.
-    const step_request<acc> request{operation, 1.0, sign == merging ? &base : nullptr};
-    const auto steps = steps_of<acc>(request, base.out_features(), base.in_features(), l...);
-    return call(weight, std::span<const step<acc>>(steps));
+    const auto run = [&]<class Acc>(std::type_identity<Acc>) {
+      const auto base = reader_of<Acc>(weight);
+      // After a merge W is no longer what a kind may ask about.
+      const step_request<Acc> request{operation, 1.0, sign == merging ? &base : nullptr};
+      const auto steps = steps_of<Acc>(request, base.out_features(), base.in_features(), l...);
+      return call(weight, std::span<const step<Acc>>(steps));
+    };
+    if constexpr (!std::is_same_v<acc, double>)
+      if (any_holds_double_now(l...)) return run(std::type_identity<double>());
+    return run(std::type_identity<acc>());
   });
 }
 
@@ -272,21 +277,18 @@ merge_report merge_with_bias(const char* operation, double sign, M&& W, V&& bias
   refuse_temporary<V>();
   const auto b = output_view(bias);
   return with_steps(operation, sign, W, [&](auto& weight, auto steps) {
-    const auto report = [&] {
-      if constexpr (is_packed_weight<bare<decltype(weight)>>) {
-        check_bias_shape(operation, b.rows(), b.cols(), weight.out_features());
-      } else {
-        check_bias_shape(operation, b.rows(), b.cols(), weight.rows());
-        refuse_overlap(operation, "the bias", b, "W", weight);
-      }
-      const bias_change change = bias_change_of(steps);  // before anything is written
-      if (sign == unmerging && std::any_of(change.gain.begin(), change.gain.end(), [](double g) { return is_zero(g); }))
-        raise_value(operation, "an adapter scales an output by 0, so its bias is lost");
-      const merge_report seen = merge_into<writing::in_place>(operation, sign, weight, steps);
-      change_bias(b, sign, change);
-      return seen;
-    };
-    return report();
+    if constexpr (is_packed_weight<bare<decltype(weight)>>) {
+      check_bias_shape(operation, b.rows(), b.cols(), weight.out_features());
+    } else {
+      check_bias_shape(operation, b.rows(), b.cols(), weight.rows());
+      refuse_overlap(operation, "the bias", b, "W", weight);
+    }
+    const bias_change change = bias_change_of(steps);  // before anything is written
+    if (sign == unmerging && std::any_of(change.gain.begin(), change.gain.end(), [](double g) { return is_zero(g); }))
+      raise_value(operation, "an adapter scales an output by 0, so its bias is lost");
+    const merge_report seen = merge_into<writing::in_place>(operation, sign, weight, steps);
+    change_bias(b, sign, change);
+    return seen;
   }, l...);
 }
 

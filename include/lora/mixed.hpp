@@ -320,10 +320,18 @@ inline constexpr bool is_mixed_form = false;
 template <class Acc>
 inline constexpr bool is_mixed_form<mixed_form<Acc>> = true;
 
+/// Throws value_error for adapters of double, known at run time alone, in a form of float.
+template <class Acc, class... L>
+void refuse_double(const char* operation, const L&... l) {
+  if (!std::is_same_v<Acc, double> && any_holds_double_now(l...))
+    raise_value(operation, "an adapter holds double, which a form of float would round: pass what mixed<double>(W, l...) returns");
+}
+
 /// The form of adapters beside a weight: a view or a packed weight, out_features x in_features.
 template <class Acc, class W, class... L>
 mixed_form<Acc> form_beside(const char* operation, step_use use, const W& weight, const L&... l) {
   const default_environment environment;
+  refuse_double<Acc>(operation, l...);
   const auto base = reader_of<Acc>(weight);
   const index_t out = base.out_features(), in = base.in_features();
   return mixed_form<Acc>(operation, out, in, steps_of(step_request<Acc>{operation, 1.0, &base, use}, out, in, l...));
@@ -341,6 +349,7 @@ mixed_form<Acc> form_beside_stored(const char* operation, step_use use, const W&
 template <class Acc, class... L>
 mixed_form<Acc> form_alone(const char* operation, step_use use, index_t out_features, index_t in_features, const L&... l) {
   const default_environment environment;
+  refuse_double<Acc>(operation, l...);
   return mixed_form<Acc>(operation, out_features, in_features,
                          steps_of(step_request<Acc>{operation, 1.0, nullptr, use}, out_features, in_features, l...));
 }

@@ -73,6 +73,7 @@ class any_factors {
   double scaling() const {
     return std::visit([](const auto& l) { return l.scaling(); }, view_);
   }
+  bool holds_double() const { return std::holds_alternative<adapter_view<double>>(view_); }
   /// visit(adapter_view<T>).
   template <class Visit>
   decltype(auto) visit(const Visit& visit) const {
@@ -187,6 +188,7 @@ struct step_request {
 /// A class that says its steps. It may also have
 ///   bool stored_in_out() const                             the base stores its weight in x out, and verbs take it so
 ///   void check_fits(operation, out_features, in_features)  throws unless it is for such a weight, with a better sentence
+///   bool holds_double() const                              its numbers are double, where value_type does not say so
 template <class K>
 concept adapter_kind = requires(const detail::bare<K>& k, const step_request<float>& f, const step_request<double>& d) {
   typename detail::bare<K>::value_type;
@@ -205,6 +207,8 @@ concept adapter_kind_range = !adapter_kind<R> && !low_rank<R> && requires(const 
 template <adapter_kind K>
 class scaled_kind;
 namespace detail {
+template <class K>
+bool holds_double_now(const K& k);
 template <class K>
 inline constexpr bool is_scaled_kind = false;
 template <class K>
@@ -230,6 +234,7 @@ class scaled_kind {
   {
     return of_->stored_in_out();
   }
+  bool holds_double() const { return detail::holds_double_now(*of_); }
   void check_fits(const char* operation, index_t out_features, index_t in_features) const
     requires requires(const K& k) { k.check_fits(operation, out_features, in_features); }
   {
@@ -292,17 +297,41 @@ void append_steps(std::vector<step<Acc>>& all, const step_request<Acc>& request,
   }
 }
 
+/// Throws unless an adapter is for such a weight.
+template <class K>
+void check_kind(const char* operation, const K& one, index_t out_features, index_t in_features) {
+  if constexpr (low_rank<K>)
+    check_adapter(operation, one, out_features, in_features);
+  else if constexpr (requires { one.check_fits(operation, out_features, in_features); })
+    one.check_fits(operation, out_features, in_features);
+  else if constexpr (requires { { one.scaling() } -> std::convertible_to<double>; })
+    check_fit(operation, one.out_features(), one.in_features(), one.scaling(), out_features, in_features);
+  else
+    check_fit(operation, one.out_features(), one.in_features(), 1.0, out_features, in_features);
+}
+
+/// Whether the numbers of an adapter are double; of some kinds only the run time knows.
+template <class K>
+bool holds_double_now(const K& k) {
+  if constexpr (requires { { k.holds_double() } -> std::convertible_to<bool>; })
+    return k.holds_double();
+  else
+    return holds_double<K>;
+}
+template <class... L>
+bool any_holds_double_now(const L&... l) {
+  bool any = false;
+  [[maybe_unused]] const auto look = [&](const auto& one) { any = any || holds_double_now(one); };
+  (visit_kinds(look, l), ...);
+  return any;
+}
+
 /// The steps of adapters of any kind and ranges of them, in order. Checks that each is for the shape.
 template <class Acc, class... L>
 std::vector<step<Acc>> steps_of(const step_request<Acc>& request, index_t out_features, index_t in_features, const L&... l) {
   std::vector<step<Acc>> all;
   [[maybe_unused]] const auto add = [&]<class K>(const K& one) {
-    if constexpr (low_rank<K>)
-      check_adapter(request.operation, one, out_features, in_features);
-    else if constexpr (requires { one.check_fits(request.operation, out_features, in_features); })
-      one.check_fits(request.operation, out_features, in_features);
-    else
-      check_fit(request.operation, one.out_features(), one.in_features(), 1.0, out_features, in_features);
+    check_kind(request.operation, one, out_features, in_features);
     append_steps(all, request, one);
   };
   (visit_kinds(add, l), ...);

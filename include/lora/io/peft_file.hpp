@@ -15,18 +15,13 @@
 #include "lora/io/peft_config.hpp"
 #include "lora/io/peft_entry.hpp"
 #include "lora/io/peft_replacement.hpp"
+#include "lora/moved_prefix.hpp"
 #include "lora/rows.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::peft {
 
-/// For adapter_file::renamed: names that begin with one prefix get another; the others stay.
-///   file.renamed(peft::moved_prefix{"language_model.model.", "model.language_model."})
-struct moved_prefix {
-  std::string from, to;
-  std::string operator()(const std::string& name) const {
-    return name.starts_with(from) ? to + name.substr(from.size()) : name;
-  }
-};
+/// For adapter_file::renamed.
+using lora::moved_prefix;
 
 namespace file_detail {
 

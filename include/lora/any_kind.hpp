@@ -1,0 +1,99 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// any_kind: an adapter of a kind that is known at run time. Every verb takes it where it takes an adapter.
+#pragma once
+
+#include <memory>
+#include <type_traits>
+#include <utility>
+#include <vector>
+
+#include "lora/adapter.hpp"
+#include "lora/steps.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI {
+
+/// An adapter of any kind in the format that it came in. Immutable, never empty; copies share what they hold. holds_double()
+/// says whether its numbers are double: verbs then accumulate in double.
+class [[nodiscard]] any_kind {
+ public:
+  using value_type = float;
+
+  /// Copies a low-rank adapter, or keeps a kind (kinds share what they hold).
+  template <class K>
+    requires((low_rank<K> || adapter_kind<K>)&&!std::is_same_v<K, any_kind>)
+  any_kind(const K& kind)  // NOLINT(google-explicit-constructor): it is the same adapter
+      : held_(std::make_shared<const model<K>>(kind)) {}
+  any_kind(const any_kind&) = default;
+  any_kind& operator=(const any_kind&) = default;
+  ~any_kind() = default;
+
+  index_t out_features() const { return held_->out_features(); }
+  index_t in_features() const { return held_->in_features(); }
+  bool holds_double() const { return held_->holds_double(); }
+  bool stored_in_out() const { return held_->stored_in_out(); }
+  void check_fits(const char* operation, index_t out_features, index_t in_features) const {
+    held_->check_fits(operation, out_features, in_features);
+  }
+  template <class Acc>
+  std::vector<step<Acc>> steps(const step_request<Acc>& request) const {
+    return held_->steps(request);
+  }
+  /// Whether both are one adapter in memory.
+  friend bool operator==(const any_kind& a, const any_kind& b) { return a.held_ == b.held_; }
+
+ private:
+  class concept_of {
+   public:
+    virtual ~concept_of() = default;
+    virtual index_t out_features() const = 0;
+    virtual index_t in_features() const = 0;
+    virtual bool holds_double() const = 0;
+    virtual bool stored_in_out() const = 0;
+    virtual void check_fits(const char* operation, index_t out_features, index_t in_features) const = 0;
+    virtual std::vector<step<float>> steps(const step_request<float>& request) const = 0;
+    virtual std::vector<step<double>> steps(const step_request<double>& request) const = 0;
+  };
+
+  /// A low-rank adapter of a user's type is copied into one that owns row-major factors.
+  template <class K>
+  static auto kept(const K& kind) {
+    if constexpr (low_rank<K>)
+      return any_factors::copy_of(kind);
+    else
+      return kind;
+  }
+
+  template <class K>
+  class model final : public concept_of {
+   public:
+    explicit model(const K& kind) : kind_(kept(kind)) {}
+    index_t out_features() const override { return kind_.out_features(); }
+    index_t in_features() const override { return kind_.in_features(); }
+    bool holds_double() const override { return detail::holds_double_now(kind_); }
+    bool stored_in_out() const override { return detail::is_stored_in_out(kind_); }
+    void check_fits(const char* operation, index_t out_features, index_t in_features) const override {
+      detail::check_kind(operation, kind_, out_features, in_features);
+    }
+    std::vector<step<float>> steps(const step_request<float>& request) const override { return of(request); }
+    std::vector<step<double>> steps(const step_request<double>& request) const override { return of(request); }
+
+   private:
+    template <class Acc>
+    std::vector<step<Acc>> of(const step_request<Acc>& request) const {
+      if constexpr (low_rank<K>) {
+        const double strength = request.strength;
+        if (detail::is_zero(strength * kind_.scaling())) return {};
+        return {low_rank_step{kind_, strength}};
+      } else {
+        return kind_.template steps<Acc>(request);
+      }
+    }
+    decltype(kept(std::declval<const K&>())) kind_;
+  };
+
+  std::shared_ptr<const concept_of> held_;
+};
+static_assert(adapter_kind<any_kind>);
+
+}  // namespace lora::inline LORA_DETAIL_ABI
