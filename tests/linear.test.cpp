@@ -795,7 +795,7 @@ TEST_CASE("what does not fit a layer is refused by name, and changes nothing", "
     // 1e200 * 1e200 is no strength, though times 1e-300 it is a scaling.
     const lora::adapter<float> faint{l.lora_A(), l.lora_B(), {.alpha = 1e-300, .rule = scaling_rule::fixed}};
     refuses([&] { q.attach("c", lora::scaled(1e200, lora::scaled(1e200, faint))); },
-            {"lora::linear::attach:", "weight of \"c\"", "not finite"});
+            {"lora::linear::attach:", "strength of \"c\"", "not finite"});
     // Strengths.
     for (const double weight : {double{NAN}, double{INFINITY}, -double{INFINITY}, 1e308})
       for (const char* name : {"a", "b"})

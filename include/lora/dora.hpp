@@ -82,8 +82,8 @@ template <class Acc, class T>
 std::vector<step<Acc>> dora_steps(const step_request<Acc>& request, const any_factors& factors, const std::vector<T>& magnitude) {
   if (request.weight == nullptr)
     raise_value(request.operation,
-                "a DoRA adapter scales the base's part, too, by norms of W as it was before any merge: call "
-                "lora::mixed(W, adapters...) then, once, and pass what it returns");
+                "a DoRA adapter scales the base's part, too, by norms of W as it was before any merge: keep what "
+                "lora::mixed(W, adapters...) returned then, and pass that");
   const low_rank_step low{factors, request.strength};
   std::vector<step<Acc>> all;
   if (!is_zero(low.strength * factors.scaling())) all.push_back(low);

@@ -277,6 +277,7 @@ merge_report merge_with_bias(const char* operation, double sign, M&& W, V&& bias
   refuse_temporary<V>();
   const auto b = output_view(bias);
   return with_steps(operation, sign, W, [&](auto& weight, auto steps) {
+    if (steps.empty()) return merge_into<writing::in_place>(operation, sign, weight, steps);  // for a b of any shape
     if constexpr (is_packed_weight<bare<decltype(weight)>>) {
       check_bias_shape(operation, b.rows(), b.cols(), weight.out_features());
     } else {

@@ -347,15 +347,30 @@ bool is_stored_in_out(const K& k) {
     return false;
 }
 
+/// What a message calls an adapter.
+template <class K>
+std::string name_of_kind(const K& k) {
+  if constexpr (requires { { k.name() } -> std::convertible_to<std::string>; })
+    return k.name();
+  else if constexpr (requires { { k.of().name() } -> std::convertible_to<std::string>; })
+    return k.of().name();
+  else
+    return "an adapter";
+}
+
 /// The same for all adapters of a call. Throws value_error when they disagree.
 template <class... L>
 bool are_stored_in_out(const char* operation, const L&... l) {
-  bool any = false, all = true;
-  [[maybe_unused]] const auto look = [&](const auto& one) { (is_stored_in_out(one) ? any : all) = is_stored_in_out(one); };
+  std::string in_out, out_in;  // one of each
+  [[maybe_unused]] const auto look = [&](const auto& one) {
+    std::string& name = is_stored_in_out(one) ? in_out : out_in;
+    if (name.empty()) name = name_of_kind(one);
+  };
   (visit_kinds(look, l), ...);
-  if (any && !all)
-    raise_value(operation, "one adapter is for a weight stored in x out, and another for one stored out x in");
-  return any;
+  if (!in_out.empty() && !out_in.empty())
+    raise_value(operation, "the config of one adapter says fan_in_fan_out and the other's does not, for " + in_out + " and " +
+                               out_in + "; one weight is stored one way: read them with read_options::fan_in_fan_out");
+  return !in_out.empty();
 }
 
 }  // namespace detail

@@ -428,7 +428,7 @@ class model {
     else
       lora::forward(slice.matrix(), from, to);
     if (way_ == way::mixed)
-      for (const auto& a : entries(name)) lora::apply(from, to, lora::scaled(a.weight(), a.of().expert(e)));
+      for (const auto& a : entries(name)) lora::apply(from, to, lora::scaled(a.strength(), a.of().expert(e)));
     return y;
   }
 

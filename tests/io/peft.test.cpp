@@ -621,7 +621,7 @@ TEST_CASE("an orientation that does not fit is an error that says so", "[peft][m
   CHECK(other.isZero());
   CHECK(W.isZero());
   CHECK(has(message([&] { (void)in_out.at("m").plain(); }), "m as in_features x out_features (fan_in_fan_out)"));
-  CHECK(has(message([&] { (void)lora::scaled(INFINITY, lora::scaled(2, out_in.at("m"))); }), "lora::scaled: the weight"));
+  CHECK(has(message([&] { (void)lora::scaled(INFINITY, lora::scaled(2, out_in.at("m"))); }), "lora::scaled: the strength"));
   CHECK_THROWS_AS(in_out.at("m").plain(), lora::value_error);
   CHECK_THROWS_AS(lora::merge(W, out_in.at("m")), lora::shape_error);
   CHECK_THROWS_AS(lora::scaled(std::nan(""), out_in.at("m")), lora::value_error);
@@ -864,9 +864,11 @@ TEST_CASE("DoRA is merged with its magnitude, and never without", "[peft][varian
   Eigen::MatrixXf y = W * x;
   CHECK_THROWS_WITH(lora::apply(x, y, e), Catch::Contains("mixed(W"));
   lora::apply(x, y, lora::mixed(W, e));
-  CHECK_THROWS_AS(lora::merge_checked(W, e), lora::value_error);
-  CHECK_THROWS_WITH(lora::unmerge(W, e), Catch::Contains("keep what mixed"));
+  Eigen::MatrixXf checked = W;
+  CHECK(lora::merge_checked(checked, e).changed == 12);
+  CHECK_THROWS_WITH(lora::unmerge(W, e), Catch::Contains("keep what lora::mixed"));
   lora::merge(W, e);
+  CHECK(W == checked);
   for (int i = 0; i < 3; ++i) CHECK(W.row(i).norm() == Approx(i + 1).epsilon(1e-6));
   CHECK((W - Eigen::Vector3f(1, 2, 3).cwiseQuotient(sum.rowwise().norm()).asDiagonal() * sum).norm() < 1e-5);
   CHECK((W * x - y).norm() < 1e-4);

@@ -244,6 +244,10 @@ class entry {
   std::shared_ptr<const entry_parts<T>> parts_;
 };
 
+/// strength * (an entry), as scaled(strength, entry) makes it. Looks at the entry.
+template <scalar T>
+using scaled_entry = scaled_kind<entry<T>>;
+
 namespace entry_detail {
 
 template <class T>
