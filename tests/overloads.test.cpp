@@ -238,7 +238,7 @@ TEST_CASE("what derives from a class of the library is one", "[overloads]") {
   CHECK(lora::packed_adapter<float>(packed).rank() == 1);
   CHECK(lora::scaled(2, packed).weight() == 2);
   const my_dora style(lora::adapter<float>(l), {1, 1});
-  CHECK(lora::scaled(2, style).factors.weight() == 2);
+  CHECK(lora::scaled(2, style).strength() == 2);
 }
 
 namespace {
