@@ -206,7 +206,7 @@ class walk {
       case 3:
         one.weight = new_weight();
         on_both([&](auto& q) { q.set_strength(name, one.weight); });
-        return "set_weight " + name;
+        return "set_strength " + name;
       case 4:
         one.active = true;
         on_both([&](auto& q) { q.activate(name); });
@@ -683,8 +683,8 @@ TEMPLATE_TEST_CASE("an allocation that fails changes nothing", "[linear]", float
       {"attach", [](layer& q, const auto& l) { q.attach("a name too long for the string itself", lora::scaled(0.5, l)); }},
       {"detach a", [](layer& q, const auto&) { q.detach("a"); }},
       {"detach b", [](layer& q, const auto&) { q.detach("b"); }},
-      {"set_weight a", [](layer& q, const auto&) { q.set_strength("a", 0.25); }},
-      {"set_weight b", [](layer& q, const auto&) { q.set_strength("b", 0.25); }},
+      {"set_strength a", [](layer& q, const auto&) { q.set_strength("a", 0.25); }},
+      {"set_strength b", [](layer& q, const auto&) { q.set_strength("b", 0.25); }},
       {"activate", [](layer& q, const auto&) { q.activate("idle"); }},
       {"deactivate", [](layer& q, const auto&) { q.deactivate("a"); }},
       {"merge", [](layer& q, const auto&) { q.merge(); }},
@@ -799,13 +799,13 @@ TEST_CASE("what does not fit a layer is refused by name, and changes nothing", "
     // Strengths.
     for (const double weight : {double{NAN}, double{INFINITY}, -double{INFINITY}, 1e308})
       for (const char* name : {"a", "b"})
-        refuses([&] { q.set_strength(name, weight); }, {"lora::linear::set_weight:", name, "not finite"});
+        refuses([&] { q.set_strength(name, weight); }, {"lora::linear::set_strength:", name, "not finite"});
     // Names: each call says what is attached. Of several names none takes effect.
     const auto unknown = [&](const char* operation, const auto& call) {
       refuses(call, {operation, "no adapter named \"z\"", "attached: \"a\", \"b\""});
     };
     unknown("lora::linear::detach:", [&] { q.detach("z"); });
-    unknown("lora::linear::set_weight:", [&] { q.set_strength("z", 0.5); });
+    unknown("lora::linear::set_strength:", [&] { q.set_strength("z", 0.5); });
     unknown("lora::linear::activate:", [&] { q.activate("z"); });
     unknown("lora::linear::deactivate:", [&] { q.deactivate("z"); });
     unknown("lora::linear::merge:", [&] { q.merge("z"); });

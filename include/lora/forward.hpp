@@ -30,6 +30,7 @@
 //   throws   shape_error, value_error (scaling not finite), std::bad_alloc, before anything is written.
 #pragma once
 
+#include <algorithm>
 #include <limits>
 #include <string>
 #include <type_traits>
@@ -244,11 +245,19 @@ auto term_writer(const B* bias, const Y& y, const Parts& parts) {
     const auto terms = parts.terms_of(token);
     if (bias == nullptr && terms.empty())  // not sum + 0, which turns -0 into +0
       return token_writer<Acc>(y, [](value& out, Acc sum, index_t) { out = narrow<value>(sum); })(first, count, token, sums);
-    wide more[2 * tile_cols<Acc>] = {};
-    for (index_t j = 0; bias != nullptr && j < count; ++j) more[j] = widen<wide>((*bias)(first + j, 0));
-    add_terms(terms, first, count, more);
-    token_writer<Acc>(y, [&](value& out, Acc sum, index_t output) {
-      out = narrow<value>(static_cast<wide>(sum) + more[output - first]);
+    wide more[2 * tile_cols<Acc>];
+    const wide* added = more;
+    if (bias != nullptr)
+      for (index_t j = 0; j < count; ++j) more[j] = widen<wide>((*bias)(first + j, 0));
+    if constexpr (std::is_same_v<wide, Acc>)
+      if (bias == nullptr && terms.size() == 1 && terms[0].shift != nullptr && terms[0].strength == 1)
+        added = terms[0].shift + first;  // what the loops below would copy
+    if (added == more) {
+      if (bias == nullptr) std::fill_n(more, count, wide(0));
+      add_terms(terms, first, count, more);
+    }
+    token_writer<Acc>(y, [added, first](value& out, Acc sum, index_t output) {
+      out = narrow<value>(static_cast<wide>(sum) + added[output - first]);
     })(first, count, token, sums);
   };
 }

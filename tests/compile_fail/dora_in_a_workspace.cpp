@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// expect: lora::merge takes a DoRA adapter with a plain matrix alone
+// expect: this verb takes these arguments, but not together
 #include "lora/lora.hpp"
 
 #include "lora/dora.hpp"
