@@ -69,7 +69,7 @@ template <class A, class B, class Result>
 /// Factors of any matrix types with their scaling. Invariant: lora_A has as many rows as lora_B has columns, and scaling()
 /// is finite. Values in the factors are not looked at. Owns what MatA and MatB own; immutable.
 template <matrix_like MatA, matrix_like MatB>
-class basic_adapter {
+class [[nodiscard]] basic_adapter {
  public:
   /// Throws shape_error when the ranks differ, value_error as resolve(scale, rank).
   basic_adapter(MatA lora_A, MatB lora_B, const lora::scaling& scale)
@@ -98,7 +98,7 @@ inline constexpr bool enable_adapter_view<basic_adapter<matrix_view<T, OrderA>, 
 
 /// An adapter that owns its factors, stored row-major in T as PyTorch stores them.
 template <scalar T>
-class adapter : public basic_adapter<detail::row_major_matrix<T>, detail::row_major_matrix<T>> {
+class [[nodiscard]] adapter : public basic_adapter<detail::row_major_matrix<T>, detail::row_major_matrix<T>> {
   using base = basic_adapter<detail::row_major_matrix<T>, detail::row_major_matrix<T>>;
 
  public:
@@ -128,7 +128,7 @@ adapter(const A&, const B&, scaling) -> adapter<detail::element_t<A>>;
 
 /// An adapter that looks at row-major factors which live elsewhere and must outlive it.
 template <scalar T>
-class adapter_view
+class [[nodiscard]] adapter_view
     : public basic_adapter<matrix_view<const T, storage_order::row_major>, matrix_view<const T, storage_order::row_major>> {
   using factor = matrix_view<const T, storage_order::row_major>;
   using base = basic_adapter<factor, factor>;
@@ -142,6 +142,11 @@ class adapter_view
   }
   adapter_view(const adapter<T>&&) = delete;  // the adapter is a temporary, and the view would outlive it: name it first
 };
+
+template <class T, class U, storage_order Order>
+adapter_view(matrix_view<T, Order>, matrix_view<U, Order>, scaling) -> adapter_view<std::remove_const_t<T>>;
+template <scalar T>
+adapter_view(const adapter<T>&) -> adapter_view<T>;
 
 template <class T>
 inline constexpr bool enable_adapter_view<adapter_view<T>> = true;

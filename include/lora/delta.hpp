@@ -38,7 +38,7 @@ constexpr double smallest_in_delta() {
 
 template <class... L>
   requires(detail::adapters<L> && ...) && (sizeof...(L) > 0)
-auto delta_weight(const L&... l) {
+[[nodiscard]] auto delta_weight(const L&... l) {
   using acc = accumulator_t<L...>;
   const auto each = detail::each_of(l...);
   index_t out_features = -1, in_features = -1;

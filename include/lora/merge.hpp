@@ -142,8 +142,23 @@ merge_report unmerge(M&& W, const L&... l) {
   return unmerge(space, std::forward<M>(W), l...);
 }
 
+/// A merged copy: the matrix or packed weight itself, and what the merge did to the numbers.
+template <class M>
+struct [[nodiscard]] merged_copy : M {
+  using M::M;
+  using M::operator=;
+  merged_copy(M weight, const merge_report& seen) : M(std::move(weight)), report(seen) {}
+  merge_report report;
+};
+namespace detail {
+template <class T>
+inline constexpr bool is_packed_weight<merged_copy<packed_weight<T>>> = true;
+template <class T>
+inline constexpr bool holds_double<merged_copy<packed_weight<T>>> = std::is_same_v<T, double>;
+}  // namespace detail
+
 /// round(W + sum of deltas) as a new Eigen matrix with W's scalar and storage order, or a new packed_weight; the same bits
-/// as merge.
+/// as merge. The result is that matrix, with a member `report`.
 template <class M, class... L>
   requires detail::mergeable<M> && (detail::adapters<L> && ...)
 auto merged(const M& W, const L&... l) {
@@ -151,27 +166,31 @@ auto merged(const M& W, const L&... l) {
   workspace space;
   if constexpr (detail::is_packed_weight<M>) {
     const auto update = detail::update_for(space, "merged", detail::merging, W, l...);
-    if (update.rank() == 0) return M(W);
-    M result = M::unfilled(W.out_features(), W.in_features());
-    detail::write_panels(update, W, result);
-    return result;
+    const index_t size = W.out_features() * W.in_features();
+    using packed = packed_weight<typename M::value_type>;
+    if (update.rank() == 0) return merged_copy<packed>(packed(W), detail::untouched(size));
+    packed result = packed::unfilled(W.out_features(), W.in_features());
+    const detail::tally seen = detail::write_panels(update, static_cast<const packed&>(W), result);
+    return merged_copy<packed>(std::move(result), detail::report_of(seen, size));
   } else {
     const auto weight = as_matrix(W);
     using view = std::remove_const_t<decltype(weight)>;
     using value = typename view::value_type;
     constexpr int options = view::is_row_major ? Eigen::RowMajor : Eigen::ColMajor;
     const auto update = detail::update_for(space, "merged", detail::merging, weight, l...);
-    Eigen::Matrix<value, Eigen::Dynamic, Eigen::Dynamic, options> result(weight.rows(), weight.cols());
+    using matrix = Eigen::Matrix<value, Eigen::Dynamic, Eigen::Dynamic, options>;
+    matrix result(weight.rows(), weight.cols());
     const auto destination = as_matrix(result);
+    merge_report report = detail::untouched(weight.size());
     if (update.rank() == 0) {
       for (index_t k = 0; weight.inner_size() != 0 && k < weight.outer_size(); ++k)
         std::copy_n(weight.outer(k), weight.inner_size(), destination.outer(k));
     } else {
       using sink = detail::rounding_sink<detail::bare<decltype(update)>, accumulator_t<value, L...>, value, view::order,
                                          detail::writing::elsewhere>;
-      update.run(sink(weight, destination));
+      report = detail::report_of(update.run(sink(weight, destination)), weight.size());
     }
-    return result;
+    return merged_copy<matrix>(std::move(result), report);
   }
 }
 
@@ -365,7 +384,7 @@ template <class M, class... L>
   requires detail::mergeable<M> && detail::of_kinds<L...>
 auto merged(const M& W, const L&... l) {
   auto result = lora::merged(W);  // a copy; merging in place then needs no second one
-  merge(result, l...);
+  result.report = merge(result, l...);
   return result;
 }
 

@@ -27,7 +27,7 @@ enum class U_format { accumulator, factors };
 /// it, so it does not merge. Of 2 MiB and more they lie in huge pages of their own; on Linux those of 16 KiB to 2 MiB share
 /// huge pages with their neighbours, in chunks of 16 MiB that are freed when they are empty, but for one.
 template <class F>
-class packed_adapter {
+class [[nodiscard]] packed_adapter {
   static_assert(detail::refuse_panels<F>());
   using acc = accumulator_t<F>;
 
@@ -137,7 +137,7 @@ packed_adapter(const L&) -> packed_adapter<float>;  // for the sentence
 
 /// w * (a packed adapter). Holds a pointer to it: the packed adapter must outlive this.
 template <scalar F>
-class scaled_packed_adapter {
+class [[nodiscard]] scaled_packed_adapter {
  public:
   /// Throws value_error when the weight is not finite.
   scaled_packed_adapter(double weight, const packed_adapter<F>& adapter) : adapter_(&adapter), weight_(weight) {

@@ -24,7 +24,7 @@ inline constexpr bool enable_adapter_view = false;
 /// w * (an adapter). Holds a view by value and an owner by pointer, which must outlive it. It is not a new adapter: the
 /// factors are those of the adapter, only scaling() differs.
 template <low_rank L>
-class scaled_adapter {
+class [[nodiscard]] scaled_adapter {
  public:
   static constexpr bool holds_view = enable_adapter_view<L>;
 

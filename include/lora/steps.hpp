@@ -217,7 +217,7 @@ inline constexpr bool is_scaled_kind<scaled_kind<K>> = true;
 
 /// strength * (an adapter of any kind): its steps at that strength. Looks at the adapter, which must outlive it.
 template <adapter_kind K>
-class scaled_kind {
+class [[nodiscard]] scaled_kind {
  public:
   using value_type = typename K::value_type;
 

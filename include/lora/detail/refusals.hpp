@@ -178,8 +178,8 @@ constexpr bool refuse_element() {
   } else if constexpr (std::is_same_v<T, std::uint16_t> || std::is_same_v<T, std::int16_t>) {
     static_assert(
         never<T>,
-        "lora: 16-bit integers do not say which format their bits are: reinterpret_cast the pointer to lora::bfloat16* "
-        "or lora::float16*, which have that layout");
+        "lora: 16-bit integers do not say which format their bits are: lora::row_major<lora::bfloat16>(data, rows, cols) "
+        "or row_major<lora::float16> does");
   } else if constexpr (is_byte<T>) {
     static_assert(never<T>,
                   "lora: bytes do not say what their elements are: reinterpret_cast the pointer to float*, double*, "
