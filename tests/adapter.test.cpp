@@ -233,9 +233,9 @@ TEST_CASE("a weight that is not finite is refused, also a product that overflows
   const lora::adapter<float> l{A, B, {.alpha = 200}};
   for (const double weight : {std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity(),
                               std::numeric_limits<double>::quiet_NaN()})
-    CHECK(mentions(refusal<lora::value_error>([&] { lora::scaled(weight, l); }), {"lora::scaled", "not finite"}));
+    CHECK(mentions(refusal<lora::value_error>([&] { (void)lora::scaled(weight, l); }), {"lora::scaled", "not finite"}));
   const auto overflowing = lora::scaled(1e307, l);
-  CHECK(mentions(refusal<lora::value_error>([&] { lora::delta_weight(overflowing); }),
+  CHECK(mentions(refusal<lora::value_error>([&] { (void)lora::delta_weight(overflowing); }),
                  {"lora::delta_weight", "scaling is not finite"}));
 }
 
@@ -299,8 +299,8 @@ void refused_by_every_verb(const claims& l, std::initializer_list<const char*> w
   refuses("lora::merge:", [&] { lora::merge(weight, l); });
   refuses("lora::unmerge:", [&] { lora::unmerge(weight, l); });
   refuses("lora::merge_checked:", [&] { lora::merge_checked(weight, l); });
-  refuses("lora::merged:", [&] { lora::merged(weight, l); });
-  refuses("lora::delta_weight:", [&] { lora::delta_weight(l); });
+  refuses("lora::merged:", [&] { (void)lora::merged(weight, l); });
+  refuses("lora::delta_weight:", [&] { (void)lora::delta_weight(l); });
   refuses("lora::apply:", [&] { lora::apply(x, out, l); });
   refuses("lora::forward:", [&] { lora::forward(W, x, out, l); });
   refuses("lora::linear::attach:", [&] { layer.attach("l", l); });

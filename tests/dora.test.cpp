@@ -206,7 +206,7 @@ TEST_CASE("DoRA refuses what has no norm, and writes nothing", "[dora]") {
   const lora::dora_adapter<float> not_finite(A, B, {.alpha = 1}, {1, std::numeric_limits<float>::infinity(), 3});
   CHECK_THROWS_AS(lora::merge(W, not_finite), lora::value_error);
   test::matrix<float> wide = drawn<float>(4, 3, 1);
-  CHECK_THROWS_AS(lora::mixed(wide, good), lora::shape_error);
+  CHECK_THROWS_AS((void)lora::mixed(wide, good), lora::shape_error);
   const auto layer = lora::mixed(W, good);
   CHECK_THROWS_AS(lora::merge(wide, layer), lora::shape_error);
   test::matrix<float> y = drawn<float>(4, 2, 1);

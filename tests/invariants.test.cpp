@@ -75,6 +75,6 @@ TEST_CASE("a packed weight that changed after its bias was checked is refused", 
 TEST_CASE("a strength on a packed adapter is a finite number", "[packed][invariant]") {
   const lora::packed_adapter<float> packed{adapter(3, 4)};
   CHECK_THROWS_AS(lora::scaled_packed_adapter<float>(std::numeric_limits<double>::infinity(), packed), lora::value_error);
-  CHECK_THROWS_AS(lora::scaled(std::numeric_limits<double>::max(), lora::scaled(2, packed)), lora::value_error);
+  CHECK_THROWS_AS((void)lora::scaled(std::numeric_limits<double>::max(), lora::scaled(2, packed)), lora::value_error);
   CHECK(lora::scaled(0.5, lora::scaled(0.5, packed)).scaling() == 0.375);
 }

@@ -636,7 +636,7 @@ void every_merge_refuses(const W& before, W& weight, std::initializer_list<const
   refuses("lora::merge:", [&] { lora::merge(weight, l...); });
   refuses("lora::unmerge:", [&] { lora::unmerge(weight, l...); });
   refuses("lora::merge_checked:", [&] { lora::merge_checked(weight, l...); });
-  refuses("lora::merged:", [&] { lora::merged(weight, l...); });
+  refuses("lora::merged:", [&] { (void)lora::merged(weight, l...); });
 }
 
 }  // namespace
@@ -684,7 +684,7 @@ TEST_CASE("a scaling that is not finite is refused, and W keeps its bits", "[mer
   refuses("lora::merge:", [&] { lora::merge(W, l, infinite); });
   refuses("lora::unmerge:", [&] { lora::unmerge(W, l, infinite); });
   refuses("lora::merge_checked:", [&] { lora::merge_checked(W, l, infinite); });
-  refuses("lora::merged:", [&] { lora::merged(W, l, infinite); });
+  refuses("lora::merged:", [&] { (void)lora::merged(W, l, infinite); });
 }
 
 TEST_CASE("W may not share memory with a factor", "[merge]") {
@@ -724,5 +724,5 @@ TEST_CASE("W may not share memory with a factor", "[merge]") {
   CHECK(wide.rightCols(7) == constant(4, 7, 2));
   // merged writes elsewhere.
   const lora::adapter_view<float> inside{lora::row_major(data, 2, 5), lora::row_major(data + 30, 4, 2), {.alpha = 3}};
-  CHECK_NOTHROW(lora::merged(W, inside));
+  CHECK_NOTHROW((void)lora::merged(W, inside));
 }

@@ -122,7 +122,7 @@ auto policy_bound(const char* operation, bool delta_first, double sign, const M&
     using acc = accumulator_t<One>;
     using factor = storage_t<factor_scalar_B<One>>;
     using delta = std::conditional_t<sizeof(factor) == 2, factor, acc>;
-    using sum = rounding_detail::sum_t<T, delta>;
+    using sum = accumulator_t<T, delta>;
     auto part = error_part_of<acc>(one);
     // B A is formed without s, by dot products for every s.
     part.flushed = part.rank() >= least_rank_of_dots ? smallest_in_delta<acc, One>() : 0;
