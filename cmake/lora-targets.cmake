@@ -23,7 +23,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/concepts.hpp
   include/lora/delta.hpp
   include/lora/dora.hpp
-  include/lora/dora_bounds.hpp
+  include/lora/mixed_bounds.hpp
   include/lora/detail/activations.hpp
   include/lora/detail/argument_kinds.hpp
   include/lora/detail/convert.hpp

@@ -17,12 +17,14 @@
 //            kernel). (An entry of a PEFT file knows how W is stored, and takes it so.)
 //   rounding the norms in double, f once to the accumulator (float; double if anything is double); then (W + D) f in the
 //            accumulator, each step rounding once, and once to the stored scalar.
-//   error    with m' gains in the call, g_k = f_k ... f_n and g_0 that of W: f_k is off by e_k, relative, where n_k is off by
-//            e_k = |row of gamma_{r_k+2} d_k| / n_k, d_k = |s_k| |B_k| |A_k|; 1 + P_k is the product over f_j from k on of about
-//            1 + e_j + (in + 5) 2^-53. Where W + D cancels, e_k is large, and it reaches every column
-//            of the row. |merged - exact| <= u_s |exact| + (1+u_s) e + eta_s/2,
-//              e = (P_0 + (1+P_0) gamma_{3m'+1}) |g_0 W| + sum (P_k + (1+P_k) gamma_{R+3m'+3}) |g_k| d_k + underflow.
-//            docs/numerics.md derives it, and has the same for unmerge, forward, apply, rows and apply_through.
+//   error    f is off by e = |row of gamma_{r+2} d| / n, relative, d = |s| |B| |A|; where W + D
+//            cancels, e is large, and it reaches every column of the row. With K magnitudes in the
+//            call, g_k = f_k ... f_K, g_0 that of W, and 1 + P_k the product over f_j from k on of
+//            about 1 + e_j + (in + 5) 2^-53: |merged - exact| <= u_s |exact| + (1+u_s) E + eta_s/2,
+//              E = (P_0 + (1+P_0) gamma_{3K+1}) |g_0 W|
+//                  + sum (P_k + (1+P_k) gamma_{R+3K+3}) |g_k| d_k + underflow,
+//            with fewer roundings for later adapters. docs/numerics.md derives it, and has the same
+//            for unmerge, forward, apply, rows and apply_through; mixed_bounds.hpp computes them.
 //   overflow a factor m / n that is not finite is refused; merge and unmerge report, mixing does not.
 //   cost     the norms: 2 r out in FLOPs and one pass over W; then as merge: two passes over W.
 //   throws   value_error for a row of W + D that is zero (PEFT divides by it), a magnitude, norm or

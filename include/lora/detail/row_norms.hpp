@@ -54,7 +54,10 @@ class square_sink {
  public:
   using T = storage_t<std::remove_const_t<S>>;
   using value_type = Acc;
-  static constexpr bool down = false, takes_tiles = rounds_in_registers<Acc, T>, writes = true;
+  /// Of outputs that are columns the even and the odd ones would change places.
+  static constexpr bool takes_tiles =
+      rounds_in_registers<Acc, T> && (outputs_are_rows || columns_of<Acc, T> == columns::in_order);
+  static constexpr bool down = false, writes = true;
   static constexpr index_t lanes = outputs_are_rows ? Update::width : 1;
 
   /// W begins at the window's first element, `squares` at its first output.
@@ -117,7 +120,8 @@ class square_source {
 template <class Acc, class S, storage_order Order>
 std::vector<double> squares_of_rows(const char* operation, const matrix_view<S, Order>& W, const low_rank_step& l) {
   workspace space;
-  using update = rank_update<Acc, Order, columns::in_order, has_dots<Acc, bfloat16>>;
+  // Sums and W meet in one order of columns: that in which load_row reads W.
+  using update = rank_update<Acc, Order, columns_of<Acc, storage_t<std::remove_const_t<S>>>, has_dots<Acc, bfloat16>>;
   const update delta(space, operation, each_low_rank(std::span<const low_rank_step>(&l, 1)), W.rows(), W.cols(), 1.0);
   using sink = square_sink<update, Acc, S, Order>;
   constexpr bool row_major = Order == storage_order::row_major;
