@@ -158,7 +158,7 @@ void check_layers(const world& w) {
     const MatrixXd exact = layers::reference(W, {}, parts, inputs.at(name)).template cast<double>();
     for (unsigned merged = 0; merged < 1u << parts.size(); ++merged) {
       CAPTURE(merged);
-      auto layer = pristine;
+      auto layer = pristine.clone();
       agreement::state where;
       for (std::size_t k = 0; k < parts.size(); ++k) {
         const bool inside = (merged >> k & 1) != 0;
