@@ -206,8 +206,8 @@ class [[nodiscard]] adapter_set {
 
 /// Merges a whole set into weights by name: every adapter into weights.at(its target's weight, or its module), as the base
 /// stores it, at a strength. Weights is a map-like container of matrices. Throws value_error with the report where a weight is
-/// missing or the set also replaces tensors, shape_error where one does not fit: all names and shapes are checked before the
-/// first weight is written.
+/// missing or the set also replaces tensors, shape_error where one does not fit: all names and
+/// shapes are checked before the first weight is written.
 template <class Weights>
   requires requires(Weights& w, const std::string& name) {
     { w.find(name)->second } -> matrix_like;

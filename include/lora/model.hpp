@@ -43,8 +43,8 @@ class model {
   linear<T>& at(std::string_view module) { return const_cast<linear<T>&>(std::as_const(*this).at(module)); }
 
   /// Attaches adapters under one name: a range of pairs (module, adapter of any kind), as adapter_set is and a file of PEFT.
-  /// Every module must be a layer of this model: value_error names the first that is not, and what is near. A set must not
-  /// replace tensors too (adapter_set::adapters_alone).
+  /// Every module must be a layer of this model: value_error names the first that is not, and what is near.
+  /// A set must not replace tensors too (adapter_set::adapters_alone).
   template <class Adapters>
   void attach(const std::string& name, const Adapters& adapters, double strength = 1) {
     if constexpr (requires { adapters.check_adapters_alone("model::attach"); })
