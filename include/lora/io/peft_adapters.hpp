@@ -6,9 +6,9 @@
 //   const lora::adapter_set set = lora::peft::adapters("adapters/style");
 //   lora::merge(W, set.at("model.layers.0.self_attn.q_proj"));
 //
-// Kinds: LORA with all its variants (module_adapter::kind() is "DORA" where a magnitude is stored),
-// LOHA, LOKR, IA3, OFT and ADALORA; docs/formats.md has the tensors of each. A path is a directory,
-// or a single file whose metadata holds the config.
+// Kinds: LORA with all its variants (module_adapter::kind() is "DORA" where a magnitude is stored)
+// and those of peft/adapter_kinds.hpp; docs/formats.md has the tensors of each. A path is a
+// directory, or a single file whose metadata holds the config.
 //   format    T of a LORA is that of all adapter tensors of its file: BF16 or F16 where all are,
 //             double where one is F64, else float. Of other kinds that of each module. No value
 //             rounds.

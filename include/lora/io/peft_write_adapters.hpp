@@ -4,7 +4,7 @@
 //
 //   lora::peft::write_adapters("adapters/out", set);
 //
-// For LOHA, LOKR, IA3, OFT and ADALORA, read or made here; a LORA is written by peft::write. Tensors
+// For the kinds of peft/adapter_kinds.hpp, read or made here; peft::write writes a LORA. Tensors
 // are written in the format in which the adapters hold them, and the config is made for them: r and
 // alpha of modules that differ from the first are named in full, and alpha is the one that gives
 // the scaling, bit for bit. An ADALORA keeps no init_r: the rank is written for it, which is the
