@@ -122,6 +122,8 @@ target_sources(lora_io INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DI
   include/lora/io/dtype.hpp
   include/lora/io/format_error.hpp
   include/lora/io/peft.hpp
+  include/lora/io/peft/adalora.hpp
+  include/lora/io/peft/adapter_kinds.hpp
   include/lora/io/peft/common_keys.hpp
   include/lora/io/peft/config.hpp
   include/lora/io/peft/config_kind.hpp
@@ -129,9 +131,21 @@ target_sources(lora_io INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DI
   include/lora/io/peft/config_object.hpp
   include/lora/io/peft/config_reader.hpp
   include/lora/io/peft/expert_layout_keys.hpp
+  include/lora/io/peft/ia3.hpp
+  include/lora/io/peft/kind_file.hpp
+  include/lora/io/peft/kind_module.hpp
+  include/lora/io/peft/loha.hpp
+  include/lora/io/peft/lokr.hpp
   include/lora/io/peft/lora_keys.hpp
+  include/lora/io/peft/lora_set.hpp
+  include/lora/io/peft/oft.hpp
+  include/lora/io/peft/open_kind.hpp
   include/lora/io/peft/read_options.hpp
+  include/lora/io/peft/set_reader.hpp
+  include/lora/io/peft/set_writer.hpp
+  include/lora/io/peft/stored_format.hpp
   include/lora/io/peft/target_rule.hpp
+  include/lora/io/peft_adapters.hpp
   include/lora/io/peft_config.hpp
   include/lora/io/peft_convert.hpp
   include/lora/io/peft_entry.hpp
@@ -143,5 +157,6 @@ target_sources(lora_io INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DI
   include/lora/io/peft_stacks.hpp
   include/lora/io/peft_verbs.hpp
   include/lora/io/peft_write.hpp
+  include/lora/io/peft_write_adapters.hpp
   include/lora/io/safetensors.hpp
   include/lora/io/safetensors_write.hpp)

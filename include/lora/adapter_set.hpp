@@ -18,6 +18,7 @@
 #include <string>
 #include <string_view>
 #include <utility>
+#include <variant>
 #include <vector>
 
 #include "lora/detail/name_match.hpp"
@@ -46,7 +47,8 @@ struct [[nodiscard]] match_report {
   /// "2 of 8 adapters have a weight in this base; ...", with the first misses.
   std::string text() const {
     const std::size_t all = matched.size() + unmatched.size();
-    std::string result = std::to_string(matched.size()) + " of " + std::to_string(all) + " adapters have a weight in this base";
+    std::string result =
+        std::to_string(matched.size()) + " of " + std::to_string(all) + " adapters have a weight in this base";
     if (renaming)
       result += "; with \"" + renaming->from + "\" renamed to \"" + renaming->to + "\" " +
                 std::to_string(matched_when_renamed) + " would";
@@ -59,6 +61,26 @@ struct [[nodiscard]] match_report {
     if (unmatched.size() > most) result += "\n  and " + std::to_string(unmatched.size() - most) + " more";
     return result;
   }
+};
+
+/// Values in the format that they were stored in.
+using stored_values = std::variant<std::vector<float>, std::vector<double>, std::vector<float16>, std::vector<bfloat16>>;
+
+/// A tensor that replaces one of the base: values, not a difference.
+struct replaced_tensor {
+  std::string name;    ///< of the base's tensor
+  std::string origin;  ///< where it was read
+  std::vector<index_t> shape;
+  stored_values values;  ///< row-major
+};
+
+/// Rows that replace those of an embedding: values, not a difference.
+struct trained_rows {
+  std::string embedding;  ///< the module
+  std::string origin;
+  std::vector<index_t> ids;
+  index_t features = 0;
+  stored_values values;  ///< ids.size() x features, row-major
 };
 
 /// Adapters by module name, in byte order of the names. Immutable but for add.
@@ -74,6 +96,9 @@ class [[nodiscard]] adapter_set {
     if (!adapters_.emplace(name, std::move(l)).second)
       detail::raise_value("adapter_set::add", "two adapters for the module \"" + name + "\"");
   }
+  /// A tensor, or rows, that the file has beside its adapters.
+  void add(replaced_tensor t) { replaced_.push_back(std::move(t)); }
+  void add(trained_rows r) { rows_.push_back(std::move(r)); }
   /// What a reader should know.
   void add_note(std::string note) { notes_.push_back(std::move(note)); }
 
@@ -95,6 +120,24 @@ class [[nodiscard]] adapter_set {
                                                (adapters_.empty() ? "; the set is empty" : near));
   }
   const std::vector<std::string>& notes() const { return notes_; }
+  /// Without these the model is not the one that was trained: put them into the base first.
+  const std::vector<replaced_tensor>& replaced() const { return replaced_; }
+  const std::vector<trained_rows>& rows() const { return rows_; }
+  /// The adapters without replaced() and rows().
+  adapter_set adapters_alone() const {
+    adapter_set result = *this;
+    result.replaced_.clear();
+    result.rows_.clear();
+    return result;
+  }
+  /// Throws value_error where there is more than adapters.
+  void check_adapters_alone(const char* operation) const {
+    if (replaced_.empty() && rows_.empty()) return;
+    const std::string first = replaced_.empty() ? "rows of " + rows_.front().embedding : replaced_.front().name;
+    detail::raise_value(operation, "the set also replaces " + std::to_string(replaced_.size() + rows_.size()) +
+                                       " tensors or rows of the base (the first: " + first +
+                                       "): put those of replaced() and rows() into the base, and pass adapters_alone()");
+  }
 
   /// The same adapters with rename(name) in place of the name of every module and of its tensors. Throws value_error for two
   /// names that become one.
@@ -106,6 +149,10 @@ class [[nodiscard]] adapter_set {
       const adapter_target& t = l.target();
       result.add(l.moved_to({rename(t.module), rename(t.weight), rename(t.bias)}));
     }
+    result.replaced_ = replaced_;
+    for (auto& each : result.replaced_) each.name = rename(each.name);
+    result.rows_ = rows_;
+    for (auto& each : result.rows_) each.embedding = rename(each.embedding);
     return result;
   }
 
@@ -152,17 +199,21 @@ class [[nodiscard]] adapter_set {
   }
 
   map adapters_;
+  std::vector<replaced_tensor> replaced_;
+  std::vector<trained_rows> rows_;
   std::vector<std::string> notes_;
 };
 
 /// Merges a whole set into weights by name: every adapter into weights.at(its target's weight, or its module), as the base
 /// stores it, at a strength. Weights is a map-like container of matrices. Throws value_error with the report where a weight is
-/// missing, shape_error where one does not fit: all names and shapes are checked before the first weight is written.
+/// missing or the set also replaces tensors, shape_error where one does not fit: all names and
+/// shapes are checked before the first weight is written.
 template <class Weights>
   requires requires(Weights& w, const std::string& name) {
     { w.find(name)->second } -> matrix_like;
   }
 merge_report merge(Weights& weights, const adapter_set& set, double strength = 1) {
+  set.check_adapters_alone("merge");
   const auto weight_of = [&](const module_adapter& l) {
     const auto found = weights.find(l.target().weight);
     return found != weights.end() ? found : weights.find(l.target().module);

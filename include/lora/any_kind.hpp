@@ -39,6 +39,13 @@ class [[nodiscard]] any_kind {
   std::vector<step<Acc>> steps(const step_request<Acc>& request) const {
     return held_->steps(request);
   }
+  /// The kind inside, or null where it is another. A low-rank adapter is none: its steps have it.
+  template <class K>
+    requires(adapter_kind<K> && !low_rank<K>)
+  const K* get_if() const {
+    const auto* found = dynamic_cast<const model<K>*>(held_.get());
+    return found == nullptr ? nullptr : &found->kind();
+  }
   /// Whether both are one adapter in memory.
   friend bool operator==(const any_kind& a, const any_kind& b) { return a.held_ == b.held_; }
 
@@ -68,6 +75,7 @@ class [[nodiscard]] any_kind {
   class model final : public concept_of {
    public:
     explicit model(const K& kind) : kind_(kept(kind)) {}
+    const auto& kind() const { return kind_; }
     index_t out_features() const override { return kind_.out_features(); }
     index_t in_features() const override { return kind_.in_features(); }
     bool holds_double() const override { return detail::holds_double_now(kind_); }

@@ -254,8 +254,7 @@ class linear {
       } else {
         static_assert(std::is_void_v<Panels>, "lora::linear::attach<F>: F says how low-rank factors are packed, and this is "
                                               "an adapter of another kind");
-        detail::check_fit("linear::attach", l.out_features(), l.in_features(), 1.0, layer_.out_features(),
-                          layer_.in_features());
+        detail::check_kind("linear::attach", l, layer_.out_features(), layer_.in_features());
         check_strength("linear::attach", name, strength, 1.0);
         made.kind = std::make_shared<const any_kind>(source);
         prepare_own("linear::attach", made);

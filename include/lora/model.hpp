@@ -44,8 +44,11 @@ class model {
 
   /// Attaches adapters under one name: a range of pairs (module, adapter of any kind), as adapter_set is and a file of PEFT.
   /// Every module must be a layer of this model: value_error names the first that is not, and what is near.
+  /// A set must not replace tensors too (adapter_set::adapters_alone).
   template <class Adapters>
   void attach(const std::string& name, const Adapters& adapters, double strength = 1) {
+    if constexpr (requires { adapters.check_adapters_alone("model::attach"); })
+      adapters.check_adapters_alone("model::attach");
     for (const auto& each : adapters) find("model::attach", each.first);
     std::vector<linear<T>*> done;
     const auto attach_all = [&] {

@@ -21,8 +21,8 @@ struct name_meaning {
 };
 /// The first one that fits counts.
 inline constexpr std::array peft_name_meanings = std::to_array<name_meaning>({
-    {".lora_E", "AdaLoRA, which is not supported"},
-    {".ranknum", "AdaLoRA, which is not supported"},
+    {".lora_E", "AdaLoRA: lora::peft::adapters reads it, with peft_type ADALORA in the config"},
+    {".ranknum", "a part of AdaLoRA that PEFT does not save"},
     {".modules_to_save.", "a whole module that modules_to_save does not name"},
     {".original_module.", "the base's own copy of a module that modules_to_save does not name"},
     {".lora_A.bias", "a bias of lora_A, which PEFT does not have"},
@@ -46,10 +46,10 @@ inline constexpr std::array peft_name_meanings = std::to_array<name_meaning>({
     {".lora_a", "a name of the MLX format, which is not read yet"},
     {".lora_b", "a name of the MLX format, which is not read yet"},
     {".dora_scale", "a name of the kohya or ComfyUI formats, which are not read yet", name_meaning::where::at_end},
-    {".lokr_w", "a factor of LoKr, which is not supported"},
-    {".lokr_t", "a factor of LoKr, which is not supported"},
-    {".hada_w", "a factor of LoHa, which is not supported"},
-    {".hada_t", "a factor of LoHa, which is not supported"},
+    {".lokr_w", "a factor of LoKr: lora::peft::adapters reads it, with peft_type LOKR in the config"},
+    {".lokr_t", "a factor of LoKr: lora::peft::adapters reads it, with peft_type LOKR in the config"},
+    {".hada_w", "a factor of LoHa: lora::peft::adapters reads it, with peft_type LOHA in the config"},
+    {".hada_t", "a factor of LoHa: lora::peft::adapters reads it, with peft_type LOHA in the config"},
 });
 
 /// lora_B0, lora_A1 ...: several factors of which a route chooses.

@@ -71,9 +71,16 @@ inline const config_kind& kind_of(const config_object& keys, const json_node& ro
   if (type->kind == json_kind::string)
     for (const auto& kind : kinds)
       if (kind.peft_type == type->string) return kind;
-  keys.refuse(
-      *type, "peft_type", known_peft_types, type->text(),
-      "adapters of other kinds are not low-rank factors; PEFT can convert some of them to LORA");
+  const auto& others = other_peft_types;
+  const bool other = std::find(others.begin(), others.end(), type->string) != others.end();
+  std::vector<std::string_view> names;
+  for (const auto& kind : kinds) names.push_back(kind.peft_type);
+  keys.refuse(*type, "peft_type",
+              names.size() == 1 ? std::string(known_peft_types)
+                                : sentence({"one of ", listed(names, names.size())}),
+              type->text(),
+              other ? "lora::peft::adapters reads it, as it is stored"
+                    : "other kinds are not read; PEFT can convert some of them to LORA");
 }
 
 /// The config in a tree. The kinds are a parameter for tests.
@@ -106,20 +113,22 @@ inline peft::config read_config_tree(const std::shared_ptr<const json_node>& roo
 namespace peft {
 
 /// Reads a config from its text; `path` names it in messages. Throws format_error.
-inline config parse_config(std::string_view text, const std::string& path,
-                           const read_options& options = {}) {
+inline config parse_config(
+    std::string_view text, const std::string& path, const read_options& options = {},
+    std::span<const io_detail::config_kind> kinds = io_detail::config_kinds) {
   const auto root = std::make_shared<const io_detail::json_node>(
       io_detail::parse_json_tree({.text = text, .path = path}));
-  return io_detail::read_config_tree(root, path, options);
+  return io_detail::read_config_tree(root, path, options, kinds);
 }
 
 /// Reads a config file of at most 16 MiB. Throws format_error.
-inline config read_config(const std::filesystem::path& path, const read_options& options = {}) {
+inline config read_config(const std::filesystem::path& path, const read_options& options = {},
+                          std::span<const io_detail::config_kind> kinds = io_detail::config_kinds) {
   const auto text = io_detail::read_text(path, 16u << 20);
   if (io_detail::is_git_lfs_pointer(text))
     io_detail::refuse({.path = path.string(), .offset = 0}, "a JSON object", "a Git LFS pointer",
                       io_detail::git_lfs_hint);
-  return parse_config(text, path.string(), options);
+  return parse_config(text, path.string(), options, kinds);
 }
 
 }  // namespace peft
