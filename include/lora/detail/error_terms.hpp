@@ -175,8 +175,8 @@ template <class Real>
 class basic_product_error {
  public:
   /// flushed: numbers below it count as zero in W x.
-  basic_product_error(real_matrix<Real> x, index_t out, rounding_unit accumulator, double flushed)
-      : x_(std::move(x)), unit_(accumulator), flushed_(flushed) {
+  basic_product_error(real_matrix<Real> input, index_t out, rounding_unit accumulator, double flushed)
+      : x_(std::move(input)), unit_(accumulator), flushed_(flushed) {
     x_ = x_.cwiseAbs();
     sum_x_ = x_.colwise().sum();
     size_.setZero(out, x_.cols());

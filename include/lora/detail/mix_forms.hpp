@@ -212,9 +212,9 @@ void mix_forms(workspace& space, index_t out_features, index_t in_features, inde
   scratch.claim(places);
   scratch.make(space.require_beside(places.size()), space, X);
   const ready_parts<Acc> parts = scratch.parts();
-  const auto run = [&](const weight_source<Acc, T>& weight, const activation_source<Acc>& x,
+  const auto run = [&](const weight_source<Acc, T>& weight, const activation_source<Acc>& input,
                        const finish_function<Acc>& end) {
-    mix<Acc>(space, out_features, in_features, tokens, weight, parts, list.who, list.rank_of_token, x, end);
+    mix<Acc>(space, out_features, in_features, tokens, weight, parts, list.who, list.rank_of_token, input, end);
   };
   if (scratch.mapped() == 0) return run(W, X, finish);
   const auto widened = [&](const activation_block& some, Acc* destination) {

@@ -147,16 +147,22 @@ struct simd<float> {
   }
   /// sums[k] += (a[k] + b[k])^2 in double, for all elements.
   static void add_squares(vector a, vector b, double* sums) {
-    const auto half = [](vector v, auto upper) {
-      return _mm512_cvtps_pd(upper() ? _mm512_extractf32x8_ps(v, 1) : _mm512_castps512_ps256(v));
-    };
-    const auto add = [&](auto upper) {
-      const __m512d sum = _mm512_add_pd(half(a, upper), half(b, upper));
-      double* const to = sums + (upper() ? 8 : 0);
+#if defined(LORA_DETAIL_EMULATED)
+    for (int k = 0; k < width; ++k) {
+      float x[width], y[width];
+      store(x, a);
+      store(y, b);
+      const double sum = static_cast<double>(x[k]) + static_cast<double>(y[k]);
+      sums[k] = std::fma(sum, sum, sums[k]);
+    }
+#else
+    const auto add = [](__m256 x, __m256 y, double* to) {
+      const __m512d sum = _mm512_add_pd(_mm512_cvtps_pd(x), _mm512_cvtps_pd(y));
       _mm512_storeu_pd(to, _mm512_fmadd_pd(sum, sum, _mm512_loadu_pd(to)));
     };
-    add(std::false_type());
-    add(std::true_type());
+    add(_mm512_castps512_ps256(a), _mm512_castps512_ps256(b), sums);
+    add(_mm512_extractf32x8_ps(a, 1), _mm512_extractf32x8_ps(b, 1), sums + 8);
+#endif
   }
   /// Elements of T in memory whose bits are not those of v.
   template <class T>
