@@ -227,6 +227,7 @@ merge_report merge(Weights& weights, const adapter_set& set, double strength = 1
     const auto view = as_matrix(weight_of(l)->second);
     const bool swapped = l.stored_in_out();
     l.check_fits("merge", swapped ? view.cols() : view.rows(), swapped ? view.rows() : view.cols());
+    detail::check_can_merge("merge", weight_of(l)->second, scaled(strength, l));
   }
   merge_report report;
   for (const auto& each : set) report += merge(weight_of(each.second)->second, scaled(strength, each.second));

@@ -13,6 +13,30 @@
 
 namespace lora::inline LORA_DETAIL_ABI {
 
+namespace detail {
+/// A kind with its strength, kept by value.
+template <adapter_kind K>
+class strong_kind {
+ public:
+  using value_type = typename K::value_type;
+  explicit strong_kind(const scaled_kind<K>& l) : strength_(l.strength()), of_(l.of()) {}
+  index_t out_features() const { return of_.out_features(); }
+  index_t in_features() const { return of_.in_features(); }
+  bool holds_double() const { return holds_double_now(of_); }
+  bool stored_in_out() const { return is_stored_in_out(of_); }
+  void check_fits(const char* operation, index_t out, index_t in) const { check_kind(operation, of_, out, in); }
+  template <class Acc>
+  std::vector<step<Acc>> steps(step_request<Acc> request) const {
+    request.strength *= strength_;
+    return of_.template steps<Acc>(request);
+  }
+
+ private:
+  double strength_;
+  K of_;
+};
+}  // namespace detail
+
 /// An adapter of any kind in the format that it came in. Immutable, never empty; copies share what they hold. holds_double()
 /// says whether its numbers are double: verbs then accumulate in double.
 class [[nodiscard]] any_kind {
@@ -43,16 +67,20 @@ class [[nodiscard]] any_kind {
   template <class K>
     requires(adapter_kind<K> && !low_rank<K>)
   const K* get_if() const {
-    const auto* found = dynamic_cast<const model<K>*>(held_.get());
-    return found == nullptr ? nullptr : &found->kind();
+    return held_->type() == &type_of<K> ? &static_cast<const model<K>*>(held_.get())->kind() : nullptr;
   }
   /// Whether both are one adapter in memory.
   friend bool operator==(const any_kind& a, const any_kind& b) { return a.held_ == b.held_; }
 
  private:
+  /// Its address tells a type from others, without run-time type information.
+  template <class K>
+  static inline const char type_of = 0;
+
   class concept_of {
    public:
     virtual ~concept_of() = default;
+    virtual const void* type() const = 0;
     virtual index_t out_features() const = 0;
     virtual index_t in_features() const = 0;
     virtual bool holds_double() const = 0;
@@ -67,6 +95,8 @@ class [[nodiscard]] any_kind {
   static auto kept(const K& kind) {
     if constexpr (low_rank<K>)
       return any_factors::copy_of(kind);
+    else if constexpr (detail::is_scaled_kind<K>)
+      return detail::strong_kind<std::remove_cvref_t<decltype(kind.of())>>(kind);  // kind looks at an adapter
     else
       return kind;
   }
@@ -76,6 +106,7 @@ class [[nodiscard]] any_kind {
    public:
     explicit model(const K& kind) : kind_(kept(kind)) {}
     const auto& kind() const { return kind_; }
+    const void* type() const override { return &type_of<K>; }
     index_t out_features() const override { return kind_.out_features(); }
     index_t in_features() const override { return kind_.in_features(); }
     bool holds_double() const override { return detail::holds_double_now(kind_); }

@@ -658,13 +658,13 @@ class linear {
     }
     const bool again = reload_ && is_merged_;
     if (again && all.base_.empty()) all.base_ = reloaded();
-    // The merged weight that stands is kept until the new one is complete: the pass may throw.
+    // What stands is kept until the new weight is complete: the pass may throw.
     packed_weight<T> next = again ? packed_weight<T>(lora::row_major(all.base_.data(), out_features(), in_features()))
-                            : reload_ ? packed_weight<T>()
+                            : reload_ ? packed_weight<T>(pristine_)
                                       : packed_weight<T>::unfilled(out_features(), in_features());
-    packed_weight<T>& to = reload_ && !is_merged_ ? pristine_ : next;
-    const detail::tally seen = detail::pass_over<Acc>("linear", detail::merging, reload_ ? to : pristine_, to, list);
-    merged_ = std::move(to);
+    const detail::tally seen = detail::pass_over<Acc>("linear", detail::merging, reload_ ? next : pristine_, next, list);
+    merged_ = std::move(next);
+    if (reload_) pristine_ = {};
     is_merged_ = true;
     return detail::report_of(seen, out_features() * in_features());
   }

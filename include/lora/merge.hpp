@@ -263,13 +263,19 @@ template <writing Where, class Acc, class T, storage_order Order>
 merge_report merge_into(const char* operation, double sign, const matrix_view<T, Order>& W, std::span<const step<Acc>> steps) {
   const tally seen = pass_over<Where, Acc>(operation, sign, W, steps);
   if constexpr (Where == writing::nowhere) refuse_nonfinite(seen, W.size());
-  return report_of(seen, W.size());
+  merge_report report = report_of(seen, W.size());
+  report.biases_left = bias_change_of(steps).gain.empty() ? 0 : 1;
+  return report;
 }
 template <writing Where, class Acc, class T>
 merge_report merge_into(const char* operation, double sign, packed_weight<T>& W, std::span<const step<Acc>> steps) {
   static_assert(Where == writing::in_place, "lora::merge_checked: adapters of this kind are checked in a plain matrix");
   return report_of(pass_over<Acc>(operation, sign, W, W, steps), W.out_features() * W.in_features());
 }
+
+/// Throws what merge(W, l...) would throw before it writes.
+template <class M, class... L>
+void check_can_merge(const char* operation, M& W, const L&... l);
 
 /// call(W out x in, its steps in Acc): what every verb for adapters of any kind does first.
 template <class M, class Call, class... L>
@@ -290,6 +296,16 @@ auto with_steps(const char* operation, double sign, M& W, const Call& call, cons
   });
 }
 
+template <class M, class... L>
+void check_can_merge(const char* operation, M& W, const L&... l) {
+  with_steps(operation, merging, W, [&]<class Acc>(auto& weight, std::span<const step<Acc>> steps) {
+    refuse_shifts(operation, steps);
+    refuse_step_overlap(operation, weight, steps);
+    const row_change<Acc> change(operation, steps, weight.rows(), weight.cols(), merging);
+    static_cast<void>(change);
+  }, l...);
+}
+
 template <class M, class V, class... L>
 merge_report merge_with_bias(const char* operation, double sign, M&& W, V&& bias, const L&... l) {
   refuse_temporary<M>();
@@ -306,7 +322,8 @@ merge_report merge_with_bias(const char* operation, double sign, M&& W, V&& bias
     const bias_change change = bias_change_of(steps);  // before anything is written
     if (sign == unmerging && std::any_of(change.gain.begin(), change.gain.end(), [](double g) { return is_zero(g); }))
       raise_value(operation, "an adapter scales an output by 0, so its bias is lost");
-    const merge_report seen = merge_into<writing::in_place>(operation, sign, weight, steps);
+    merge_report seen = merge_into<writing::in_place>(operation, sign, weight, steps);
+    seen.biases_left = 0;
     change_bias(b, sign, change);
     return seen;
   }, l...);
@@ -317,6 +334,8 @@ merge_report merge_prepared(const char* operation, double sign, M&& W, const F& 
   refuse_temporary<M>();
   const default_environment environment;
   using acc = accumulator_of<F>;
+  static_assert(std::is_same_v<acc, double> || !holds_double<bare<M>>,
+                "lora::merge: W holds double and the form float, which would round W: make the form by mixed<double>(W, l...)");
   return as_out_in(W, is_stored_in_out(form), [&](auto&& weight) {
     const auto rows = rows_of<acc>(weight);
     if (rows.out_features() != form.out_features() || rows.in_features() != form.in_features())

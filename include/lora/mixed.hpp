@@ -120,6 +120,7 @@ class form_state {
   index_t level() const { return static_cast<index_t>(maps_.size()); }
 
   void add(const char* operation, const low_rank_step& s) {
+    refuse_double_factors<Acc>(operation, s.factors);
     s.factors.visit([&](const auto& l) { check_adapter(operation, l, out_, in_); });
     if (!is_finite(s.strength) || !is_finite(s.strength * s.factors.scaling()))
       raise_value(operation, "the strength of a low-rank step, alone or times its scaling, is not finite");
@@ -350,8 +351,9 @@ template <class Acc, class... L>
 mixed_form<Acc> form_alone(const char* operation, step_use use, index_t out_features, index_t in_features, const L&... l) {
   const default_environment environment;
   refuse_double<Acc>(operation, l...);
-  return mixed_form<Acc>(operation, out_features, in_features,
-                         steps_of(step_request<Acc>{operation, 1.0, nullptr, use}, out_features, in_features, l...));
+  const mixed_form<Acc> form(operation, out_features, in_features,
+                             steps_of(step_request<Acc>{operation, 1.0, nullptr, use}, out_features, in_features, l...));
+  return are_stored_in_out(operation, l...) ? form.for_in_out() : form;
 }
 
 template <class Acc, class... Operands>

@@ -22,8 +22,8 @@
 
 namespace lora::inline LORA_DETAIL_ABI {
 
-/// Layers by module name. Owns them. A call that throws has changed nothing, but for merge and unmerge, which go from layer to
-/// layer. As thread-safe as its layers.
+/// Layers by module name. Owns them. add and attach change nothing when they throw; the others go from layer to layer, and where
+/// one throws (an order that linear refuses, a reload function), those before it are changed. As thread-safe as its layers.
 template <class T>
 class model {
  public:
@@ -51,6 +51,7 @@ class model {
       adapters.check_adapters_alone("model::attach");
     for (const auto& each : adapters) find("model::attach", each.first);
     std::vector<linear<T>*> done;
+    done.reserve(layers_.size());
     const auto attach_all = [&] {
       for (const auto& each : adapters) {
         linear<T>& layer = at(each.first);

@@ -36,7 +36,7 @@ class [[nodiscard]] module_adapter {
     if (target_.module.empty()) detail::raise_value("module_adapter", "the target has no name");
     if (experts_.empty()) detail::raise_value("module_adapter", target_.module + " has no adapter");
     for (const any_kind& one : experts_)
-      if (one.out_features() != out_features() || one.in_features() != in_features())
+      if (one.out_features() != out_features() || one.in_features() != in_features() || one.stored_in_out() != stored_in_out())
         detail::raise_shape("module_adapter", "the experts of " + target_.module + " have different shapes");
     if (target_.weight.empty()) target_.weight = target_.module + ".weight";
     if (target_.bias.empty()) target_.bias = target_.module + ".bias";
@@ -91,6 +91,10 @@ merge_report merge(const tensor_view<T, 3>& stack, const module_adapter& l, doub
                                      std::to_string(stack.extent(0)));
   for (index_t k = 0; k < l.experts(); ++k)
     l.expert(k).check_fits("merge", stack.extent(swapped ? 2 : 1), stack.extent(swapped ? 1 : 2));
+  for (index_t k = 0; k < l.experts(); ++k) {
+    const auto slice = stack.slice(k).matrix();
+    detail::check_can_merge("merge", slice, scaled(strength, l.expert(k)));
+  }
   merge_report report;
   for (index_t k = 0; k < l.experts(); ++k) report += merge(stack.slice(k).matrix(), scaled(strength, l.expert(k)));
   return report;

@@ -67,11 +67,17 @@ class prepared_merge {
   template <class... L>
   prepared_merge(index_t out_features, index_t in_features, const weight_rows<Acc>* W, const L&... l)
       : out_features_(out_features), in_features_(in_features) {
-    static_assert(std::is_same_v<accumulator_t<Acc, L...>, Acc>,
+    static_assert(std::is_same_v<accumulator_t<T, Acc, L...>, Acc>,
                   "lora::prepared_merge: double factors are accumulated in double: give the third parameter, double");
     if (out_features < 0 || in_features < 0)
       detail::raise_shape("prepared_merge", detail::shape_text(out_features, in_features) + " is no shape");
     const detail::default_environment environment;
+    if (!std::is_same_v<Acc, double> && detail::any_holds_double_now(l...))
+      detail::raise_value("prepared_merge", "an adapter holds double: give prepared_merge its third parameter, double");
+    if (detail::are_stored_in_out("prepared_merge", l...))
+      detail::raise_value("prepared_merge",
+                          "the base stores the weight of this adapter in x out, so blocks of its rows are blocks of inputs: merge "
+                          "it whole, or pass its factors and out x in blocks");
     steps_ = detail::steps_of(step_request<Acc>{"prepared_merge", 1.0, W}, out_features, in_features, l...);
     const std::span<const step<Acc>> steps(steps_);
     detail::refuse_shifts("prepared_merge", steps);

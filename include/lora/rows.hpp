@@ -31,6 +31,7 @@
 #include <cmath>
 #include <concepts>
 #include <cstdint>
+#include <cstring>
 #include <iterator>
 #include <limits>
 #include <numeric>
@@ -326,13 +327,18 @@ merge_report merge(M&& W, const replaced_rows<T>& replaced) {
     detail::raise_shape("merge", "W has " + std::to_string(weight.cols()) + " features and the replaced rows " +
                                      std::to_string(replaced.features()) + "; W must be vocabulary x features");
   detail::refuse_overlap("merge", "W", weight, "the replaced rows", as_matrix(replaced.values()));
-  merge_report report;
+  merge_report report{.elements = static_cast<std::size_t>(weight.size()), .weights = 1};
   for (std::size_t k = 0; k < replaced.ids().size(); ++k)
     for (index_t j = 0; j < weight.cols(); ++j) {
       value& element = weight(replaced.ids()[k], j);
+      const value before = element;
       const bool was_finite = detail::is_finite(element);
       element = detail::narrow<value>(detail::widen<accumulator_t<value, T>>(replaced.values()(static_cast<index_t>(k), j)));
-      report.became_nonfinite += was_finite && !detail::is_finite(element);
+      const bool is_finite = detail::is_finite(element);
+      report.became_nonfinite += was_finite && !is_finite;
+      report.nonfinite_before += !was_finite;
+      report.nonfinite_after += !is_finite;
+      report.changed += std::memcmp(&element, &before, sizeof before) != 0;
     }
   return report;
 }

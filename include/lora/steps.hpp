@@ -104,7 +104,8 @@ template <class Acc>
 class delta_source {
  public:
   virtual ~delta_source() = default;
-  /// Rows first ... first + count - 1 of D, `stride` apart. Called by several threads at once.
+  /// Rows first ... first + count - 1 of D, `stride` apart. Called by several threads at once. What it throws (std::bad_alloc)
+  /// leaves the rows of W that were done before merged.
   virtual void rows(index_t first, index_t count, Acc* to, index_t stride) const = 0;
   /// y := D x for `tokens` columns; x has in_features elements a column, y out_features, no gaps.
   virtual void product(const Acc* x, index_t tokens, Acc* y) const = 0;
@@ -166,6 +167,16 @@ class weight_rows {
   /// For the library's own weights, which compute norms faster than by read.
   virtual const detail::square_source<Acc>* squares() const { return nullptr; }
 };
+
+namespace detail {
+/// Throws value_error for factors of double in steps that accumulate in float.
+template <class Acc>
+void refuse_double_factors(const char* operation, const any_factors& factors) {
+  if (!std::is_same_v<Acc, double> && factors.holds_double())
+    raise_value(operation, "an adapter's factors are double, and this call accumulates in float: its kind has to say so, with "
+                           "value_type = double or holds_double()");
+}
+}  // namespace detail
 
 /// What the steps are for.
 enum class step_use {

@@ -26,10 +26,11 @@ void check_step(const char* operation, const step<Acc>& one, index_t out_feature
       raise_shape(operation, "a " + std::string(what) + " has " + std::to_string(length) + " values for " +
                                  std::to_string(out_features) + " outputs");
   };
-  if (const auto* low = std::get_if<low_rank_step>(&one))
+  if (const auto* low = std::get_if<low_rank_step>(&one)) {
+    refuse_double_factors<Acc>(operation, low->factors);
     check_fit(operation, low->factors.out_features(), low->factors.in_features(),
               low->strength * low->factors.scaling(), out_features, in_features);
-  else if (const auto* gain = std::get_if<gain_step<Acc>>(&one))
+  } else if (const auto* gain = std::get_if<gain_step<Acc>>(&one))
     check_length("gain", gain->gain.size());
   else if (const auto* shift = std::get_if<shift_step>(&one))
     check_length("bias", shift->shift.size());

@@ -110,7 +110,7 @@ class nearest_row {
     for (index_t k = 0; k < count; ++k) {
       const T before = to[k];
       T after = narrow<T>(from[k]);
-      if (is_nan(before)) std::memcpy(&after, to + k, sizeof(T));
+      if (is_nan(before) && is_nan(from[k])) std::memcpy(&after, to + k, sizeof(T));
       count_stored(&before, &after, 1, seen);
       to[k] = after;
     }

@@ -163,7 +163,7 @@ std::vector<std::remove_const_t<T>> merged(const tensor_view<T, 3>& stack, const
   using value = std::remove_const_t<T>;
   const auto size = static_cast<std::size_t>(stack.extent(0) * stack.extent(1) * stack.extent(2));
   std::vector<value> result(stack.data(), stack.data() + size);
-  merge(tensor_view<value, 3>(result.data(), {stack.extent(0), stack.extent(1), stack.extent(2)}), e...);
+  merge(tensor_view<value, 3>(std::span<value>(result), {stack.extent(0), stack.extent(1), stack.extent(2)}), e...);
   return result;
 }
 template <class T, peft::entries... E>
