@@ -68,6 +68,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/kinds/factored_matrix.hpp
   include/lora/kinds/loha.hpp
   include/lora/kinds/lokr.hpp
+  include/lora/kinds/vera.hpp
   include/lora/limits.hpp
   include/lora/linear.hpp
   include/lora/lora.hpp
@@ -145,6 +146,7 @@ target_sources(lora_io INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DI
   include/lora/io/peft/set_writer.hpp
   include/lora/io/peft/stored_format.hpp
   include/lora/io/peft/target_rule.hpp
+  include/lora/io/peft/vera.hpp
   include/lora/io/peft_adapters.hpp
   include/lora/io/peft_config.hpp
   include/lora/io/peft_convert.hpp

@@ -209,6 +209,8 @@ TEST_CASE("PEFT's OFT", "[golden]") {
 }
 TEST_CASE("PEFT's AdaLoRA", "[golden]") { check_case("other_adalora", "ADALORA"); }
 
+TEST_CASE("PEFT's VeRA", "[golden]") { check_case("other_vera", "VERA"); }
+
 TEST_CASE("two kinds on one layer, in the order of the scenarios", "[golden]") {
   check_case("mixed_kinds_loha_lokr", "LOHA");
   check_case("mixed_kinds_lora_loha", "LORA");

@@ -189,8 +189,7 @@ TEST_CASE("a tensor that is unknown, missing or misshapen is named") {
   file_refused(c, loha("m", build::file().add("n.hada_w1_a", {6, 2})), {"prefix base_model.model."});
   file_refused(c, loha("_orig_mod.m"), {"_orig_mod", "torch.compile", "wrapper_names::strip"});
   CHECK(read(c, loha("_orig_mod.m"), {.wrappers = peft::wrapper_names::strip}).contains("m"));
-  file_refused(c, build::file().add(prefix + "m.hada_w1_a", "I32", {6, 2}, std::vector<int>(12)),
-               {"hada_", "incomplete"});
+  file_refused(c, build::file().add(prefix + "m.hada_w1_a", "I32", {6, 2}, std::vector<int>(12)), {"hada_", "incomplete"});
   build::file integers = lokr();
   integers.add(prefix + "n.lokr_w1", "I32", {1, 1}, std::vector<int>(1)).add(prefix + "n.lokr_w2", {1, 1});
   file_refused(config("LOKR", ranked), integers, {"n.lokr_w1", "F64, F32, F16 or BF16"});
@@ -314,6 +313,32 @@ TEST_CASE("OFT by blocks, by one shared block, and what PEFT refuses") {
   // PEFT takes the nearest size that divides the inputs.
   CHECK(read(config("OFT", R"("oft_block_size":4,"peft_version":"0.21.2")"), blocks(2)).size() == 1);
   CHECK(read(config("OFT", R"("oft_block_size":0,"r":2,"peft_version":"0.21.2")"), blocks(2)).size() == 1);
+}
+
+TEST_CASE("VeRA by two matrices that all modules share") {
+  const auto tensors = [](const std::string& module = "m") {
+    build::file f;
+    f.add(prefix + "n.vera_lambda_b", {3}).add(prefix + "n.vera_lambda_d", {2}, 0.5F);
+    f.add(prefix + module + ".vera_lambda_b", {6}).add(prefix + module + ".vera_lambda_d", {2}, 0.5F);
+    return f.add("base_model.vera_A", {2, 5}, 0.25F).add("base_model.vera_B", {6, 2}, 0.125F);
+  };
+  const auto set = read(config("VERA", R"("r":2)"), tensors());
+  const auto vera = [&](const std::string& name) {
+    return set.at(name).expert(0).get_if<peft::open_vera<float>>()->widest();
+  };
+  CHECK(vera("m").A() == vera("n").A());
+  CHECK(vera("m").B() == vera("n").B());
+  CHECK(merged(set.at("n"), 3, 4)(0, 0) == 0.5F + 0.125F * (0.5F * 0.25F) + 0.25F * (1.0F * 1.5F));
+  CHECK(test::mentions(test::refusal<lora::shape_error>([&] { (void)merged(set.at("n"), 3, 6); }), {"3x6", "at most 5"}));
+  const build::directory dir;
+  peft::write_adapters(dir.path(), set);
+  CHECK(merged(peft::adapters(dir.path()).at("m"), 6, 4) == merged(set.at("m"), 6, 4));
+
+  build::file alone;
+  alone.add(prefix + "m.vera_lambda_b", {6}).add(prefix + "m.vera_lambda_d", {2});
+  file_refused(config("VERA", R"("r":2)"), alone, {"base_model.vera_A", "random numbers"});
+  file_refused(config("VERA", R"("r":2,"save_projection":false)"), tensors(), {"save_projection", "random numbers"});
+  file_refused(config("VERA", R"("r":3)"), tensors(), {"vera_A", "r", "3"});
 }
 
 TEST_CASE("what replaces tensors of the base is in the set, and not left out in silence") {

@@ -14,11 +14,12 @@
 #include "lora/io/peft/loha.hpp"
 #include "lora/io/peft/lokr.hpp"
 #include "lora/io/peft/oft.hpp"
+#include "lora/io/peft/vera.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
 inline constexpr std::array adapter_kinds{
-    loha_kind, lokr_kind, ia3_kind, oft_kind, adalora_kind,
+    loha_kind, lokr_kind, ia3_kind, oft_kind, adalora_kind, vera_kind,
 };
 static_assert(std::equal(adapter_kinds.begin(), adapter_kinds.end(), other_peft_types.begin(),
                          other_peft_types.end(), [](const auto& kind, const auto& name) {

@@ -17,7 +17,7 @@ inline constexpr std::array config_kinds{lora_kind};
 
 /// Those of the other kinds, in the order of adapter_kinds.hpp.
 inline constexpr std::array other_peft_types =
-    std::to_array<std::string_view>({"LOHA", "LOKR", "IA3", "OFT", "ADALORA"});
+    std::to_array<std::string_view>({"LOHA", "LOKR", "IA3", "OFT", "ADALORA", "VERA"});
 
 /// The sentence about a kind that lora::peft::read does not read.
 inline constexpr std::string_view known_peft_types = "LORA, the only kind that has entries";
