@@ -22,8 +22,8 @@ int main() {
   style.add({{"layers.1.k"}, lora::ia3_adapter<float>::of_outputs({0.5F, 2}, 3), "IA3"});
 
   std::map<std::string, matrix> weights;
-  for (const auto* name : {"model.layers.0.q.weight", "model.layers.0.k.weight", "model.layers.1.q.weight",
-                           "model.layers.1.k.weight"})
+  for (const auto* name :
+       {"model.layers.0.q.weight", "model.layers.0.k.weight", "model.layers.1.q.weight", "model.layers.1.k.weight"})
     weights.emplace(name, W);
   try {
     lora::merge(weights, style);

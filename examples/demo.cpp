@@ -172,8 +172,8 @@ std::map<std::string, comparison> compare(const world& w, const inputs& seen) {
   std::map<std::string, comparison> kinds;
   for (const auto& [name, layer] : model.layers()) {
     if (!layer.contains(names[0]) || !layer.contains(names[1])) continue;
-    kinds[name.substr(name.rfind('.') + 1)].add(layer.clone(), w.adapters[0].at(name).plain(), w.adapters[1].at(name).plain(),
-                                                seen.at(name));
+    kinds[name.substr(name.rfind('.') + 1)].add(layer.clone(), w.adapters[0].at(name).plain(),
+                                                w.adapters[1].at(name).plain(), seen.at(name));
   }
   return kinds;
 }

@@ -125,7 +125,8 @@ TEST_CASE("rank 0 and no features", "[delta]") {
 TEST_CASE("adapters of different shapes, or none, are refused", "[delta]") {
   const Eigen::MatrixXf A = Eigen::MatrixXf::Ones(2, 5), B = Eigen::MatrixXf::Ones(3, 2), C = Eigen::MatrixXf::Ones(2, 4);
   const lora::adapter<float> l{A, B, {.alpha = 3}}, other{C, B, {.alpha = 3}};
-  CHECK(mentions(refusal<lora::shape_error>([&] { (void)lora::delta_weight(l, other); }), {"lora::delta_weight", "3x4", "3x5"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { (void)lora::delta_weight(l, other); }),
+                 {"lora::delta_weight", "3x4", "3x5"}));
   CHECK(mentions(refusal<lora::shape_error>([&] { (void)lora::delta_weight(l, lora::scaled(0, other)); }), {"3x4", "3x5"}));
   CHECK(mentions(refusal<lora::shape_error>([&] {
                    lora::delta_weight(std::vector{l, l, other});

@@ -246,8 +246,8 @@ class walk {
     bool as_said = copied_.names() == m_.names();
     for (const auto& [name, one] : m_.all) {
       const auto is = copied_.at(name);
-      as_said =
-          as_said && copied_.contains(name) && is.strength == one.weight && is.active == one.active && is.merged == one.merged;
+      as_said = as_said && copied_.contains(name) && is.strength == one.weight && is.active == one.active &&
+                is.merged == one.merged;
     }
     const bool any_inside = std::any_of(m_.all.begin(), m_.all.end(), [](const auto& n) { return n.second.inside(); });
     const auto other_way = brought_to(m_, g_);

@@ -107,7 +107,8 @@ void check_states(std::uint64_t seed, int trials) {
       want.y.colwise() += bias.col(0);
       want.size.colwise() += bias_size.col(0);
       // The merged weight is stored in T once; what is beside it multiplies that rounding, too.
-      const long double u_T = std::is_same_v<T, acc> ? 0 : static_cast<long double>(static_cast<double>(std::numeric_limits<T>::epsilon()));
+      const long double u_T =
+          std::is_same_v<T, acc> ? 0 : static_cast<long double>(static_cast<double>(std::numeric_limits<T>::epsilon()));
       want.least = 0x1p-120L * (1 + want.size.maxCoeff()) + (any_inside ? u_T * want.size.maxCoeff() : 0);
       test::col_matrix<acc> y(out, tokens);
       q.forward(x, y);
@@ -188,7 +189,8 @@ TEST_CASE("a transaction is one change, or none", "[linear]") {
   lora::merge(want, a, b, gain);
   CHECK(same_bits(q.weight(), want));
   // A copy of its own.
-  static_assert(!std::is_copy_constructible_v<lora::linear<float>> && std::is_nothrow_move_constructible_v<lora::linear<float>>);
+  static_assert(!std::is_copy_constructible_v<lora::linear<float>> &&
+                std::is_nothrow_move_constructible_v<lora::linear<float>>);
   auto other = q.clone();
   other.detach(std::vector<std::string>{"c", "b"});
   CHECK(other.names() == std::vector<std::string>{"a"});
@@ -224,8 +226,12 @@ TEST_CASE("what a linear cannot do with a kind is refused", "[linear][mixed]") {
   CHECK(mentions(refusal<lora::value_error>([&] { q.attach("", l); }), {"linear::attach", "empty"}));
   CHECK(mentions(refusal<lora::shape_error>([&] { q.attach("y", recipe<float>().low_rank(g, 6, 5, 1)); }),
                  {"linear::attach", "6x5", "5x6"}));
-  CHECK(mentions(refusal<lora::value_error>([&] { q.set_strength("x", NAN); }), {"linear::set_strength", "\"x\"", "not finite"}));
-  CHECK(mentions(refusal<lora::value_error>([&] { q.merge(std::vector<std::string>{"x", "z"}); }), {"linear::merge", "\"z\""}));
+  CHECK(mentions(refusal<lora::value_error>([&] { q.set_strength("x", NAN); }),
+                 {"linear::set_strength", "\"x\"", "not finite"}));
+  CHECK(mentions(refusal<lora::value_error>([&] {
+                   q.merge(std::vector<std::string>{"x", "z"});
+                 }),
+                 {"linear::merge", "\"z\""}));
   CHECK((q.names() == std::vector<std::string>{"x"} && !q.at("x").merged));
   CHECK(same_bits(q.weight(), W));
 }

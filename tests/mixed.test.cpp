@@ -168,8 +168,13 @@ TEST_CASE("threads change no bit of a form", "[mixed][threads]") {
   const index_t out = 300, in = 200, tokens = 130;
   const test::matrix<float> W = g.reals<float>(out, in, 1);
   const test::col_matrix<float> x = g.reals<float>(in, tokens, 1);
-  const auto l =
-      recipe<float>().delta(g, out, in).low_rank(g, out, in, 9).gain(g, out, true).map(g, in).low_rank(g, out, in, 40).shift(g, out);
+  const auto l = recipe<float>()
+                     .delta(g, out, in)
+                     .low_rank(g, out, in, 9)
+                     .gain(g, out, true)
+                     .map(g, in)
+                     .low_rank(g, out, in, 40)
+                     .shift(g, out);
   const auto form = lora::mixed(W, l);
   test::col_matrix<float> want(out, tokens), y(out, tokens);
   const int before = omp_get_max_threads();
@@ -221,10 +226,12 @@ TEST_CASE("what a form cannot mean is refused, and nothing is written", "[mixed]
   const auto form = lora::mixed(W, l);
   test::col_matrix<float> y = g.reals<float>(5, 2, 1), x = g.reals<float>(6, 2, 1);
   const auto before = y;
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(W.topRows(4), x, y.topRows(4), form); }), {"forward", "5x6"}));
+  CHECK(
+      mentions(refusal<lora::shape_error>([&] { lora::forward(W.topRows(4), x, y.topRows(4), form); }), {"forward", "5x6"}));
   CHECK(mentions(refusal<lora::shape_error>([&] { lora::apply(x.topRows(4), y, form); }), {"apply", "5x6"}));
   CHECK_THROWS_AS(lora::forward(W, x, x, form), lora::shape_error);
-  CHECK_THROWS_AS(lora::forward(W.leftCols(5), x.topRows(5), x.bottomRows(5), lora::mixed(W.leftCols(5))), lora::shape_error);
+  CHECK_THROWS_AS(lora::forward(W.leftCols(5), x.topRows(5), x.bottomRows(5), lora::mixed(W.leftCols(5))),
+                  lora::shape_error);
   const auto other = lora::mixed(W, l);
   CHECK(mentions(refusal<lora::value_error>([&] { lora::apply(other.input(x), y, form); }), {"apply", "another form"}));
   CHECK(same_bits(y, before));

@@ -155,7 +155,8 @@ TEST_CASE("a list of pointers grows while adapters stay", "[mixed][batch]") {
     CHECK(same_bits(want, y.col(t)));
   }
   // The same with packed adapters.
-  const lora::packed_adapter<float> first{lora::adapter<float>{g.reals<float>(2, 8, 1), g.reals<float>(9, 2, 1), {.alpha = 3}}};
+  const lora::packed_adapter<float> first{
+      lora::adapter<float>{g.reals<float>(2, 8, 1), g.reals<float>(9, 2, 1), {.alpha = 3}}};
   const std::vector<const lora::packed_adapter<float>*> pointers{&first, &first};
   lora::batch packed{pointers};
   packed.add({{1, 0.5}});
@@ -173,7 +174,8 @@ TEST_CASE("a batch of forms is refilled without allocating", "[mixed][batch]") {
   const lora::packed_weight W{g.reals<float>(33, 65, 1)};
   const std::vector<lora::mixed_form<float>> forms{
       lora::mixed(W, recipe<float>().low_rank(g, 33, 65, 4).gain(g, 33, true).shift(g, 33)),
-      lora::mixed(W, recipe<float>().low_rank(g, 33, 65, 4).map(g, 65)), lora::mixed(W, recipe<float>().low_rank(g, 33, 65, 7))};
+      lora::mixed(W, recipe<float>().low_rank(g, 33, 65, 4).map(g, 65)),
+      lora::mixed(W, recipe<float>().low_rank(g, 33, 65, 7))};
   const test::col_matrix<float> x = g.reals<float>(65, 12, 1);
   test::col_matrix<float> y(33, 12);
   lora::workspace space;

@@ -41,11 +41,10 @@ void check(lora::index_t out, lora::index_t in) {
   std::mt19937 bits(seed);
   constexpr auto order = Options == Eigen::RowMajor ? lora::storage_order::row_major : lora::storage_order::col_major;
   const auto W = random<stored<T, Options>>(bits, out, in, 1);
-  const lora::adapter<float> one{random<Eigen::MatrixXf>(bits, 7, in, 1), random<Eigen::MatrixXf>(bits, out, 7, 1),
-                                 {.alpha = 3}};
-  const lora::adapter<lora::bfloat16> other{random<stored<lora::bfloat16, 0>>(bits, 6, in, 1),
-                                            random<stored<lora::bfloat16, 0>>(bits, out, 6, 1),
-                                            {.alpha = 5}};
+  const lora::adapter<float> one{
+      random<Eigen::MatrixXf>(bits, 7, in, 1), random<Eigen::MatrixXf>(bits, out, 7, 1), {.alpha = 3}};
+  const lora::adapter<lora::bfloat16> other{
+      random<stored<lora::bfloat16, 0>>(bits, 6, in, 1), random<stored<lora::bfloat16, 0>>(bits, out, 6, 1), {.alpha = 5}};
   std::vector<float> magnitude(static_cast<std::size_t>(out), 1.25F);
   const lora::dora_adapter<float> dora(one, magnitude);
   for (const lora::index_t height : {1, 3, 8, 13, 64, 200}) {

@@ -74,11 +74,13 @@ TEMPLATE_TEST_CASE("a merge counts the elements whose bits it changed", "[report
 
 TEST_CASE("an adapter that 16 bits round away changes nothing, and the report says so", "[reports]") {
   const auto W = stored<lora::bfloat16, Eigen::RowMajor>::Constant(40, 64, lora::bfloat16(1.0F)).eval();
-  const lora::adapter<float> tiny{Eigen::MatrixXf::Constant(1, 64, 1e-3F), Eigen::MatrixXf::Constant(40, 1, 1.0F), {.alpha = 1}};
+  const lora::adapter<float> tiny{
+      Eigen::MatrixXf::Constant(1, 64, 1e-3F), Eigen::MatrixXf::Constant(40, 1, 1.0F), {.alpha = 1}};
   auto V = W;
   CHECK(lora::merge(V, tiny).changed == 0);
   CHECK(test::same_bits(W, V));
-  const lora::adapter<float> more{Eigen::MatrixXf::Constant(1, 64, 1e-2F), Eigen::MatrixXf::Constant(40, 1, 1.0F), {.alpha = 1}};
+  const lora::adapter<float> more{
+      Eigen::MatrixXf::Constant(1, 64, 1e-2F), Eigen::MatrixXf::Constant(40, 1, 1.0F), {.alpha = 1}};
   CHECK(lora::merge(V, more).changed == 40 * 64);
 }
 

@@ -45,7 +45,7 @@ class [[nodiscard]] any_kind {
 
   /// Copies a low-rank adapter, or keeps a kind (kinds share what they hold).
   template <class K>
-    requires((low_rank<K> || adapter_kind<K>)&&!std::is_same_v<K, any_kind>)
+    requires((low_rank<K> || adapter_kind<K>) && !std::is_same_v<K, any_kind>)
   any_kind(const K& kind)  // NOLINT(google-explicit-constructor): it is the same adapter
       : held_(std::make_shared<const model<K>>(kind)) {}
   any_kind(const any_kind&) = default;

@@ -102,8 +102,9 @@ void apply(workspace& space, const X& x, Y&& y, const mixed_form<Acc>& form) {
   detail::refuse_temporary<Y>();
   const detail::default_environment environment;
   if (form.has_input_map())
-    detail::raise_value("apply", "an adapter changes what W is multiplied by: const auto input = form.input(x), then "
-                                 "y = W * input.matrix() and apply(input, y, form)");
+    detail::raise_value("apply",
+                        "an adapter changes what W is multiplied by: const auto input = form.input(x), then "
+                        "y = W * input.matrix() and apply(input, y, form)");
   decltype(auto) input = detail::in_memory(x);
   detail::apply_form(space, detail::input_view(input), detail::output_view(y), form);
 }
@@ -131,7 +132,8 @@ void apply(workspace& space, const X& x, Y&& y, const L&... l) {
   using acc = accumulator_t<X, Y, L...>;
   decltype(auto) input = detail::in_memory(x);
   const auto from = detail::input_view(input);
-  apply(space, from, y, detail::form_alone<acc>("apply", step_use::product, detail::output_view(y).rows(), from.rows(), l...));
+  apply(space, from, y,
+        detail::form_alone<acc>("apply", step_use::product, detail::output_view(y).rows(), from.rows(), l...));
 }
 template <class X, class Y, class... L>
   requires activations<X> && activations<Y> && (detail::any_adapters<L> && ...) && (detail::kinds<L> || ...)

@@ -19,9 +19,9 @@
 #include <algorithm>
 #include <limits>
 
+#include "lora/detail/delta_rows.hpp"
 #include "lora/detail/eigen.hpp"
 #include "lora/detail/refusals.hpp"
-#include "lora/detail/delta_rows.hpp"
 #include "lora/detail/update.hpp"
 #include "lora/workspace.hpp"
 

@@ -55,13 +55,13 @@ namespace detail {
 template <class Acc>
 Acc gain_of(const char* operation, index_t output, double magnitude, const scaled_norm& norm) {
   const auto refuse = [&](const std::string& what) {
-    raise_value(operation, "output " + std::to_string(output) + " has " + what + ", so that magnitude / norm is not defined");
+    raise_value(operation,
+                "output " + std::to_string(output) + " has " + what + ", so that magnitude / norm is not defined");
   };
   if (!is_finite(magnitude)) refuse("a magnitude that is not finite");
   if (!is_finite(norm.value) || is_zero(norm.value))
     refuse("a row of W + delta whose norm is " + std::to_string(norm.value));
-  const double result =
-      norm.exponent == 0 ? magnitude / norm.value : std::ldexp(magnitude / norm.value, -norm.exponent);
+  const double result = norm.exponent == 0 ? magnitude / norm.value : std::ldexp(magnitude / norm.value, -norm.exponent);
   if (!is_finite(result)) refuse("a row of W + delta whose norm is so small that magnitude / norm overflows");
   if (!is_finite(static_cast<Acc>(result)))
     raise_value(operation, "output " + std::to_string(output) + " has magnitude / norm = " + std::to_string(result) +
@@ -81,7 +81,8 @@ std::vector<Acc> gains_of(const step_request<Acc>& request, const low_rank_step&
 
 /// The steps of factors with a magnitude.
 template <class Acc, class T>
-std::vector<step<Acc>> dora_steps(const step_request<Acc>& request, const any_factors& factors, const std::vector<T>& magnitude) {
+std::vector<step<Acc>> dora_steps(const step_request<Acc>& request, const any_factors& factors,
+                                  const std::vector<T>& magnitude) {
   if (request.weight == nullptr)
     raise_value(request.operation,
                 "a DoRA adapter scales the base's part, too, by norms of W as it was before any merge: keep what "

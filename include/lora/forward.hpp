@@ -148,8 +148,8 @@ struct same_for_all {
 };
 inline void check_tokens(const char* operation, index_t of_batch, index_t of_x) {
   if (of_batch != of_x)
-    raise_shape(operation, "the batch names adapters for " + std::to_string(of_batch) + " tokens but x has " +
-                               std::to_string(of_x));
+    raise_shape(operation,
+                "the batch names adapters for " + std::to_string(of_batch) + " tokens but x has " + std::to_string(of_x));
 }
 /// The parts of a batch.
 template <class F>
@@ -431,11 +431,14 @@ void forward(const M& W, const X& x, Y&& y, const mixed_form<Acc>& form) {
 
 /// The same with adapters of any kind: makes their form in the call, at its cost (mixed.hpp).
 template <class M, class X, class Y, class... L>
-  requires detail::base<M> && activations<X> && activations<Y> && (detail::any_adapters<L> && ...) && (detail::kinds<L> || ...)
+  requires detail::base<M> && activations<X> && activations<Y> && (detail::any_adapters<L> && ...) &&
+           (detail::kinds<L> || ...)
 void forward(workspace& space, const M& W, const X& x, Y&& y, const L&... l) {
   detail::refuse_temporary<Y>();
   using acc = typename detail::accumulator_of_call<M, X, Y, L...>::type;
-  const auto make = [&](const auto& weight) { return detail::form_beside_stored<acc>("forward", step_use::product, weight, l...); };
+  const auto make = [&](const auto& weight) {
+    return detail::form_beside_stored<acc>("forward", step_use::product, weight, l...);
+  };
   if constexpr (detail::is_biased<M>)
     forward(space, W, x, y, make(W.weight));
   else if constexpr (detail::is_packed_weight<M>)
@@ -444,7 +447,8 @@ void forward(workspace& space, const M& W, const X& x, Y&& y, const L&... l) {
     forward(space, W, x, y, make(as_matrix(W)));
 }
 template <class M, class X, class Y, class... L>
-  requires detail::base<M> && activations<X> && activations<Y> && (detail::any_adapters<L> && ...) && (detail::kinds<L> || ...)
+  requires detail::base<M> && activations<X> && activations<Y> && (detail::any_adapters<L> && ...) &&
+           (detail::kinds<L> || ...)
 void forward(const M& W, const X& x, Y&& y, const L&... l) {
   workspace space;
   forward(space, W, x, std::forward<Y>(y), l...);

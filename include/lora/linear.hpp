@@ -200,9 +200,7 @@ class linear {
     bool is_read() const { return kind != nullptr || strength * scaling() != 0.0; }
     bool in_weight() const { return merged && active && is_read(); }
     bool is_beside() const { return !merged && active && is_read(); }
-    bool additive() const {
-      return kind == nullptr || (in_float != nullptr ? in_float->additive : in_double->additive);
-    }
+    bool additive() const { return kind == nullptr || (in_float != nullptr ? in_float->additive : in_double->additive); }
     bool is_double() const {
       return kind != nullptr ? kind->holds_double() : std::holds_alternative<lora::adapter<double>>(adapter->factors);
     }
@@ -252,8 +250,9 @@ class linear {
         check_strength("linear::attach", name, strength, static_cast<double>(source.scaling()));
         made.adapter = attached<Panels>(source);
       } else {
-        static_assert(std::is_void_v<Panels>, "lora::linear::attach<F>: F says how low-rank factors are packed, and this is "
-                                              "an adapter of another kind");
+        static_assert(std::is_void_v<Panels>,
+                      "lora::linear::attach<F>: F says how low-rank factors are packed, and this is "
+                      "an adapter of another kind");
         detail::check_kind("linear::attach", l, layer_.out_features(), layer_.in_features());
         check_strength("linear::attach", name, strength, 1.0);
         made.kind = std::make_shared<const any_kind>(source);
@@ -264,10 +263,12 @@ class linear {
     template <class... Names>
     void detach(const Names&... names) {
       static_assert(sizeof...(Names) > 0, "lora::linear::detach: say which adapters");
-      each_name([&](const std::string& name) {
-        find("linear::detach", next_, name);
-        next_.erase(name);
-      }, names...);
+      each_name(
+          [&](const std::string& name) {
+            find("linear::detach", next_, name);
+            next_.erase(name);
+          },
+          names...);
     }
     void set_strength(const std::string& name, double strength) {
       slot& one = find("linear::set_strength", next_, name);
@@ -423,8 +424,7 @@ class linear {
   /// Throws value_error when the name is not attached.
   attachment at(const std::string& name) const {
     const slot& one = find("linear::at", adapters_, name);
-    const auto rank =
-        one.adapter == nullptr ? 0 : std::visit([](const auto& l) { return l.rank(); }, one.adapter->factors);
+    const auto rank = one.adapter == nullptr ? 0 : std::visit([](const auto& l) { return l.rank(); }, one.adapter->factors);
     return {one.strength, one.scaling(), rank, one.active, one.merged, one.additive()};
   }
   /// In the order in which they are merged and evaluated.
@@ -598,7 +598,8 @@ class linear {
     const auto form = [&]<class Acc>(std::type_identity<Acc>) {
       return mixed_form<Acc>("linear", out_features(), in_features(), steps_of<Acc>(all, beside));
     };
-    if (std::is_same_v<bias_value, double> || any(all.next_, [&](const slot& one) { return beside(one) && one.is_double(); }))
+    if (std::is_same_v<bias_value, double> ||
+        any(all.next_, [&](const slot& one) { return beside(one) && one.is_double(); }))
       return form(std::type_identity<double>());
     return form(std::type_identity<float>());
   }
@@ -623,7 +624,8 @@ class linear {
     const slots& next = all.next_;
     const auto in_weight = [](const slot& one) { return one.in_weight(); };
     if (any(next, [&](const slot& one) { return in_weight(one) && one.kind != nullptr; })) {
-      if (std::is_same_v<bias_value, double> || any(next, [&](const slot& one) { return in_weight(one) && one.is_double(); }))
+      if (std::is_same_v<bias_value, double> ||
+          any(next, [&](const slot& one) { return in_weight(one) && one.is_double(); }))
         return rebuild_by_steps<double>(all, merged_bias);
       return rebuild_by_steps<bias_value>(all, merged_bias);
     }
@@ -659,7 +661,7 @@ class linear {
     const bool again = reload_ && is_merged_;
     if (again && all.base_.empty()) all.base_ = reloaded();
     // What stands is kept until the new weight is complete: the pass may throw.
-    packed_weight<T> next = again ? packed_weight<T>(lora::row_major(all.base_.data(), out_features(), in_features()))
+    packed_weight<T> next = again     ? packed_weight<T>(lora::row_major(all.base_.data(), out_features(), in_features()))
                             : reload_ ? packed_weight<T>(pristine_)
                                       : packed_weight<T>::unfilled(out_features(), in_features());
     const detail::tally seen = detail::pass_over<Acc>("linear", detail::merging, reload_ ? next : pristine_, next, list);

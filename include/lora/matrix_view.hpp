@@ -256,14 +256,16 @@ auto col_major(T* data, index_t rows, index_t cols, index_t outer_stride) {
 /// 16-bit integers as what their bits mean, where an engine stores them so: row_major<lora::bfloat16>(bits, rows, cols), with
 /// the distance between rows (columns) in elements, 0 for adjacent ones.
 template <class F, class Bits>
-  requires(std::is_same_v<F, bfloat16> || std::is_same_v<F, float16>) && std::is_same_v<std::remove_const_t<Bits>, std::uint16_t>
+  requires(std::is_same_v<F, bfloat16> || std::is_same_v<F, float16>) &&
+          std::is_same_v<std::remove_const_t<Bits>, std::uint16_t>
 auto row_major(Bits* bits, index_t rows, index_t cols, index_t outer_stride = 0) {
   using element = std::conditional_t<std::is_const_v<Bits>, const F, F>;
   return matrix_view<element, storage_order::row_major>(reinterpret_cast<element*>(bits), rows, cols,
                                                         outer_stride == 0 ? cols : outer_stride);
 }
 template <class F, class Bits>
-  requires(std::is_same_v<F, bfloat16> || std::is_same_v<F, float16>) && std::is_same_v<std::remove_const_t<Bits>, std::uint16_t>
+  requires(std::is_same_v<F, bfloat16> || std::is_same_v<F, float16>) &&
+          std::is_same_v<std::remove_const_t<Bits>, std::uint16_t>
 auto col_major(Bits* bits, index_t rows, index_t cols, index_t outer_stride = 0) {
   using element = std::conditional_t<std::is_const_v<Bits>, const F, F>;
   return matrix_view<element, storage_order::col_major>(reinterpret_cast<element*>(bits), rows, cols,

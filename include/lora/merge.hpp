@@ -32,9 +32,9 @@
 #include <utility>
 
 #include "lora/detail/eigen.hpp"
+#include "lora/detail/merge_steps.hpp"
 #include "lora/detail/refusals.hpp"
 #include "lora/detail/row_norms.hpp"
-#include "lora/detail/merge_steps.hpp"
 #include "lora/detail/sinks.hpp"
 #include "lora/merge_report.hpp"
 #include "lora/packed_weight.hpp"
@@ -235,8 +235,8 @@ concept prepared_steps = requires(const F& f) {
   { f.out_features() } -> std::convertible_to<index_t>;
 };
 template <prepared_steps F>
-using accumulator_of = std::conditional_t<
-    std::is_same_v<bare<decltype(std::declval<const F&>().steps()[0])>, step<double>>, double, float>;
+using accumulator_of =
+    std::conditional_t<std::is_same_v<bare<decltype(std::declval<const F&>().steps()[0])>, step<double>>, double, float>;
 
 /// call(W as out_features x in_features), for a W as the adapters' base stores it.
 template <class M, class Call>
@@ -260,7 +260,8 @@ auto rows_of(const packed_weight<T>& W) {
 }
 
 template <writing Where, class Acc, class T, storage_order Order>
-merge_report merge_into(const char* operation, double sign, const matrix_view<T, Order>& W, std::span<const step<Acc>> steps) {
+merge_report merge_into(const char* operation, double sign, const matrix_view<T, Order>& W,
+                        std::span<const step<Acc>> steps) {
   const tally seen = pass_over<Where, Acc>(operation, sign, W, steps);
   if constexpr (Where == writing::nowhere) refuse_nonfinite(seen, W.size());
   merge_report report = report_of(seen, W.size());
@@ -298,12 +299,15 @@ auto with_steps(const char* operation, double sign, M& W, const Call& call, cons
 
 template <class M, class... L>
 void check_can_merge(const char* operation, M& W, const L&... l) {
-  with_steps(operation, merging, W, [&]<class Acc>(auto& weight, std::span<const step<Acc>> steps) {
-    refuse_shifts(operation, steps);
-    refuse_step_overlap(operation, weight, steps);
-    const row_change<Acc> change(operation, steps, weight.rows(), weight.cols(), merging);
-    static_cast<void>(change);
-  }, l...);
+  with_steps(
+      operation, merging, W,
+      [&]<class Acc>(auto& weight, std::span<const step<Acc>> steps) {
+        refuse_shifts(operation, steps);
+        refuse_step_overlap(operation, weight, steps);
+        const row_change<Acc> change(operation, steps, weight.rows(), weight.cols(), merging);
+        static_cast<void>(change);
+      },
+      l...);
 }
 
 template <class M, class V, class... L>
@@ -311,22 +315,25 @@ merge_report merge_with_bias(const char* operation, double sign, M&& W, V&& bias
   refuse_temporary<M>();
   refuse_temporary<V>();
   const auto b = output_view(bias);
-  return with_steps(operation, sign, W, [&](auto& weight, auto steps) {
-    if (steps.empty()) return merge_into<writing::in_place>(operation, sign, weight, steps);  // for a b of any shape
-    if constexpr (is_packed_weight<bare<decltype(weight)>>) {
-      check_bias_shape(operation, b.rows(), b.cols(), weight.out_features());
-    } else {
-      check_bias_shape(operation, b.rows(), b.cols(), weight.rows());
-      refuse_overlap(operation, "the bias", b, "W", weight);
-    }
-    const bias_change change = bias_change_of(steps);  // before anything is written
-    if (sign == unmerging && std::any_of(change.gain.begin(), change.gain.end(), [](double g) { return is_zero(g); }))
-      raise_value(operation, "an adapter scales an output by 0, so its bias is lost");
-    merge_report seen = merge_into<writing::in_place>(operation, sign, weight, steps);
-    seen.biases_left = 0;
-    change_bias(b, sign, change);
-    return seen;
-  }, l...);
+  return with_steps(
+      operation, sign, W,
+      [&](auto& weight, auto steps) {
+        if (steps.empty()) return merge_into<writing::in_place>(operation, sign, weight, steps);  // for a b of any shape
+        if constexpr (is_packed_weight<bare<decltype(weight)>>) {
+          check_bias_shape(operation, b.rows(), b.cols(), weight.out_features());
+        } else {
+          check_bias_shape(operation, b.rows(), b.cols(), weight.rows());
+          refuse_overlap(operation, "the bias", b, "W", weight);
+        }
+        const bias_change change = bias_change_of(steps);  // before anything is written
+        if (sign == unmerging && std::any_of(change.gain.begin(), change.gain.end(), [](double g) { return is_zero(g); }))
+          raise_value(operation, "an adapter scales an output by 0, so its bias is lost");
+        merge_report seen = merge_into<writing::in_place>(operation, sign, weight, steps);
+        seen.biases_left = 0;
+        change_bias(b, sign, change);
+        return seen;
+      },
+      l...);
 }
 
 template <class M, class F>
@@ -334,8 +341,9 @@ merge_report merge_prepared(const char* operation, double sign, M&& W, const F& 
   refuse_temporary<M>();
   const default_environment environment;
   using acc = accumulator_of<F>;
-  static_assert(std::is_same_v<acc, double> || !holds_double<bare<M>>,
-                "lora::merge: W holds double and the form float, which would round W: make the form by mixed<double>(W, l...)");
+  static_assert(
+      std::is_same_v<acc, double> || !holds_double<bare<M>>,
+      "lora::merge: W holds double and the form float, which would round W: make the form by mixed<double>(W, l...)");
   return as_out_in(W, is_stored_in_out(form), [&](auto&& weight) {
     const auto rows = rows_of<acc>(weight);
     if (rows.out_features() != form.out_features() || rows.in_features() != form.in_features())
@@ -359,19 +367,25 @@ template <class M, class... L>
   requires detail::mergeable<M> && detail::of_kinds<L...>
 merge_report merge(M&& W, const L&... l) {
   detail::refuse_temporary<M>();
-  return detail::with_steps("merge", detail::merging, W, [](auto& weight, auto steps) {
-    detail::refuse_shifts("merge", steps);
-    return detail::merge_into<detail::writing::in_place>("merge", detail::merging, weight, steps);
-  }, l...);
+  return detail::with_steps(
+      "merge", detail::merging, W,
+      [](auto& weight, auto steps) {
+        detail::refuse_shifts("merge", steps);
+        return detail::merge_into<detail::writing::in_place>("merge", detail::merging, weight, steps);
+      },
+      l...);
 }
 template <class M, class... L>
   requires detail::mergeable<M> && detail::of_kinds<L...>
 merge_report unmerge(M&& W, const L&... l) {
   detail::refuse_temporary<M>();
-  return detail::with_steps("unmerge", detail::unmerging, W, [](auto& weight, auto steps) {
-    detail::refuse_shifts("unmerge", steps);
-    return detail::merge_into<detail::writing::in_place>("unmerge", detail::unmerging, weight, steps);
-  }, l...);
+  return detail::with_steps(
+      "unmerge", detail::unmerging, W,
+      [](auto& weight, auto steps) {
+        detail::refuse_shifts("unmerge", steps);
+        return detail::merge_into<detail::writing::in_place>("unmerge", detail::unmerging, weight, steps);
+      },
+      l...);
 }
 
 /// The same with the bias of the layer, for adapters with a bias of their own (b := b + c) and those that
@@ -391,12 +405,15 @@ template <class M, class... L>
   requires matrix_like<M> && detail::of_kinds<L...>
 merge_report merge_checked(M&& W, const L&... l) {
   detail::refuse_temporary<M>();
-  return detail::with_steps("merge_checked", detail::merging, W, [](auto& weight, auto steps) {
-    using detail::writing;
-    detail::refuse_shifts("merge_checked", steps);
-    detail::merge_into<writing::nowhere>("merge_checked", detail::merging, weight, steps);
-    return detail::merge_into<writing::in_place>("merge_checked", detail::merging, weight, steps);
-  }, l...);
+  return detail::with_steps(
+      "merge_checked", detail::merging, W,
+      [](auto& weight, auto steps) {
+        using detail::writing;
+        detail::refuse_shifts("merge_checked", steps);
+        detail::merge_into<writing::nowhere>("merge_checked", detail::merging, weight, steps);
+        return detail::merge_into<writing::in_place>("merge_checked", detail::merging, weight, steps);
+      },
+      l...);
 }
 
 template <class M, class... L>

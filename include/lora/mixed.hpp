@@ -70,11 +70,13 @@ class form_state {
   form_state(const char* operation, index_t out_features, index_t in_features, std::vector<step<Acc>> steps)
       : out_(out_features), in_(in_features), steps_(std::move(steps)) {
     for (const step<Acc>& one : steps_) std::visit([&](const auto& s) { add(operation, s); }, one);
-    for (std::size_t i = 0; i < product_.size(); ++i) gain_.push_back(held(operation, "the product of the gains", i, product_[i]));
+    for (std::size_t i = 0; i < product_.size(); ++i)
+      gain_.push_back(held(operation, "the product of the gains", i, product_[i]));
     if (scales_bias_)
       for (std::size_t i = 0; i < of_bias_.size(); ++i)
         bias_gain_.push_back(held(operation, "the product of the gains of the bias", i, of_bias_[i]));
-    for (std::size_t i = 0; i < shifts_.size(); ++i) shift_.push_back(held(operation, "the sum of the shifts", i, shifts_[i]));
+    for (std::size_t i = 0; i < shifts_.size(); ++i)
+      shift_.push_back(held(operation, "the sum of the shifts", i, shifts_[i]));
   }
   form_state(const form_state&) = delete;
   form_state& operator=(const form_state&) = delete;
@@ -115,7 +117,8 @@ class form_state {
       raise_shape(operation, std::to_string(values.size()) + " " + what + " for " + std::to_string(out_) + " outputs");
     for (std::size_t i = 0; i < values.size(); ++i)
       if (!is_finite(values[i]))
-        raise_value(operation, "one of the " + std::string(what) + ", that of output " + std::to_string(i) + ", is not finite");
+        raise_value(operation,
+                    "one of the " + std::string(what) + ", that of output " + std::to_string(i) + ", is not finite");
   }
   index_t level() const { return static_cast<index_t>(maps_.size()); }
 
@@ -243,8 +246,8 @@ class [[nodiscard]] mixed_form {
   mixed_form() : mixed_form("mixed", 0, 0, {}) {}
   /// From steps, for an out_features x in_features weight. Throws shape_error and value_error, naming the operation.
   mixed_form(const char* operation, index_t out_features, index_t in_features, std::vector<step<Acc>> steps)
-      : state_(std::make_shared<const detail::form_state<Acc>>(
-            operation, checked(operation, out_features), checked(operation, in_features), std::move(steps))) {}
+      : state_(std::make_shared<const detail::form_state<Acc>>(operation, checked(operation, out_features),
+                                                               checked(operation, in_features), std::move(steps))) {}
   // Copied where it is moved: a form is never without its content.
   mixed_form(const mixed_form&) = default;
   mixed_form& operator=(const mixed_form&) = default;
@@ -325,7 +328,8 @@ inline constexpr bool is_mixed_form<mixed_form<Acc>> = true;
 template <class Acc, class... L>
 void refuse_double(const char* operation, const L&... l) {
   if (!std::is_same_v<Acc, double> && any_holds_double_now(l...))
-    raise_value(operation, "an adapter holds double, which a form of float would round: pass what mixed<double>(W, l...) returns");
+    raise_value(operation,
+                "an adapter holds double, which a form of float would round: pass what mixed<double>(W, l...) returns");
 }
 
 /// The form of adapters beside a weight: a view or a packed weight, out_features x in_features.

@@ -36,7 +36,8 @@ class [[nodiscard]] module_adapter {
     if (target_.module.empty()) detail::raise_value("module_adapter", "the target has no name");
     if (experts_.empty()) detail::raise_value("module_adapter", target_.module + " has no adapter");
     for (const any_kind& one : experts_)
-      if (one.out_features() != out_features() || one.in_features() != in_features() || one.stored_in_out() != stored_in_out())
+      if (one.out_features() != out_features() || one.in_features() != in_features() ||
+          one.stored_in_out() != stored_in_out())
         detail::raise_shape("module_adapter", "the experts of " + target_.module + " have different shapes");
     if (target_.weight.empty()) target_.weight = target_.module + ".weight";
     if (target_.bias.empty()) target_.bias = target_.module + ".bias";
@@ -49,12 +50,14 @@ class [[nodiscard]] module_adapter {
   /// One expert's. Throws value_error when there is no such.
   const any_kind& expert(index_t k) const {
     if (k < 0 || k >= experts())
-      detail::raise_value("module_adapter::expert", target_.module + " has " + std::to_string(experts()) +
-                                                        " experts, not one " + std::to_string(k));
+      detail::raise_value("module_adapter::expert",
+                          target_.module + " has " + std::to_string(experts()) + " experts, not one " + std::to_string(k));
     return experts_[static_cast<std::size_t>(k)];
   }
   /// The same adapter for another target.
-  module_adapter moved_to(adapter_target target) const { return module_adapter(std::move(target), experts_, kind_, origin_); }
+  module_adapter moved_to(adapter_target target) const {
+    return module_adapter(std::move(target), experts_, kind_, origin_);
+  }
 
   // As an adapter kind.
   index_t out_features() const { return experts_.front().out_features(); }
@@ -87,8 +90,8 @@ template <class T>
 merge_report merge(const tensor_view<T, 3>& stack, const module_adapter& l, double strength = 1) {
   const bool swapped = l.stored_in_out();
   if (l.experts() != stack.extent(0))
-    detail::raise_shape("merge", l.target().module + " is for " + std::to_string(l.experts()) + " experts and the stack has " +
-                                     std::to_string(stack.extent(0)));
+    detail::raise_shape("merge", l.target().module + " is for " + std::to_string(l.experts()) +
+                                     " experts and the stack has " + std::to_string(stack.extent(0)));
   for (index_t k = 0; k < l.experts(); ++k)
     l.expert(k).check_fits("merge", stack.extent(swapped ? 2 : 1), stack.extent(swapped ? 1 : 2));
   for (index_t k = 0; k < l.experts(); ++k) {

@@ -56,9 +56,9 @@ class prepared_merge {
     static_assert(std::remove_const_t<decltype(view)>::order == Order,
                   "lora::prepared_merge: the block is stored in another order: give prepared_merge that order");
     if (first < 0 || view.cols() != in_features_ || view.rows() > out_features_ || first > out_features_ - view.rows())
-      detail::raise_shape("prepared_merge::rows",
-                          "the block is " + detail::shape_text(view.rows(), view.cols()) + " from row " +
-                              std::to_string(first) + " on and W is " + detail::shape_text(out_features_, in_features_));
+      detail::raise_shape("prepared_merge::rows", "the block is " + detail::shape_text(view.rows(), view.cols()) +
+                                                      " from row " + std::to_string(first) + " on and W is " +
+                                                      detail::shape_text(out_features_, in_features_));
     detail::refuse_step_overlap("prepared_merge::rows", view, std::span<const step<Acc>>(steps_));
     return detail::report_of(pass(first, view), view.size());
   }
@@ -75,9 +75,10 @@ class prepared_merge {
     if (!std::is_same_v<Acc, double> && detail::any_holds_double_now(l...))
       detail::raise_value("prepared_merge", "an adapter holds double: give prepared_merge its third parameter, double");
     if (detail::are_stored_in_out("prepared_merge", l...))
-      detail::raise_value("prepared_merge",
-                          "the base stores the weight of this adapter in x out, so blocks of its rows are blocks of inputs: merge "
-                          "it whole, or pass its factors and out x in blocks");
+      detail::raise_value(
+          "prepared_merge",
+          "the base stores the weight of this adapter in x out, so blocks of its rows are blocks of inputs: merge "
+          "it whole, or pass its factors and out x in blocks");
     steps_ = detail::steps_of(step_request<Acc>{"prepared_merge", 1.0, W}, out_features, in_features, l...);
     const std::span<const step<Acc>> steps(steps_);
     detail::refuse_shifts("prepared_merge", steps);

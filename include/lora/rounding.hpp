@@ -139,7 +139,8 @@ class peft_change {
       else if (const auto* delta = std::get_if<delta_step<Acc>>(&one))
         parts_.emplace_back(delta);
       else
-        parts_.emplace_back(row_change<Acc>(operation, std::span<const step<Acc>>(&one, 1), out_features, in_features, sign));
+        parts_.emplace_back(
+            row_change<Acc>(operation, std::span<const step<Acc>>(&one, 1), out_features, in_features, sign));
     }
   }
 
@@ -152,8 +153,7 @@ class peft_change {
     });
   }
   void operator()(const row_block<Acc>& block) const {
-    for (const auto& one : parts_)
-      std::visit([&](const auto& p) { run(p, block); }, one);
+    for (const auto& one : parts_) std::visit([&](const auto& p) { run(p, block); }, one);
   }
 
  private:
@@ -187,16 +187,19 @@ class peft_change {
 
 template <class P, class M, class... L>
 merge_report merge_as_peft(const char* operation, double sign, M& W, const L&... l) {
-  return with_steps(operation, sign, W, [&]<class Acc>(auto& weight, std::span<const step<Acc>> steps) {
-    using view = bare<decltype(weight)>;
-    refuse_shifts(operation, steps);
-    refuse_step_overlap(operation, weight, steps);
-    const bool delta_first = sign == unmerging || std::same_as<P, rounding::peft_safe_policy>;
-    const peft_change<Acc, storage_t<typename view::value_type>> change(operation, steps, weight.rows(), weight.cols(), sign,
-                                                                        delta_first);
-    if (change.empty()) return untouched(weight.size());
-    return report_of(row_pass<Acc>(rows_of<Acc>(weight), change), weight.size());
-  }, l...);
+  return with_steps(
+      operation, sign, W,
+      [&]<class Acc>(auto& weight, std::span<const step<Acc>> steps) {
+        using view = bare<decltype(weight)>;
+        refuse_shifts(operation, steps);
+        refuse_step_overlap(operation, weight, steps);
+        const bool delta_first = sign == unmerging || std::same_as<P, rounding::peft_safe_policy>;
+        const peft_change<Acc, storage_t<typename view::value_type>> change(operation, steps, weight.rows(), weight.cols(),
+                                                                            sign, delta_first);
+        if (change.empty()) return untouched(weight.size());
+        return report_of(row_pass<Acc>(rows_of<Acc>(weight), change), weight.size());
+      },
+      l...);
 }
 
 }  // namespace detail

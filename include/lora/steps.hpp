@@ -173,8 +173,9 @@ namespace detail {
 template <class Acc>
 void refuse_double_factors(const char* operation, const any_factors& factors) {
   if (!std::is_same_v<Acc, double> && factors.holds_double())
-    raise_value(operation, "an adapter's factors are double, and this call accumulates in float: its kind has to say so, with "
-                           "value_type = double or holds_double()");
+    raise_value(operation,
+                "an adapter's factors are double, and this call accumulates in float: its kind has to say so, with "
+                "value_type = double or holds_double()");
 }
 }  // namespace detail
 
@@ -315,7 +316,9 @@ void check_kind(const char* operation, const K& one, index_t out_features, index
     check_adapter(operation, one, out_features, in_features);
   else if constexpr (requires { one.check_fits(operation, out_features, in_features); })
     one.check_fits(operation, out_features, in_features);
-  else if constexpr (requires { { one.scaling() } -> std::convertible_to<double>; })
+  else if constexpr (requires {
+                       { one.scaling() } -> std::convertible_to<double>;
+                     })
     check_fit(operation, one.out_features(), one.in_features(), one.scaling(), out_features, in_features);
   else
     check_fit(operation, one.out_features(), one.in_features(), 1.0, out_features, in_features);
@@ -324,7 +327,9 @@ void check_kind(const char* operation, const K& one, index_t out_features, index
 /// Whether the numbers of an adapter are double; of some kinds only the run time knows.
 template <class K>
 bool holds_double_now(const K& k) {
-  if constexpr (requires { { k.holds_double() } -> std::convertible_to<bool>; })
+  if constexpr (requires {
+                  { k.holds_double() } -> std::convertible_to<bool>;
+                })
     return k.holds_double();
   else
     return holds_double<K>;
@@ -352,7 +357,9 @@ std::vector<step<Acc>> steps_of(const step_request<Acc>& request, index_t out_fe
 /// Whether the base stores the weight of an adapter in_features x out_features, and its verbs take it so.
 template <class K>
 bool is_stored_in_out(const K& k) {
-  if constexpr (requires { { k.stored_in_out() } -> std::convertible_to<bool>; })
+  if constexpr (requires {
+                  { k.stored_in_out() } -> std::convertible_to<bool>;
+                })
     return k.stored_in_out();
   else
     return false;
@@ -361,9 +368,13 @@ bool is_stored_in_out(const K& k) {
 /// What a message calls an adapter.
 template <class K>
 std::string name_of_kind(const K& k) {
-  if constexpr (requires { { k.name() } -> std::convertible_to<std::string>; })
+  if constexpr (requires {
+                  { k.name() } -> std::convertible_to<std::string>;
+                })
     return k.name();
-  else if constexpr (requires { { k.of().name() } -> std::convertible_to<std::string>; })
+  else if constexpr (requires {
+                       { k.of().name() } -> std::convertible_to<std::string>;
+                     })
     return k.of().name();
   else
     return "an adapter";
@@ -379,8 +390,9 @@ bool are_stored_in_out(const char* operation, const L&... l) {
   };
   (visit_kinds(look, l), ...);
   if (!in_out.empty() && !out_in.empty())
-    raise_value(operation, "the config of one adapter says fan_in_fan_out and the other's does not, for " + in_out + " and " +
-                               out_in + "; one weight is stored one way: read them with read_options::fan_in_fan_out");
+    raise_value(operation, "the config of one adapter says fan_in_fan_out and the other's does not, for " + in_out +
+                               " and " + out_in +
+                               "; one weight is stored one way: read them with read_options::fan_in_fan_out");
   return !in_out.empty();
 }
 

@@ -201,7 +201,8 @@ void apply_through(const Down& down, Y&& y, const L&... l) {
       in = one.in_features();
   };
   (detail::visit_kinds(look, l), ...);
-  apply_through(down, y, detail::form_alone<acc>("apply_through", step_use::through, detail::output_view(y).rows(), in, l...));
+  apply_through(down, y,
+                detail::form_alone<acc>("apply_through", step_use::through, detail::output_view(y).rows(), in, l...));
 }
 
 /// A mistaken call of it gets a sentence.

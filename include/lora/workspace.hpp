@@ -26,9 +26,7 @@ class workspace {
 
   /// Memory of at least this many bytes, aligned for vectors; what it held before is lost. May throw std::bad_alloc, with
   /// the old memory gone.
-  std::byte* require(std::size_t bytes) {
-    return grown(memory_, bytes);
-  }
+  std::byte* require(std::size_t bytes) { return grown(memory_, bytes); }
   /// The same of a second block, which require() leaves as it is: what a call needs while others run inside it.
   std::byte* require_beside(std::size_t bytes) { return grown(beside_, bytes); }
 

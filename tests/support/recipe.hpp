@@ -11,8 +11,8 @@
 #include <utility>
 #include <vector>
 
-#include "lora/detail/eigen.hpp"
 #include <Eigen/LU>
+#include "lora/detail/eigen.hpp"
 
 #include "lora/steps.hpp"
 #include "support/random.hpp"
@@ -83,8 +83,9 @@ struct expected {
   bool holds(const Y& got) const {
     using value = typename Y::Scalar;
     const long double u = std::numeric_limits<Acc>::epsilon() / 2;
-    const long double u_y =
-        std::is_same_v<value, Acc> ? 0 : static_cast<long double>(static_cast<double>(std::numeric_limits<value>::epsilon())) / 2;
+    const long double u_y = std::is_same_v<value, Acc>
+                                ? 0
+                                : static_cast<long double>(static_cast<double>(std::numeric_limits<value>::epsilon())) / 2;
     const long double n = static_cast<long double>(roundings) * u, g = n / (1 - n);
     const exact_matrix e = g * size;
     const exact_matrix bound = (e + u_y * (y.cwiseAbs() + e)).array() + least;

@@ -48,8 +48,7 @@ concept dora_like = !entry_like<A> && (
                                           requires(const bare<A>& a) {
                                             a.factors().lora_A();
                                             a.magnitude();
-                                          } ||
-                                          requires(const bare<A>& a) { a.of().magnitude(); });
+                                          } || requires(const bare<A>& a) { a.of().magnitude(); });
 /// Adapters of any kind that say their steps (steps.hpp).
 template <class A>
 concept says_steps = requires { &bare<A>::template steps<float>; };

@@ -78,7 +78,6 @@ bool is_nan(const T& value) {
     return (std::bit_cast<std::uint16_t>(value) & 0x7fff) > std::numeric_limits<storage_t<T>>::infinity().bits;
 }
 
-
 /// By the bits, too: under -ffast-math NaN may compare equal to zero.
 template <class T>
 bool is_zero(const T& value) {

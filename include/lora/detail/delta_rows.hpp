@@ -23,7 +23,9 @@ inline auto each_low_rank(std::span<const low_rank_step> list) {
 }
 
 inline memory_of_rows moved(const memory_of_rows& from, index_t row, index_t col) {
-  return from.at == nullptr ? from : memory_of_rows{from.at + row * from.row_bytes + col * from.col_bytes, from.row_bytes, from.col_bytes};
+  return from.at == nullptr
+             ? from
+             : memory_of_rows{from.at + row * from.row_bytes + col * from.col_bytes, from.row_bytes, from.col_bytes};
 }
 /// Fetches the rows of a tile of `cols` columns.
 LORA_DETAIL_INLINE void fetch_tile(const memory_of_rows& from, index_t cols) {
@@ -87,7 +89,8 @@ class delta_rows {
 
  public:
   /// Throws shape_error, value_error, std::bad_alloc as every verb.
-  delta_rows(const char* operation, std::span<const low_rank_step> list, index_t out_features, index_t in_features, double sign)
+  delta_rows(const char* operation, std::span<const low_rank_step> list, index_t out_features, index_t in_features,
+             double sign)
       : update_(space_, operation, each_low_rank(list), out_features, in_features, sign) {}
   template <class Each>
   delta_rows(const char* operation, const Each& each, index_t out_features, index_t in_features, double sign)
@@ -102,7 +105,8 @@ class delta_rows {
   void write(index_t first, index_t count, index_t first_col, index_t cols, Acc* to, index_t stride,
              const memory_of_rows& next = {}) const {
     tally none;
-    update_.run_here(row_sink<update, Acc, false>(to, stride, next), {first, first + count, first_col, first_col + cols}, none);
+    update_.run_here(row_sink<update, Acc, false>(to, stride, next), {first, first + count, first_col, first_col + cols},
+                     none);
   }
   /// Whole rows.
   void write(index_t first, index_t count, Acc* to, index_t stride) const {
@@ -112,7 +116,8 @@ class delta_rows {
   void subtract(index_t first, index_t count, index_t first_col, index_t cols, Acc* from, index_t stride,
                 const memory_of_rows& next = {}) const {
     tally none;
-    update_.run_here(row_sink<update, Acc, true>(from, stride, next), {first, first + count, first_col, first_col + cols}, none);
+    update_.run_here(row_sink<update, Acc, true>(from, stride, next), {first, first + count, first_col, first_col + cols},
+                     none);
   }
   /// Whole rows.
   void subtract(index_t first, index_t count, Acc* from, index_t stride) const {

@@ -121,7 +121,8 @@ void change_bias(const View& bias, double sign, const bias_change& change) {
 /// Throws unless b is a vector of out_features elements.
 inline void check_bias_shape(const char* operation, index_t rows, index_t cols, index_t out_features) {
   if ((rows != 1 && cols != 1) || rows * cols != out_features)
-    raise_shape(operation, "the bias is " + shape_text(rows, cols) + " and W has " + std::to_string(out_features) + " outputs");
+    raise_shape(operation,
+                "the bias is " + shape_text(rows, cols) + " and W has " + std::to_string(out_features) + " outputs");
 }
 
 /// Throws value_error when the steps have a bias to add and the call gives none to add it to.

@@ -179,8 +179,7 @@ class form_scratch {
     if (p.source != nullptr) return p.source->product(x, count, y);
     const auto read = [&](const activation_block& some, Acc* destination) {
       for (index_t i = 0; i < some.rows; ++i)
-        for (index_t k = 0; k < some.depth; ++k)
-          destination[k * some.rows + i] = x[some.tokens[i] * in_ + some.first + k];
+        for (index_t k = 0; k < some.depth; ++k) destination[k * some.rows + i] = x[some.tokens[i] * in_ + some.first + k];
     };
     const auto write = [&](index_t first, index_t outputs, index_t token, const Acc* sums) {
       std::copy_n(sums, outputs, y + token * out_ + first);
@@ -203,9 +202,8 @@ class form_scratch {
 
 /// The whole product with forms. Everything was checked. May throw std::bad_alloc and what a kind throws, with nothing written.
 template <class Acc, class T>
-void mix_forms(workspace& space, index_t out_features, index_t in_features, index_t tokens,
-               const weight_source<Acc, T>& W, const form_list<Acc>& list, const activation_source<Acc>& X,
-               const finish_function<Acc>& finish) {
+void mix_forms(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<Acc, T>& W,
+               const form_list<Acc>& list, const activation_source<Acc>& X, const finish_function<Acc>& finish) {
   if (tokens == 0 || out_features == 0) return;
   form_scratch<Acc> scratch(list, out_features, in_features, tokens);
   layout places;

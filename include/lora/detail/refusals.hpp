@@ -51,8 +51,7 @@ template <verb V>
 inline constexpr bool mixes = V == verb::apply || V == verb::forward;
 /// Adapters of any kind, which say their steps.
 template <verb V>
-inline constexpr bool takes_kinds =
-    V != verb::batch && V != verb::pack && V != verb::delta_weight && V != verb::factors;
+inline constexpr bool takes_kinds = V != verb::batch && V != verb::pack && V != verb::delta_weight && V != verb::factors;
 template <verb V>
 inline constexpr bool takes_ranges = V != verb::scaled && V != verb::linear && V != verb::pack;
 
@@ -219,10 +218,10 @@ constexpr bool refuse_panels() {
 // --- A weight. ---
 
 template <verb V, class M>
-inline constexpr bool takes_weight = matrix_like<M> ||
-                                     (V != verb::pack && V != verb::linear && V != verb::factors && V != verb::rows &&
-                                      packed_weight_like<M>) ||
-                                     ((V == verb::forward || V == verb::linear) && biased_like<M>);
+inline constexpr bool takes_weight =
+    matrix_like<M> ||
+    (V != verb::pack && V != verb::linear && V != verb::factors && V != verb::rows && packed_weight_like<M>) ||
+    ((V == verb::forward || V == verb::linear) && biased_like<M>);
 
 /// Says why M is no weight for this verb; nothing if it is one.
 template <verb V, class M>

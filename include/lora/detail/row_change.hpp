@@ -28,8 +28,8 @@ void check_step(const char* operation, const step<Acc>& one, index_t out_feature
   };
   if (const auto* low = std::get_if<low_rank_step>(&one)) {
     refuse_double_factors<Acc>(operation, low->factors);
-    check_fit(operation, low->factors.out_features(), low->factors.in_features(),
-              low->strength * low->factors.scaling(), out_features, in_features);
+    check_fit(operation, low->factors.out_features(), low->factors.in_features(), low->strength * low->factors.scaling(),
+              out_features, in_features);
   } else if (const auto* gain = std::get_if<gain_step<Acc>>(&one))
     check_length("gain", gain->gain.size());
   else if (const auto* shift = std::get_if<shift_step>(&one))
@@ -82,14 +82,13 @@ class row_change {
   /// Whether a change needs whole rows, and not some of their columns.
   bool needs_rows() const {
     return needs_scratch() || std::any_of(parts_.begin(), parts_.end(), [](const part& one) {
-      return std::holds_alternative<const input_step<Acc>*>(one);
-    });
+             return std::holds_alternative<const input_step<Acc>*>(one);
+           });
   }
 
   /// Changes the rows in place. On the calling thread.
   void operator()(const row_block<Acc>& block) const {
-    for (const part& one : parts_)
-      std::visit([&](const auto& p) { run(p, block); }, one);
+    for (const part& one : parts_) std::visit([&](const auto& p) { run(p, block); }, one);
   }
 
  private:

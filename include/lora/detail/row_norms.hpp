@@ -92,7 +92,8 @@ class square_sink {
     }
   };
   place at(index_t row, index_t col) const {
-    return {origin_.from + row * origin_.stride + col, origin_.stride, origin_.squares + (outputs_are_rows ? row * lanes : col)};
+    return {origin_.from + row * origin_.stride + col, origin_.stride,
+            origin_.squares + (outputs_are_rows ? row * lanes : col)};
   }
   void part(tally&, index_t row, index_t col, index_t count, const Acc* sums) const {
     const place there = at(row, col);
@@ -134,8 +135,8 @@ std::vector<double> squares_of_rows(const char* operation, const matrix_view<S, 
       double sums[together * sink::lanes] = {};
       tally none;
       const matrix_view<const S, Order> part = W.middle_rows(first, count);
-      delta.run_here(sink(part, sums), row_major ? window{first, first + count, 0, W.cols()}
-                                                 : window{0, W.cols(), first, first + count},
+      delta.run_here(sink(part, sums),
+                     row_major ? window{first, first + count, 0, W.cols()} : window{0, W.cols(), first, first + count},
                      none);
       for (index_t i = 0; i < count; ++i)
         for (index_t n = 0; n < sink::lanes; ++n) result[static_cast<std::size_t>(first + i)] += sums[i * sink::lanes + n];
@@ -201,8 +202,13 @@ class matrix_reader final : public weight_rows<Acc>, private square_source<Acc> 
   index_t in_features() const override { return rows_.in_features(); }
   index_t granule() const override { return rows_.granule(); }
   void read(index_t first, index_t count, index_t first_col, index_t cols, Acc* to, index_t stride) const override {
-    rows_.load(row_block<Acc>{
-        .first = first, .count = count, .first_col = first_col, .cols = cols, .rows = to, .scratch = nullptr, .stride = stride});
+    rows_.load(row_block<Acc>{.first = first,
+                              .count = count,
+                              .first_col = first_col,
+                              .cols = cols,
+                              .rows = to,
+                              .scratch = nullptr,
+                              .stride = stride});
   }
   memory_of_rows memory(index_t row, index_t col) const override { return rows_.memory(row, col); }
   const square_source<Acc>* squares() const override { return this; }
@@ -229,8 +235,13 @@ class panel_reader final : public weight_rows<Acc> {
   index_t in_features() const override { return rows_.in_features(); }
   index_t granule() const override { return rows_.granule(); }
   void read(index_t first, index_t count, index_t first_col, index_t cols, Acc* to, index_t stride) const override {
-    rows_.load(row_block<Acc>{
-        .first = first, .count = count, .first_col = first_col, .cols = cols, .rows = to, .scratch = nullptr, .stride = stride});
+    rows_.load(row_block<Acc>{.first = first,
+                              .count = count,
+                              .first_col = first_col,
+                              .cols = cols,
+                              .rows = to,
+                              .scratch = nullptr,
+                              .stride = stride});
   }
 
  private:

@@ -115,14 +115,15 @@ tally each_block(index_t out_features, index_t in_features, const pass_options& 
 template <class Acc, class Rows, class Change>
 tally row_pass(const Rows& weight, const Change& change, index_t offset = 0) {
   const pass_options options{weight.granule(), change.needs_rows(), change.needs_scratch()};
-  return each_block<Acc>(weight.out_features(), weight.in_features(), options, [&](const row_block<Acc>& block, tally& seen) {
-    weight.load(block);
-    row_block<Acc> some = block;
-    some.first += offset;
-    some.ahead = weight.memory(block.next_first, block.next_col);
-    change(some);
-    weight.store(block, seen);
-  });
+  return each_block<Acc>(weight.out_features(), weight.in_features(), options,
+                         [&](const row_block<Acc>& block, tally& seen) {
+                           weight.load(block);
+                           row_block<Acc> some = block;
+                           some.first += offset;
+                           some.ahead = weight.memory(block.next_first, block.next_col);
+                           change(some);
+                           weight.store(block, seen);
+                         });
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail

@@ -218,8 +218,7 @@ struct simd<double> {
     _mm512_storeu_pd(sums, _mm512_fmadd_pd(sum, sum, _mm512_loadu_pd(sums)));
   }
   static std::size_t differing(const double* p, vector v) {
-    return static_cast<std::size_t>(
-        _mm_popcnt_u32(_mm512_cmpneq_epi64_mask(_mm512_loadu_si512(p), _mm512_castpd_si512(v))));
+    return static_cast<std::size_t>(_mm_popcnt_u32(_mm512_cmpneq_epi64_mask(_mm512_loadu_si512(p), _mm512_castpd_si512(v))));
   }
 };
 /// Of 32 registers: 8 x 2 accumulators, 2 of the right operand, 1 broadcast.
@@ -271,9 +270,7 @@ struct simd<float> {
   }
   /// Two vectors of neighbours become their even and their odd elements.
   static void unzip(vector& first, vector& second) {
-    const auto ordered = [](vector v) {
-      return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
-    };
+    const auto ordered = [](vector v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); };
     const vector evens = ordered(_mm256_shuffle_ps(first, second, 0x88));
     second = ordered(_mm256_shuffle_ps(first, second, 0xdd));
     first = evens;

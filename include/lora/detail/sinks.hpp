@@ -323,7 +323,8 @@ class panel_sink {
   }
   void part(tally& seen, index_t row, index_t col, index_t count, const Acc* less) const {
     const place there = at(row, col);
-    subtract_and_round<writes>(seen, there.from, there.to, less, count, depth_group<T>, [](Acc sum, index_t) { return sum; });
+    subtract_and_round<writes>(seen, there.from, there.to, less, count, depth_group<T>,
+                               [](Acc sum, index_t) { return sum; });
   }
   void done() const {
     if (origin_.past_caches) finish_streaming();

@@ -142,7 +142,8 @@ void transpose_widened(const T* from, index_t from_stride, index_t rows, index_t
   }
 #endif
   for (index_t k = 0; k < cols; ++k)
-    for (index_t i = k < whole_cols ? whole_rows : 0; i < rows; ++i) to[i * to_stride + k] = widen<Acc>(from[k * from_stride + i]);
+    for (index_t i = k < whole_cols ? whole_rows : 0; i < rows; ++i)
+      to[i * to_stride + k] = widen<Acc>(from[k * from_stride + i]);
 }
 
 /// A weight in memory, read and written as blocks of accumulators. Different rows may be handled by different threads. Without
@@ -166,8 +167,7 @@ class matrix_rows {
   }
   void load(const row_block<Acc>& b) const {
     if constexpr (is_row_major) {
-      for (index_t i = 0; i < b.count; ++i)
-        widen_all<Acc>(at(b.first + i, b.first_col), b.cols, b.rows + i * b.stride);
+      for (index_t i = 0; i < b.count; ++i) widen_all<Acc>(at(b.first + i, b.first_col), b.cols, b.rows + i * b.stride);
     } else if (b.cols != 0) {
       transpose_widened(static_cast<const value_type*>(at(b.first, b.first_col)), W_.outer_stride(), b.count, b.cols, b.rows,
                         b.stride);

@@ -214,8 +214,8 @@ class rank_update {
     const index_t whole_rows = cut_across ? 0 : part.end_row / tile_rows, whole_cols = part.end_col / width;
     const factors all = factors_;
     const Acc *left = all.left(p), *right = all.right(q);
-    auto place = sink.at(std::max<index_t>(0, p * tile_rows - part.first_row),
-                         std::max<index_t>(0, q * width - part.first_col));
+    auto place =
+        sink.at(std::max<index_t>(0, p * tile_rows - part.first_row), std::max<index_t>(0, q * width - part.first_col));
     fetching_panel next(Sink::down ? all.right(q + 1) : all.left(p + 1), all.steps() * (Sink::down ? width : tile_rows),
                         count);
     for (; count > 0; --count) {
@@ -308,7 +308,8 @@ class rank_update {
   LORA_DETAIL_APART void careful(const Sink& sink, const window& part, index_t p, index_t q, tally& mine) const {
     tile sum;
     by_way([&](auto dots) { form<dots()>(factors_, factors_.left(p), factors_.right(q), sum); });
-    const index_t first_row = std::max(p * tile_rows, part.first_row), end_row = std::min(p * tile_rows + tile_rows, part.end_row);
+    const index_t first_row = std::max(p * tile_rows, part.first_row),
+                  end_row = std::min(p * tile_rows + tile_rows, part.end_row);
     const index_t first_col = std::max(q * width, part.first_col), end_col = std::min(q * width + width, part.end_col);
     LORA_DETAIL_UNROLL
     for (int i = 0; i < tile_rows; ++i) {
@@ -316,7 +317,8 @@ class rank_update {
       if (row < first_row || row >= end_row) continue;
       Acc values[width];
       spill(sum[i][0], sum[i][1], values);
-      sink.part(mine, row - part.first_row, first_col - part.first_col, end_col - first_col, values + (first_col - q * width));
+      sink.part(mine, row - part.first_row, first_col - part.first_col, end_col - first_col,
+                values + (first_col - q * width));
     }
   }
 

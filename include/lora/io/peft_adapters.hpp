@@ -35,8 +35,7 @@ inline adapter_set adapters(const std::filesystem::path& path, const read_option
   using adapters_detail::assembled;
   using adapters_detail::by_metadata;
   std::error_code failure;
-  if (std::filesystem::is_regular_file(path, failure))
-    return by_metadata(safetensors::read(path), options, {});
+  if (std::filesystem::is_regular_file(path, failure)) return by_metadata(safetensors::read(path), options, {});
   const io_detail::peft_directory directory(path);
   const auto weights = directory.weights();
   if (!directory.has_config()) {

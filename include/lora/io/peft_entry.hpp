@@ -257,9 +257,10 @@ void check_use(const char* operation, step_use use, const entry<T>& e) {
     refuse(std::string(" was trained beside a base that its initialization had changed (") + e.change_name(e.change()) +
            "): make it an adapter of the published base with converted(W, entry) of lora/io/peft_convert.hpp");
   if (use == step_use::merge && e.groups() > 1)
-    refuse(" is a convolution with " + std::to_string(e.groups()) +
-           " groups whose lora_A sees all channels, so that its delta has no kernel of the base's shape (PEFT refuses to merge "
-           "it too): mix it in with apply_through");
+    refuse(
+        " is a convolution with " + std::to_string(e.groups()) +
+        " groups whose lora_A sees all channels, so that its delta has no kernel of the base's shape (PEFT refuses to merge "
+        "it too): mix it in with apply_through");
   if ((use == step_use::merge || (use == step_use::prepare && !e.magnitude().empty())) && !e.shared_with().empty())
     refuse(" is one of several layers of layer_replication that share the weight of " + e.shared_with() +
            ": copy the weight for each layer and merge the factors() of its entry there, or mix with apply");

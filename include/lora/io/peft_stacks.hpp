@@ -109,9 +109,10 @@ bool common_orientation(const char* operation, const list<T>& all) {
   const bool first = !all.empty() && stored_in_out(*all.front().of, given::stack);
   for (const auto& each : all)
     if (stored_in_out(*each.of, given::stack) != first)
-      lora::detail::raise_value(operation, "the config of one adapter says fan_in_fan_out and the other's does not, for " +
-                                               all.front().of->name() + " and " + each.of->name() +
-                                               "; one weight is stored one way: read them with read_options::fan_in_fan_out");
+      lora::detail::raise_value(operation,
+                                "the config of one adapter says fan_in_fan_out and the other's does not, for " +
+                                    all.front().of->name() + " and " + each.of->name() +
+                                    "; one weight is stored one way: read them with read_options::fan_in_fan_out");
   return first;
 }
 
@@ -142,9 +143,8 @@ template <class T, peft::entries... E>
 merge_report merge(const tensor_view<T, 3>& stack, const E&... e) {
   merge_report report;
   workspace space;
-  peft::entry_detail::each_slice("merge", stack, peft::entry_detail::list_of(e...), [&](const auto& slice, const auto& list) {
-    report += merge(space, slice, list);
-  });
+  peft::entry_detail::each_slice("merge", stack, peft::entry_detail::list_of(e...),
+                                 [&](const auto& slice, const auto& list) { report += merge(space, slice, list); });
   return report;
 }
 template <class T, peft::entries... E>
@@ -152,9 +152,8 @@ template <class T, peft::entries... E>
 merge_report unmerge(const tensor_view<T, 3>& stack, const E&... e) {
   merge_report report;
   workspace space;
-  peft::entry_detail::each_slice("unmerge", stack, peft::entry_detail::list_of(e...), [&](const auto& slice, const auto& list) {
-    report += unmerge(space, slice, list);
-  });
+  peft::entry_detail::each_slice("unmerge", stack, peft::entry_detail::list_of(e...),
+                                 [&](const auto& slice, const auto& list) { report += unmerge(space, slice, list); });
   return report;
 }
 template <class T, peft::entries... E>
@@ -170,14 +169,12 @@ template <class T, peft::entries... E>
   requires(!std::is_const_v<T>) && (sizeof...(E) > 0)
 merge_report merge_checked(const tensor_view<T, 3>& stack, const E&... e) {
   const auto all = peft::entry_detail::list_of(e...);
-  peft::entry_detail::each_slice("merge_checked", stack, all, [](const auto& slice, const auto& list) {
-    detail::check_merge(slice, list);
-  });
+  peft::entry_detail::each_slice("merge_checked", stack, all,
+                                 [](const auto& slice, const auto& list) { detail::check_merge(slice, list); });
   merge_report report;
   workspace space;
-  peft::entry_detail::each_slice("merge_checked", stack, all, [&](const auto& slice, const auto& list) {
-    report += merge(space, slice, list);
-  });
+  peft::entry_detail::each_slice("merge_checked", stack, all,
+                                 [&](const auto& slice, const auto& list) { report += merge(space, slice, list); });
   return report;
 }
 
