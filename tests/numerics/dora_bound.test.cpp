@@ -141,7 +141,7 @@ struct drawn {
     call(false, std::vector{of_ia3(), p_one}, scaled_factors, one);
     if constexpr (std::is_same_v<F, float>) {
       call(false, std::vector{p_one, of_shift(), of_ia3(), p_plain, of_shift()}, one, shift, scaled_factors, plain, shift);
-      call(true, std::vector{of_shift(), p_plain}, shift, plain);
+      call(false, std::vector{of_shift(), p_plain}, shift, plain);
     }
   }
 };
