@@ -129,7 +129,7 @@ TEST_CASE("adapters of different shapes, or none, are refused", "[delta]") {
                  {"lora::delta_weight", "3x4", "3x5"}));
   CHECK(mentions(refusal<lora::shape_error>([&] { (void)lora::delta_weight(l, lora::scaled(0, other)); }), {"3x4", "3x5"}));
   CHECK(mentions(refusal<lora::shape_error>([&] {
-                   lora::delta_weight(std::vector{l, l, other});
+                   (void)lora::delta_weight(std::vector{l, l, other});
                  }),
                  {"lora::delta_weight", "3x4", "3x5"}));
   CHECK(mentions(refusal<lora::value_error>([&] { (void)lora::delta_weight(l, lora::scaled(1e308, lora::scaled(10, l))); }),
