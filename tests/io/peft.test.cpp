@@ -1021,7 +1021,7 @@ TEST_CASE("replicated layers share a weight, except where they do not", "[peft][
   CHECK(file.at("m.layers.0.q").shared_with().empty());
   CHECK(file.at("m.layers.1.q").shared_with() == "m.layers.1.q");
   CHECK(file.at("m.layers.2.q").shared_with() == "m.layers.1.q");
-  merge_refused(file.at("m.layers.2.q"), 3, 4, "shared by several layers");
+  merge_refused(file.at("m.layers.2.q"), 3, 4, "share the weight of");
   file_refused(config("\"layer_replication\":[[0,2]]"), tensors, {"layers.2", "a layer of the 2"});
 }
 
