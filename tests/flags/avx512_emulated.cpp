@@ -25,6 +25,23 @@ static inline __m256i narrowed_halves(simde__m512 values) {
   for (int i = 0; i < 16; ++i) to[i] = _cvtss_sh(from[i], 0);
   return _mm256_load_si256(reinterpret_cast<__m256i*>(to));
 }
+/// One bit for each lane of Lane that differs.
+template <class Lane>
+static inline unsigned differing_lanes(simde__m512i a, simde__m512i b) {
+  constexpr int lanes = 64 / static_cast<int>(sizeof(Lane));
+  Lane x[lanes], y[lanes];
+  __builtin_memcpy(x, &a, sizeof x);
+  __builtin_memcpy(y, &b, sizeof y);
+  unsigned mask = 0;
+  for (int i = 0; i < lanes; ++i) mask |= (x[i] != y[i] ? 1U : 0U) << i;
+  return mask;
+}
+#undef _mm512_cmpneq_epi16_mask
+#undef _mm512_cmpneq_epi32_mask
+#undef _mm512_cmpneq_epi64_mask
+#define _mm512_cmpneq_epi16_mask(a, b) differing_lanes<short>(a, b)
+#define _mm512_cmpneq_epi32_mask(a, b) differing_lanes<int>(a, b)
+#define _mm512_cmpneq_epi64_mask(a, b) differing_lanes<long long>(a, b)
 #define _mm512_stream_ps(p, v) simde_mm512_storeu_ps(p, v)
 #define _mm512_stream_pd(p, v) simde_mm512_storeu_pd(p, v)
 #define _mm512_cvtph_ps(h) widened_halves(h)
