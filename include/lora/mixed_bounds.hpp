@@ -198,7 +198,7 @@ class mixed_bounder {
 
   template <class... L>
   mixed_form_bound<Acc> of(const L&... l) && {
-    [[maybe_unused]] const auto add = [this](const auto& one) { add_one(one); };
+    [[maybe_unused]] const auto add = [this](const auto& one) { this->add_one(one); };
     (visit_kinds(add, l), ...);
     return std::move(result_);
   }

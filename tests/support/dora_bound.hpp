@@ -73,16 +73,18 @@ struct dora_bound {
   struct running {
     exact_matrix size, e;
 
-    running(exact_matrix of, lora::index_t k, long double u) : size(std::move(of)), e(size) { e *= growth().rounds(k, u).v; }
-    void rounds(lora::index_t k, long double u) { e += growth().rounds(k, u).v * (size + e); }
+    running(exact_matrix of, lora::index_t k, long double unit) : size(std::move(of)), e(size) {
+      e *= growth().rounds(k, unit).v;
+    }
+    void rounds(lora::index_t k, long double unit) { e += growth().rounds(k, unit).v * (size + e); }
     void add(const running& more) {
       size += more.size;
       e += more.e;
     }
     /// Times a factor of each output that is off by p, relative.
-    void multiply(const exact_column& by, const exact_column& p, long double eta) {
+    void multiply(const exact_column& by, const exact_column& p, long double least) {
       e = (by.cwiseAbs().asDiagonal() * exact_matrix(e + p.asDiagonal() * (size + e))).eval();
-      e.array() += eta;
+      e.array() += least;
       size = (by.cwiseAbs().asDiagonal() * size).eval();
     }
     /// Of what is stored in T.
