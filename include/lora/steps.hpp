@@ -298,6 +298,16 @@ void visit_kinds(const Visit& visit, const L& l) {
     for (const auto& each : l) visit(each);
 }
 
+/// The one delta step of a kind with a scaling; none at strength 0, where make_source() is not called.
+template <class Acc, class Make>
+std::vector<step<Acc>> delta_steps(const step_request<Acc>& request, double scaling, const Make& make_source) {
+  const double s = request.strength * scaling;
+  if (!is_finite(s)) raise_value(request.operation, "the adapter's scaling times its strength is not finite");
+  std::vector<step<Acc>> all;
+  if (!is_zero(s)) all.push_back(delta_step<Acc>{make_source(), s});
+  return all;
+}
+
 /// The steps of an adapter, behind those that are there. Factors of a low-rank one are copied.
 template <class Acc, class L>
 void append_steps(std::vector<step<Acc>>& all, const step_request<Acc>& request, const L& l) {

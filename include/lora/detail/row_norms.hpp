@@ -193,11 +193,11 @@ std::vector<scaled_norm> norms_of_rows(const char* operation, const weight_rows<
   return norms;
 }
 
-/// A reader of a weight in memory, which computes its own squares.
-template <class Acc, class S, storage_order Order>
-class matrix_reader final : public weight_rows<Acc>, private square_source<Acc> {
+/// A reader of a stored weight, for kinds that look at the base.
+template <class Acc, class Rows>
+class rows_reader : public weight_rows<Acc> {
  public:
-  explicit matrix_reader(const matrix_view<S, Order>& W) : W_(W), rows_(W) {}
+  explicit rows_reader(const Rows& rows) : rows_(rows) {}
   index_t out_features() const override { return rows_.out_features(); }
   index_t in_features() const override { return rows_.in_features(); }
   index_t granule() const override { return rows_.granule(); }
@@ -211,6 +211,17 @@ class matrix_reader final : public weight_rows<Acc>, private square_source<Acc> 
                               .stride = stride});
   }
   memory_of_rows memory(index_t row, index_t col) const override { return rows_.memory(row, col); }
+
+ private:
+  Rows rows_;
+};
+
+/// The same of a matrix, which computes its own squares.
+template <class Acc, class S, storage_order Order>
+class matrix_reader final : public rows_reader<Acc, matrix_rows<Acc, S, Order>>, private square_source<Acc> {
+ public:
+  explicit matrix_reader(const matrix_view<S, Order>& W)
+      : rows_reader<Acc, matrix_rows<Acc, S, Order>>(matrix_rows<Acc, S, Order>(W)), W_(W) {}
   const square_source<Acc>* squares() const override { return this; }
 
  private:
@@ -219,37 +230,15 @@ class matrix_reader final : public weight_rows<Acc>, private square_source<Acc> 
   }
 
   matrix_view<S, Order> W_;
-  matrix_rows<Acc, S, Order> rows_;
 };
+
 template <class Acc, class T, storage_order Order>
 auto reader_of(const matrix_view<T, Order>& W) {
   return matrix_reader<Acc, T, Order>(W);
 }
-
-/// A reader of a weight in panels.
-template <class Acc, class T>
-class panel_reader final : public weight_rows<Acc> {
- public:
-  explicit panel_reader(const packed_weight<T>& W) : rows_(W, nullptr) {}
-  index_t out_features() const override { return rows_.out_features(); }
-  index_t in_features() const override { return rows_.in_features(); }
-  index_t granule() const override { return rows_.granule(); }
-  void read(index_t first, index_t count, index_t first_col, index_t cols, Acc* to, index_t stride) const override {
-    rows_.load(row_block<Acc>{.first = first,
-                              .count = count,
-                              .first_col = first_col,
-                              .cols = cols,
-                              .rows = to,
-                              .scratch = nullptr,
-                              .stride = stride});
-  }
-
- private:
-  panel_rows<Acc, T> rows_;
-};
 template <class Acc, class T>
 auto reader_of(const packed_weight<T>& W) {
-  return panel_reader<Acc, T>(W);
+  return rows_reader<Acc, panel_rows<Acc, T>>(panel_rows<Acc, T>(W, nullptr));
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail

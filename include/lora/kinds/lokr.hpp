@@ -199,13 +199,8 @@ class [[nodiscard]] lokr_adapter {
   /// One delta step; none at strength 0.
   template <class Acc>
   std::vector<step<Acc>> steps(const step_request<Acc>& request) const {
-    const double s = request.strength * scaling_;
-    if (!detail::is_finite(s))
-      detail::raise_value(request.operation, "the adapter's scaling times its strength is not finite");
-    std::vector<step<Acc>> all;
-    if (!detail::is_zero(s))
-      all.push_back(delta_step<Acc>{std::make_shared<const detail::lokr_delta<Acc, T>>(request.operation, C1_, C2_), s});
-    return all;
+    return detail::delta_steps(
+        request, scaling_, [&] { return std::make_shared<const detail::lokr_delta<Acc, T>>(request.operation, C1_, C2_); });
   }
 
  private:
