@@ -11,12 +11,14 @@
 #include "support/allocations.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
+#include "support/within_bound.hpp"
 
 namespace {
 
 using lora::bfloat16;
 using lora::float16;
 using lora::index_t;
+using test::elements;
 using test::exact_matrix;
 
 constexpr std::uint64_t seed = 20261201;
@@ -57,14 +59,6 @@ exact_matrix exact_sum(const std::vector<L>& all, index_t out, index_t in) {
   exact_matrix sum = exact_matrix::Zero(out, in);
   for (const auto& l : all) sum += test::exact_delta(l);
   return sum;
-}
-
-template <class B>
-exact_matrix elements(const B& bound) {
-  exact_matrix result(bound.rows(), bound.cols());
-  for (index_t i = 0; i < bound.rows(); ++i)
-    for (index_t j = 0; j < bound.cols(); ++j) result(i, j) = bound(i, j);
-  return result;
 }
 
 /// The largest |got - want| / bound, 0 where nothing differs.

@@ -6,13 +6,16 @@
 
 #include "support/catch.hpp"
 #include "support/random.hpp"
+#include "support/within_bound.hpp"
 
 namespace {
 
 using lora::bfloat16;
 using lora::float16;
 using lora::index_t;
+using test::elements;
 using test::exact_matrix;
+using test::within;
 
 template <class T, class F>
 struct formats {
@@ -26,18 +29,6 @@ using all_float16 = formats<float16, float16>;
 using bfloat16_base = formats<bfloat16, float>;
 using mixed = formats<bfloat16, float16>;
 using double_factors = formats<float, double>;
-
-template <class B>
-exact_matrix elements(const B& bound) {
-  exact_matrix result(bound.rows(), bound.cols());
-  for (index_t i = 0; i < bound.rows(); ++i)
-    for (index_t j = 0; j < bound.cols(); ++j) result(i, j) = static_cast<long double>(bound(i, j));
-  return result;
-}
-template <class M, class B>
-bool within(const M& got, const exact_matrix& want, const B& bound) {
-  return ((test::exact(got) - want).cwiseAbs().array() <= elements(bound).array()).all();
-}
 
 }  // namespace
 

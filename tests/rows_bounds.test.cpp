@@ -6,6 +6,7 @@
 
 #include "support/catch.hpp"
 #include "support/random.hpp"
+#include "support/within_bound.hpp"
 
 namespace {
 
@@ -13,13 +14,9 @@ using lora::bfloat16;
 using lora::float16;
 using lora::index_t;
 using test::exact_matrix;
+using test::within;
 
 constexpr std::uint64_t seed = 20261203;
-
-template <class M>
-bool within(const M& got, const exact_matrix& want, const Eigen::MatrixXd& bound) {
-  return ((test::exact(got) - want).cwiseAbs().array() <= bound.cast<long double>().array()).all();
-}
 
 template <class F>
 lora::adapter<F> adapter(test::random& g, index_t out, index_t in) {

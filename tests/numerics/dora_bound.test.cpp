@@ -13,12 +13,15 @@
 #include "support/catch.hpp"
 #include "support/dense_delta.hpp"
 #include "support/random.hpp"
+#include "support/within_bound.hpp"
 
 namespace {
 
 using lora::index_t;
+using test::elements;
 using test::exact_column;
 using test::exact_matrix;
+using test::within;
 
 constexpr std::uint64_t seed = 20261202;
 
@@ -46,18 +49,6 @@ std::vector<double> in_double(const std::vector<F>& m) {
   return {m.begin(), m.end()};
 }
 
-/// The elements of a bound of the library, which has no long double.
-template <class B>
-exact_matrix elements(const B& bound) {
-  exact_matrix result(bound.rows(), bound.cols());
-  for (index_t i = 0; i < bound.rows(); ++i)
-    for (index_t j = 0; j < bound.cols(); ++j) result(i, j) = static_cast<long double>(bound(i, j));
-  return result;
-}
-template <class M, class B>
-bool within(const M& got, const exact_matrix& want, const B& bound) {
-  return ((test::exact(got) - want).cwiseAbs().array() <= elements(bound).array()).all();
-}
 /// The library's bound is not below what the oracle finds step by step, and at most `most` times
 /// it: a rounding that is not counted, or one too many, would show.
 template <class B>
