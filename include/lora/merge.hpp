@@ -259,24 +259,27 @@ auto rows_of(const packed_weight<T>& W) {
   return panel_rows<Acc, T>(W, nullptr);
 }
 
+/// The report of a pass with these steps, for a call that gave no bias.
+template <class Acc>
+merge_report report_of_steps(const tally& seen, index_t elements, std::span<const step<Acc>> steps) {
+  merge_report report = report_of(seen, elements);
+  report.biases_left = bias_change_of(steps).gain.empty() ? 0 : 1;
+  return report;
+}
+
 template <writing Where, class Acc, class T, storage_order Order>
 merge_report merge_into(const char* operation, double sign, const matrix_view<T, Order>& W,
                         std::span<const step<Acc>> steps) {
   const tally seen = pass_over<Where, Acc>(operation, sign, W, steps);
   if constexpr (Where == writing::nowhere) refuse_nonfinite(seen, W.size());
-  merge_report report = report_of(seen, W.size());
-  report.biases_left = bias_change_of(steps).gain.empty() ? 0 : 1;
-  return report;
+  return report_of_steps(seen, W.size(), steps);
 }
 template <writing Where, class Acc, class T>
 merge_report merge_into(const char* operation, double sign, packed_weight<T>& W, std::span<const step<Acc>> steps) {
   static_assert(Where == writing::in_place, "lora::merge_checked: adapters of this kind are checked in a plain matrix");
-  return report_of(pass_over<Acc>(operation, sign, W, W, steps), W.out_features() * W.in_features());
+  const tally seen = pass_over<Acc>(operation, sign, W, W, steps);
+  return report_of_steps(seen, W.out_features() * W.in_features(), steps);
 }
-
-/// Throws what merge(W, l...) would throw before it writes.
-template <class M, class... L>
-void check_can_merge(const char* operation, M& W, const L&... l);
 
 /// call(W out x in, its steps in Acc): what every verb for adapters of any kind does first.
 template <class M, class Call, class... L>
@@ -297,6 +300,7 @@ auto with_steps(const char* operation, double sign, M& W, const Call& call, cons
   });
 }
 
+/// Throws what merge(W, l...) would throw before it writes.
 template <class M, class... L>
 void check_can_merge(const char* operation, M& W, const L&... l) {
   with_steps(
@@ -306,6 +310,17 @@ void check_can_merge(const char* operation, M& W, const L&... l) {
         refuse_step_overlap(operation, weight, steps);
         const row_change<Acc> change(operation, steps, weight.rows(), weight.cols(), merging);
         static_cast<void>(change);
+      },
+      l...);
+}
+
+template <class M, class... L>
+merge_report merge_kinds(const char* operation, double sign, M& W, const L&... l) {
+  return with_steps(
+      operation, sign, W,
+      [&](auto& weight, auto steps) {
+        refuse_shifts(operation, steps);
+        return merge_into<writing::in_place>(operation, sign, weight, steps);
       },
       l...);
 }
@@ -367,25 +382,13 @@ template <class M, class... L>
   requires detail::mergeable<M> && detail::of_kinds<L...>
 merge_report merge(M&& W, const L&... l) {
   detail::refuse_temporary<M>();
-  return detail::with_steps(
-      "merge", detail::merging, W,
-      [](auto& weight, auto steps) {
-        detail::refuse_shifts("merge", steps);
-        return detail::merge_into<detail::writing::in_place>("merge", detail::merging, weight, steps);
-      },
-      l...);
+  return detail::merge_kinds("merge", detail::merging, W, l...);
 }
 template <class M, class... L>
   requires detail::mergeable<M> && detail::of_kinds<L...>
 merge_report unmerge(M&& W, const L&... l) {
   detail::refuse_temporary<M>();
-  return detail::with_steps(
-      "unmerge", detail::unmerging, W,
-      [](auto& weight, auto steps) {
-        detail::refuse_shifts("unmerge", steps);
-        return detail::merge_into<detail::writing::in_place>("unmerge", detail::unmerging, weight, steps);
-      },
-      l...);
+  return detail::merge_kinds("unmerge", detail::unmerging, W, l...);
 }
 
 /// The same with the bias of the layer, for adapters with a bias of their own (b := b + c) and those that
