@@ -8,6 +8,7 @@
 #include <random>
 
 #include "lora/dora.hpp"
+#include "lora/io/peft_entry.hpp"
 #include "lora/kinds/ia3.hpp"
 #include "lora/model.hpp"
 #include "support/bits.hpp"
@@ -150,4 +151,40 @@ TEST_CASE("a model attaches a set to all of its modules or to none", "[adapter_s
   for (const auto& [name, W] : weights)
     CHECK(test::same_bits(W, matrix(whole.at(name.substr(0, name.size() - 7)).weight())));
   CHECK_THROWS_AS(whole.merge("other"), lora::value_error);
+}
+
+TEST_CASE("what one adapter of a set refuses leaves all weights as they are", "[adapter_set]") {
+  std::mt19937 bits(13);
+  auto set = some(bits);
+  lora::peft::entry_parts<float> parts;  // the last name: the others would be merged before
+  parts.name = "model.layers.1.v_proj";
+  parts.experts.push_back(plain(bits, 6, 4));
+  parts.bias = std::vector<float>(6, 1.0F);
+  set.add({{parts.name}, lora::peft::entry<float>(parts)});
+  auto weights = base(bits, "model.");
+  weights.emplace("model.layers.1.v_proj.weight", random(bits, 6, 4));
+  const auto before = weights;
+  CHECK_THROWS_WITH(lora::merge(weights, set), Catch::Contains("lora_bias"));
+  for (const auto& [name, W] : before) CHECK(test::same_bits(W, weights.at(name)));
+}
+
+TEST_CASE("a stack of experts takes each expert's adapter, or nothing", "[adapter_set]") {
+  std::mt19937 bits(14);
+  const std::vector<lora::any_kind> experts{plain(bits, 6, 4), plain(bits, 6, 4), plain(bits, 6, 4)};
+  const lora::module_adapter l({"experts"}, experts);
+  std::vector<float> values(3 * 6 * 4);
+  for (float& v : values) v = std::normal_distribution<float>()(bits);
+  const auto before = values;
+  CHECK(lora::merge(lora::tensor_view<float, 3>(values, {3, 6, 4}), l, 0.5).weights == 3);
+  for (std::size_t k = 0; k < 3; ++k) {
+    matrix alone = Eigen::Map<const matrix>(before.data() + 24 * k, 6, 4);
+    lora::merge(alone, lora::scaled(0.5, experts[k]));
+    CAPTURE(k);
+    CHECK(test::same_bits(alone, matrix(Eigen::Map<const matrix>(values.data() + 24 * k, 6, 4))));
+  }
+  CHECK_THROWS_AS(lora::merge(lora::tensor_view<float, 3>(values, {2, 9, 4}), l), lora::shape_error);
+  matrix W = random(bits, 6, 4);
+  CHECK_THROWS_AS(lora::merge(W, l), lora::value_error);
+  CHECK_THROWS_AS((lora::module_adapter({"m"}, std::vector<lora::any_kind>{plain(bits, 6, 4), plain(bits, 5, 4)})),
+                  lora::shape_error);
 }

@@ -6,7 +6,9 @@
 
 #include <random>
 
+#include "lora/any_kind.hpp"
 #include "lora/dora.hpp"
+#include "lora/io/peft_entry.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
 
@@ -93,4 +95,21 @@ TEST_CASE("a kind that looks at the weight needs its rows", "[prepared_merge]") 
   const Eigen::MatrixXf A = Eigen::MatrixXf::Ones(2, 5), B = Eigen::MatrixXf::Ones(7, 2);
   const lora::dora_adapter<float> dora{A, B, {.alpha = 2}, std::vector<float>(7, 1.0F)};
   CHECK_THROWS_AS((lora::prepared_merge<float>(7, 5, dora)), lora::value_error);
+}
+
+TEST_CASE("double factors known at run time, and a base stored in x out, are refused", "[prepared_merge]") {
+  std::mt19937 bits(seed);
+  const auto A = random<Eigen::MatrixXd>(bits, 2, 7, 1), B = random<Eigen::MatrixXd>(bits, 7, 2, 1);
+  const lora::any_kind any = lora::adapter<double>{A, B, {.alpha = 3}};
+  CHECK_THROWS_WITH((lora::prepared_merge<float>(7, 7, any)), Catch::Contains("holds double"));
+  const lora::prepared_merge<float, lora::storage_order::row_major, double> in_double(7, 7, any);
+  auto W = random<stored<float, Eigen::RowMajor>>(bits, 7, 7, 1), want = W;
+  lora::merge(want, any);
+  in_double.rows(0, W);
+  CHECK(test::same_bits(W, want));
+  // Square, so that no shape tells: blocks of rows of such a weight would be blocks of inputs.
+  const lora::peft::entry<float> conv1d(
+      "c_attn", lora::adapter<float>{A.cast<float>().eval(), B.cast<float>().eval(), {.alpha = 3}}, true);
+  CHECK_THROWS_WITH((lora::prepared_merge<float>(7, 7, conv1d)),
+                    Catch::Contains("stores the weight of this adapter in x out"));
 }

@@ -5,8 +5,10 @@
 #include <random>
 
 #include "lora/dora.hpp"
+#include "lora/kinds/ia3.hpp"
 #include "lora/merge.hpp"
 #include "lora/rounding.hpp"
+#include "lora/rows.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
 #include "support/dense_delta.hpp"
@@ -96,4 +98,32 @@ TEST_CASE("merge_checked reports what it merged, and throws before it writes", "
   CHECK(lora::merge_checked(W, l).changed == 45);
   const lora::dora_adapter<float> mild(l, std::vector<float>(9, 1.0F));
   CHECK(lora::merge_checked(W, mild).changed == 45);
+}
+
+TEST_CASE("a report says when an adapter also scales a bias that the call did not give", "[reports]") {
+  Eigen::MatrixXf W = Eigen::MatrixXf::Ones(2, 3);
+  lora::packed_weight<float> packed(W);
+  const auto l = lora::ia3_adapter<float>::of_outputs({2, 3}, 3);
+  std::vector<float> bias{1, 1};
+  CHECK(lora::merge(packed, l).biases_left == 1);
+  CHECK(lora::merge(W, bias, l).biases_left == 0);
+  CHECK(bias == std::vector<float>{2, 3});
+  CHECK(lora::merge(W, l).biases_left == 1);
+  CHECK(lora::merge(W, lora::ia3_adapter<float>::of_inputs({2, 3, 4}, 2)).biases_left == 0);
+}
+
+TEST_CASE("a merged copy has its report, and replaced rows count what they changed", "[reports]") {
+  const Eigen::MatrixXf W = Eigen::MatrixXf::Ones(4, 3);
+  const lora::adapter<float> l{Eigen::MatrixXf::Ones(1, 3), Eigen::MatrixXf{{0}, {1}, {0}, {2}}, {.alpha = 2}};
+  CHECK(lora::merged(W, l).report.changed == 6);
+  CHECK(lora::merged(lora::packed_weight<float>(W), l).report.changed == 6);
+  Eigen::MatrixXf embedding = W;
+  Eigen::MatrixXf values(2, 3);
+  values << 1, 5, 1, 7, 1, std::numeric_limits<float>::infinity();
+  const auto report = lora::merge(embedding, lora::replaced_rows<float>({3, 0}, values));
+  CHECK(report.elements == 12);
+  CHECK(report.changed == 3);
+  CHECK(report.became_nonfinite == 1);
+  CHECK(report.nonfinite_after == 1);
+  CHECK(report.weights == 1);
 }

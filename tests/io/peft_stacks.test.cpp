@@ -2,7 +2,9 @@
 //
 // Stacks of experts (target_parameters): which way round a slice is, which follows from the base and from the version of PEFT
 // that wrote the file; in which order the columns of lora_B go; and the layouts of other writers, each named.
+#include <cmath>
 #include <cstddef>
+#include <cstring>
 #include <optional>
 #include <string>
 #include <vector>
@@ -271,4 +273,29 @@ TEST_CASE("parameter_order may name the parameters that the file has", "[peft][s
           {"2 adapters inside", "\"up\", \"down\"", "found 1", "parameter_order"});
   refused([&] { (void)assemble(json, stack(6, 4), {.parameter_order = {"up", "down"}}); }, {"found 1"});
   CHECK(assemble(json, stack(6, 4), {.parameter_order = {"down"}}).names() == std::vector<std::string>{"x.experts.down"});
+}
+
+TEST_CASE("a stack merges into a copy, checked, and is unmerged", "[peft][stacks]") {
+  const auto file = assemble(written_by("0.19.1"), stack(5, 4));
+  const auto& e = file.begin()->second;
+  std::vector<float> values(experts * 5 * 4, 0.5F);
+  const auto before = values;
+  const lora::tensor_view<float, 3> view(values, {experts, 5, 4});
+  const std::vector<float> copy =
+      lora::merged(lora::tensor_view<const float, 3>(before, {experts, 5, 4}), lora::scaled(-0.5, e));
+  CHECK(lora::merge_checked(view, lora::scaled(-0.5, e)).weights == experts);
+  CHECK(values == copy);
+  CHECK(values != before);
+  for (int k = 0; k < experts; ++k) {
+    test::matrix<float> alone = test::matrix<float>::Constant(5, 4, 0.5F);
+    lora::merge(alone, lora::scaled(-0.5, e.expert(k)));
+    CHECK(test::same_bits(alone, test::matrix<float>(Eigen::Map<const test::matrix<float>>(copy.data() + 20 * k, 5, 4))));
+  }
+  lora::unmerge(view, lora::scaled(-0.5, e));
+  for (const float v : values) CHECK(std::abs(v - 0.5F) < 1e-3F);
+  auto sixteen = std::vector<lora::float16>(experts * 5 * 4, lora::float16(1.0F));
+  const auto kept = sixteen;
+  CHECK_THROWS_AS(lora::merge_checked(lora::tensor_view<lora::float16, 3>(sixteen, {experts, 5, 4}), lora::scaled(1e4, e)),
+                  lora::value_error);
+  CHECK(std::memcmp(kept.data(), sixteen.data(), sizeof(lora::float16) * kept.size()) == 0);
 }
