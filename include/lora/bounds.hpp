@@ -243,7 +243,7 @@ class weight_bound {
       for (const auto& p : error_.parts())
         if (p.rank() != 0)
           exact += static_cast<wide>(sign_ * p.s) *
-                   (p.B.middleRows(first, size.rows()).template cast<wide>() * p.A.template cast<wide>());
+                   detail::multiplied(p.B.middleRows(first, size.rows()).template cast<wide>(), p.A.template cast<wide>());
       for (index_t i = 0; i < size.rows(); ++i)
         for (index_t j = 0; j < cols(); ++j) {
           const auto difference = static_cast<double>(std::abs(static_cast<wide>(got(first + i, j)) - exact(i, j)));

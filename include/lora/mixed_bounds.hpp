@@ -270,8 +270,9 @@ class mixed_bounder {
     Eigen::MatrixXd off = Eigen::MatrixXd::Zero(rows, in);
     if (p.rank() != 0) {
       const Eigen::MatrixXd A = p.A.cwiseAbs(), B = p.B.middleRows(first, rows).cwiseAbs();
-      sum += static_cast<wide>(p.s) * (p.B.middleRows(first, rows).template cast<wide>() * p.A.template cast<wide>());
-      off = (gamma(p.rank() + 2, unit.u) * std::abs(p.s)) * (B * A);
+      sum +=
+          static_cast<wide>(p.s) * multiplied(p.B.middleRows(first, rows).template cast<wide>(), p.A.template cast<wide>());
+      off = (gamma(p.rank() + 2, unit.u) * std::abs(p.s)) * multiplied(B, A);
       const double each = p.flushed * std::abs(p.s), ranks = static_cast<double>(p.rank());
       off.rowwise() += ((unit.eta + each) * A.colwise().sum().array() + unit.eta * (ranks + 1) + each * 2 * ranks).matrix();
       off.colwise() += each * B.rowwise().sum();
@@ -351,7 +352,7 @@ class gained_error {
     error = of_W.segment(first, rows).asDiagonal() * size;
     size = (size_of_W.segment(first, rows).asDiagonal() * size).eval();
     for (const piece& p : pieces) {
-      const Block d = p.B.middleRows(first, rows) * p.A;
+      const Block d = multiplied(p.B.middleRows(first, rows), p.A);
       error += p.error.segment(first, rows).asDiagonal() * d;
       error += p.reach.segment(first, rows) * p.by_col;
       size += p.size.segment(first, rows).asDiagonal() * d;
@@ -453,7 +454,7 @@ void add_pieces(const mixed_form_bound<Acc>& sure, const Eigen::MatrixXd& ax, in
     const row_factor g = sure.after(p.at);
     const Eigen::MatrixXd A = p.part.A.cwiseAbs(), B = p.part.B.cwiseAbs(), sB = std::abs(p.part.s) * B;
     const Eigen::VectorXd of_ranks = sB.rowwise().sum();
-    to.add(g, n + R + 2 + 2 * (m - p.at) + more, unit.u, (sB * (A * ax)).eval());
+    to.add(g, n + R + 2 + 2 * (m - p.at) + more, unit.u, multiplied(sB, multiplied(A, ax)));
     sums += g.reach().cwiseProduct(of_ranks);
     sum_B += g.reach().cwiseProduct(B.rowwise().sum());
     if (flushed == 0 || !p.part.in_pairs) continue;
@@ -493,7 +494,7 @@ template <class Acc, class Of>
 void add_folded(const mixed_form_bound<Acc>& sure, index_t more, const Of& U_of, error_and_size& to) {
   const auto unit = mixed_form_bound<Acc>::unit();
   for (const auto& p : sure.pieces()) {
-    const Eigen::MatrixXd U = U_of(p), through = std::abs(p.part.s) * (p.part.B.cwiseAbs() * U);
+    const Eigen::MatrixXd U = U_of(p), through = std::abs(p.part.s) * multiplied(p.part.B.cwiseAbs(), U);
     to.add(sure.after(p.at), sure.rank() + 2 + sure.gains_count() - p.at + more, unit.u, through);
     to.e.rowwise() += unit.eta * U.colwise().sum();
   }
@@ -586,7 +587,7 @@ Eigen::MatrixXd forward_bound(const M& W, const X& x, const Y& y, const mixed_fo
   detail::each_block(out, n, [&](index_t first, index_t rows) {
     detail::weight_error::block block(rows, n);
     weight.read(first, block);
-    through.middleRows(first, rows) = block.cwiseAbs() * ax;
+    through.middleRows(first, rows) = detail::multiplied(block.cwiseAbs(), ax);
     row_sums.segment(first, rows) = block.cwiseAbs().rowwise().sum();
   });
   sum.add(base, n + sure.rank() + 2 * m + 1, unit.u, through);

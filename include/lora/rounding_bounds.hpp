@@ -64,7 +64,7 @@ class stepwise_error {
       array d = array::Zero(rows, in_), underflow = array::Constant(rows, in_, underflow_of(k));
       if (p.rank() != 0) {
         const Block B = p.B.middleRows(first, rows).cwiseAbs();
-        d = (std::abs(p.s) * (B * p.A.cwiseAbs())).array();
+        d = (std::abs(p.s) * multiplied(B, p.A.cwiseAbs())).array();
         const double each = p.flushed * std::abs(p.s);
         if (each != 0) {
           underflow.rowwise() += each * p.A.cwiseAbs().colwise().sum().array();

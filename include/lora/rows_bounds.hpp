@@ -53,7 +53,7 @@ struct through_sizes {
   void add(double s, const B& lora_B, const Eigen::MatrixXd& U) {
     rank += U.rows();
     if (U.rows() == 0) return;
-    delta += std::abs(s) * (widened(lora_B).cwiseAbs() * U.cwiseAbs());
+    delta += std::abs(s) * multiplied(widened(lora_B).cwiseAbs(), U.cwiseAbs());
     sum_U += U.cwiseAbs().colwise().sum();
   }
 };

@@ -357,7 +357,6 @@ TEST_CASE("golden: a PEFT merge with layers that share a weight is refused, and 
   CHECK(shared.shared_with() == "model.layers.1.self_attn.q_proj");
   CHECK(file.at("model.layers.0.self_attn.q_proj").shared_with().empty());
   Eigen::MatrixXf W = Eigen::MatrixXf::Zero(64, 64);
-  CHECK_THROWS_WITH(lora::merge(W, shared),
-                    Catch::Contains("share the weight of") && Catch::Contains("copy the weight"));
+  CHECK_THROWS_WITH(lora::merge(W, shared), Catch::Contains("share the weight of") && Catch::Contains("copy the weight"));
   CHECK_NOTHROW(lora::merge(W, file.at("model.layers.0.self_attn.q_proj")));
 }

@@ -16,8 +16,27 @@
 
 #include "lora/adapter.hpp"
 #include "lora/detail/eigen.hpp"
+#include "lora/forward.hpp"
+#include "lora/workspace.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
+
+/// a * b. In double by the library's own product: who includes Eigen first would get gcc 12's false
+/// warnings of Eigen's.
+template <class A, class B>
+auto multiplied(const A& a, const B& b) {
+  using real = typename A::Scalar;
+  Eigen::Matrix<real, Eigen::Dynamic, Eigen::Dynamic> result(a.rows(), b.cols());
+  if constexpr (std::is_same_v<real, double>) {
+    const row_major_matrix<double> left = a;
+    const Eigen::MatrixXd right = b;
+    workspace space;
+    lora::forward(space, left, right, result);
+  } else {
+    result.noalias() = a * b;
+  }
+  return result;
+}
 
 /// A format's unit roundoff and the step of its subnormal numbers; both 0 where nothing is rounded
 /// to it.
@@ -129,7 +148,7 @@ class basic_weight_error {
     }
     block d = block::Zero(rows, cols());
     for (const auto& p : parts_)
-      if (p.rank() != 0) d.noalias() += (std::abs(p.s) * p.B.middleRows(first, rows).cwiseAbs()) * p.A.cwiseAbs();
+      if (p.rank() != 0) d += std::abs(p.s) * multiplied(p.B.middleRows(first, rows).cwiseAbs(), p.A.cwiseAbs());
     error = of_W_ * size + of_delta_ * d;
     error.array() += everywhere_;
     error.rowwise() += by_col_;
@@ -195,9 +214,9 @@ class basic_product_error {
       if (merged != nullptr) {
         merged->of_rows(first, size, error);
         size += error;
-        error_.middleRows(first, rows).noalias() += error * x_;
+        error_.middleRows(first, rows) += multiplied(error, x_);
       }
-      size_.middleRows(first, rows).noalias() += size * x_;
+      size_.middleRows(first, rows) += multiplied(size, x_);
       row_sums_.segment(first, rows) = size.rowwise().sum();
     });
   }
@@ -217,7 +236,7 @@ class basic_product_error {
     for (const auto& [p, strength] : parts) {
       if (p->rank() == 0) continue;
       const double s = std::abs(strength);
-      const real_matrix<Real> B = p->B.cwiseAbs(), U = s * (p->A.cwiseAbs() * x), through = B * U;
+      const real_matrix<Real> B = p->B.cwiseAbs(), U = s * multiplied(p->A.cwiseAbs(), x), through = multiplied(B, U);
       const real_column<Real> of_ranks = B.rowwise().sum();
       size += through;
       e += of_parts * through;

@@ -39,7 +39,7 @@ class first_exception {
   }
 
  private:
-  std::atomic_flag taken_ = ATOMIC_FLAG_INIT;
+  std::atomic_flag taken_;
   std::exception_ptr held_;
 };
 
