@@ -50,7 +50,7 @@ struct row {
 template <class T>
 struct served_layers {
   std::vector<lora::packed_weight<T>> weights;
-  std::vector<std::vector<lora::packed_adapter<T>>> adapters;
+  std::vector<lora::packed_adapters<T>> adapters;
 
   explicit served_layers(const row& r) {
     std::uint32_t seed = 1000;
@@ -58,9 +58,9 @@ struct served_layers {
     for (std::size_t k = 0; k < count; ++k) {
       const auto W = lora_bench::random_weight<T>(r.layer, static_cast<std::uint32_t>(k));
       weights.emplace_back(lora::row_major(W.data(), r.layer.out, r.layer.in));
-      adapters.emplace_back();
-      for (index_t a = 0; a < r.adapters; ++a)
-        adapters.back().emplace_back(lora_bench::random_adapter<T>(r.layer, r.rank, seed += 2));
+      std::vector<decltype(lora_bench::random_adapter<T>(r.layer, r.rank, seed))> plain;
+      for (index_t a = 0; a < r.adapters; ++a) plain.push_back(lora_bench::random_adapter<T>(r.layer, r.rank, seed += 2));
+      adapters.emplace_back(plain);
     }
   }
 };
@@ -69,7 +69,7 @@ struct served_layers {
 index_t adapter_of(index_t token, index_t adapters) { return adapters == 0 ? -1 : token * 37 % adapters; }
 
 template <class T>
-lora::batch<T> make_batch(const std::vector<lora::packed_adapter<T>>& adapters, index_t tokens) {
+lora::batch<T> make_batch(const lora::packed_adapters<T>& adapters, index_t tokens) {
   lora::batch<T> who(adapters);
   for (index_t t = 0; t < tokens; ++t) {
     const index_t a = adapter_of(t, static_cast<index_t>(adapters.size()));
@@ -80,7 +80,7 @@ lora::batch<T> make_batch(const std::vector<lora::packed_adapter<T>>& adapters, 
 
 /// Whether token 0 .. 7 of y are what a call with their adapter alone gives.
 template <class T, class X>
-bool is_right(const lora::packed_weight<T>& W, const std::vector<lora::packed_adapter<T>>& adapters, const row& r,
+bool is_right(const lora::packed_weight<T>& W, const lora::packed_adapters<T>& adapters, const row& r,
               const lora_bench::buffer<X>& x, const std::vector<X>& y) {
   std::vector<X> alone(static_cast<std::size_t>(r.layer.out));
   for (index_t t = 0; t < std::min<index_t>(8, r.tokens); ++t) {

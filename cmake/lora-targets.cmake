@@ -24,39 +24,51 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/delta.hpp
   include/lora/dora.hpp
   include/lora/mixed_bounds.hpp
-  include/lora/detail/activations.hpp
   include/lora/detail/argument_kinds.hpp
   include/lora/detail/convert.hpp
   include/lora/detail/delta_rows.hpp
-  include/lora/detail/environment.hpp
   include/lora/detail/eigen.hpp
   include/lora/detail/error_terms.hpp
-  include/lora/detail/factors.hpp
-  include/lora/detail/huge_pages.hpp
-  include/lora/detail/memory.hpp
   include/lora/detail/merge_steps.hpp
   include/lora/detail/mistaken_calls.hpp
-  include/lora/detail/mix.hpp
-  include/lora/detail/mode_product.hpp
   include/lora/detail/mix_forms.hpp
   include/lora/detail/name_match.hpp
   include/lora/detail/operands.hpp
   include/lora/detail/overlap.hpp
-  include/lora/detail/panels.hpp
-  include/lora/detail/parallel.hpp
-  include/lora/detail/plan.hpp
-  include/lora/detail/product.hpp
-  include/lora/detail/rank_product.hpp
+  include/lora/detail/part_list.hpp
   include/lora/detail/refusals.hpp
   include/lora/detail/row_change.hpp
   include/lora/detail/row_norms.hpp
   include/lora/detail/row_pass.hpp
-  include/lora/detail/simd.hpp
-  include/lora/detail/sinks.hpp
-  include/lora/detail/stack.hpp
   include/lora/detail/stored_rows.hpp
-  include/lora/detail/tile.hpp
-  include/lora/detail/update.hpp
+  include/lora/kernel/compiler.hpp
+  include/lora/kernel/environment.hpp
+  include/lora/kernel/isa/avx2.hpp
+  include/lora/kernel/isa/avx512.hpp
+  include/lora/kernel/isa/portable.hpp
+  include/lora/kernel/isa/transpose_x86.hpp
+  include/lora/kernel/lookahead.hpp
+  include/lora/kernel/memory.hpp
+  include/lora/kernel/merge/delta_tiles.hpp
+  include/lora/kernel/merge/stacked_factors.hpp
+  include/lora/kernel/merge/tile_sink.hpp
+  include/lora/kernel/merge/tile_sinks.hpp
+  include/lora/kernel/multiplier.hpp
+  include/lora/kernel/overflow_watch.hpp
+  include/lora/kernel/panels.hpp
+  include/lora/kernel/product/adapter_product.hpp
+  include/lora/kernel/product/base_product.hpp
+  include/lora/kernel/product/call.hpp
+  include/lora/kernel/product/mode_product.hpp
+  include/lora/kernel/product/packed_factors.hpp
+  include/lora/kernel/product/packed_tokens.hpp
+  include/lora/kernel/product/token_plan.hpp
+  include/lora/kernel/scratch.hpp
+  include/lora/kernel/simd.hpp
+  include/lora/kernel/threads.hpp
+  include/lora/kernel/tile.hpp
+  include/lora/kernel/tuning.hpp
+  include/lora/kernel/widen.hpp
   include/lora/error.hpp
   include/lora/float16.hpp
   include/lora/forward.hpp

@@ -32,7 +32,7 @@ int main() {
   const auto W = pattern(64, 96, 7, 0.3F).cast<lora::bfloat16>().eval();
   const lora::packed_weight packed{W};
   const std::vector<lora::adapter<float>> adapters{tenant(0, 4), tenant(1, 16), tenant(2, 1)};
-  const std::vector<lora::packed_adapter<float>> served(adapters.begin(), adapters.end());
+  const lora::packed_adapters<float> served{adapters};
   lora::workspace space;
 
   // Every call: which adapters each of its tokens gets, and one product for all of them.

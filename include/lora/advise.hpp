@@ -17,9 +17,9 @@
 #include <span>
 
 #include "lora/concepts.hpp"
-#include "lora/detail/stack.hpp"
-#include "lora/detail/tile.hpp"
 #include "lora/error.hpp"
+#include "lora/kernel/merge/stacked_factors.hpp"
+#include "lora/kernel/tile.hpp"
 #include "lora/limits.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {

@@ -23,9 +23,9 @@
 #include <type_traits>
 #include <vector>
 
-#include "lora/detail/environment.hpp"
-#include "lora/detail/plan.hpp"
 #include "lora/detail/refusals.hpp"
+#include "lora/kernel/environment.hpp"
+#include "lora/kernel/product/token_plan.hpp"
 #include "lora/mixed.hpp"
 #include "lora/packed_adapter.hpp"
 
@@ -83,6 +83,13 @@ class batch {
     static_assert(
         detail::never<F>,
         "lora::batch: the vector of adapters is a temporary, and the batch would look at it: give it a name first");
+  }
+  template <class G>
+    requires std::is_same_v<G, F>
+  explicit batch(const packed_adapters<G>&&) {
+    static_assert(detail::never<G>,
+                  "lora::batch: the packed adapters are a temporary, and the batch would look at them: give "
+                  "them a name first");
   }
   /// A mistaken list gets a sentence.
   template <class R>
@@ -301,6 +308,8 @@ template <class F>
 batch(const std::vector<packed_adapter<F>>&) -> batch<F>;
 template <class F>
 batch(std::span<const packed_adapter<F>>) -> batch<F>;
+template <class F>
+batch(const packed_adapters<F>&) -> batch<F>;
 template <class F>
 batch(const std::vector<const packed_adapter<F>*>&) -> batch<F>;
 template <class F>

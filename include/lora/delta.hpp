@@ -22,7 +22,7 @@
 #include "lora/detail/delta_rows.hpp"
 #include "lora/detail/eigen.hpp"
 #include "lora/detail/refusals.hpp"
-#include "lora/detail/update.hpp"
+#include "lora/kernel/merge/delta_tiles.hpp"
 #include "lora/workspace.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {

@@ -10,9 +10,11 @@
 #include <chrono>
 #include <cstddef>
 
-#include "lora/detail/memory.hpp"
-#include "lora/detail/parallel.hpp"
-#include "lora/detail/simd.hpp"
+#include "lora/kernel/memory.hpp"
+#include "lora/kernel/multiplier.hpp"
+#include "lora/kernel/simd.hpp"
+#include "lora/kernel/threads.hpp"
+#include "lora/kernel/tuning.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
 
@@ -71,11 +73,15 @@ class limits_probe {
       return threads * chunk * flops_of_step / best((dots ? 0.15 : 0.3) * budget, at_least, work);
     };
     const double flops = rate(fma_flops, [](int) { return multiply_adds(); });
+    double dot_flops = flops;
+    with_multiplier<float, dots>(true, [&]<class M>(M) {
+      if constexpr (is_dot2<M>) dot_flops = rate(2 * fma_flops, [](int) { return add_dots<M>(); });
+    });
     return {.flops = flops,
             .read = bytes / read_time,
             .read_write = 2 * bytes / update_time,
             .threads = threads_,
-            .dot_flops = dots ? rate(2 * fma_flops, [](int) { return add_dots(); }) : flops};
+            .dot_flops = dot_flops};
   }
 
  private:
@@ -111,13 +117,10 @@ class limits_probe {
     const auto factor = v::broadcast(opaque(0.999F)), addend = v::broadcast(opaque(1e-3F));
     return in_chains([&](v::vector sum) { return v::multiply_add(sum, factor, addend); });
   }
+  template <class M>
   static float add_dots() {
-#if defined(LORA_DETAIL_DOTS)
     const auto pair = v::broadcast(opaque(1e-3F));
-    return in_chains([&](v::vector sum) { return v::add_dots(pair, pair, sum); });
-#else
-    return 0;
-#endif
+    return in_chains([&](v::vector sum) { return M::step(pair, pair, sum); });
   }
   template <class Step>
   static float in_chains(const Step& step_of) {

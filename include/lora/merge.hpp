@@ -35,7 +35,7 @@
 #include "lora/detail/merge_steps.hpp"
 #include "lora/detail/refusals.hpp"
 #include "lora/detail/row_norms.hpp"
-#include "lora/detail/sinks.hpp"
+#include "lora/kernel/merge/tile_sinks.hpp"
 #include "lora/merge_report.hpp"
 #include "lora/packed_weight.hpp"
 #include "lora/steps.hpp"

@@ -37,9 +37,9 @@
 #include <variant>
 #include <vector>
 
-#include "lora/detail/factors.hpp"
-#include "lora/detail/memory.hpp"
 #include "lora/detail/row_norms.hpp"
+#include "lora/kernel/memory.hpp"
+#include "lora/kernel/product/packed_factors.hpp"
 #include "lora/packed_weight.hpp"
 #include "lora/steps.hpp"
 
@@ -186,14 +186,12 @@ class form_state {
       using stored = factor_scalar_A<L>;
       using F = std::conditional_t<std::is_same_v<accumulator_t<stored>, Acc>, stored, Acc>;
       const factor_layout<Acc, F> where{out_, in_, l.rank()};
-      constexpr index_t line = static_cast<index_t>(memory_alignment / sizeof(F));
-      const index_t B_begin = pieces(where.A_size(), line) * line;
-      auto panels = std::make_shared<array<F>>(B_begin + where.B_size(), lifetime::model);
+      auto panels = std::make_shared<array<F>>(where.size());
       part<Acc> made{.rank = l.rank(), .format = format_of_panels<Acc, F>()};
       if (panels->size() != 0) {
-        pack_factors<Acc>(where, l, panels->data(), panels->data() + B_begin);
         made.A = panels->data();
-        made.B = panels->data() + B_begin;
+        made.B = panels->data() + where.B_begin();
+        pack_factors<Acc>(where, l, panels->data(), panels->data() + where.B_begin());
       }
       owned_.push_back(std::move(panels));
       return made;

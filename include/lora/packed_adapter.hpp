@@ -8,13 +8,17 @@
 // forward and apply take it wherever they take an adapter. A strength costs nothing: it multiplies lora_A * x.
 #pragma once
 
+#include <iterator>
+#include <memory>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <utility>
+#include <vector>
 
-#include "lora/detail/factors.hpp"
-#include "lora/detail/memory.hpp"
 #include "lora/detail/refusals.hpp"
+#include "lora/kernel/memory.hpp"
+#include "lora/kernel/product/packed_factors.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
 
@@ -22,10 +26,10 @@ namespace lora::inline LORA_DETAIL_ABI {
 /// the packed factors, as a model in that format does.
 enum class U_format { accumulator, factors };
 
-/// Owns the panels of lora_A and lora_B as F: float, double, or a 16-bit format. Their bytes are what mixing reads:
-/// rank * (in_features + out_features) * sizeof(F), and padding. Immutable; the original factors cannot be read back from
-/// it, so it does not merge. Of 2 MiB and more they lie in huge pages of their own; on Linux those of 16 KiB to 2 MiB share
-/// huge pages with their neighbours, in chunks of 16 MiB that are freed when they are empty, but for one.
+/// Holds the panels of lora_A and lora_B as F: float, double, or a 16-bit format. Their bytes are what
+/// mixing reads: rank * (in_features + out_features) * sizeof(F), and padding. Immutable; copies share
+/// the panels. The original factors cannot be read back from it, so it does not merge. From 1 MiB on
+/// the panels lie in huge pages of their own; packed_adapters does that for many small adapters.
 template <class F>
 class [[nodiscard]] packed_adapter {
   static_assert(detail::refuse_panels<F>());
@@ -81,18 +85,27 @@ class [[nodiscard]] packed_adapter {
   index_t out_features() const { return out_features_; }
   index_t in_features() const { return in_features_; }
   lora::U_format U_format() const { return U_; }
-  std::size_t bytes() const { return static_cast<std::size_t>(panels_.size()) * sizeof(F); }
+  std::size_t bytes() const { return static_cast<std::size_t>(where().size()) * sizeof(F); }
 
   /// The panels, for the library's own verbs.
-  const F* A_panels() const { return panels_.data(); }
-  const F* B_panels() const { return panels_.data() + B_begin(); }
+  const F* A_panels() const { return panels_.get(); }
+  const F* B_panels() const { return panels_.get() + where().B_begin(); }
   detail::factor_layout<acc, F> where() const { return {out_features_, in_features_, rank_}; }
 
  private:
+  template <class>
+  friend class packed_adapters;
   struct pack_tag {};
   template <low_rank L>
   packed_adapter(const L& l, pack_tag) {
     const detail::default_environment environment;
+    check(l);
+    pack(l, std::make_shared<detail::array<F>>(where().size()), 0);
+  }
+
+  /// Takes over everything but the panels. Throws what the constructor throws.
+  template <class L>
+  void check(const L& l) {
     const auto& lora_A = l.lora_A();
     const auto& lora_B = l.lora_B();
     out_features_ = as_matrix(lora_B).rows();
@@ -102,9 +115,13 @@ class [[nodiscard]] packed_adapter {
     refuse_overflow("lora_B", as_matrix(lora_B));
     rank_ = static_cast<index_t>(l.rank());
     scaling_ = static_cast<double>(l.scaling());
-    // Both in one block: together they fill huge pages sooner.
-    panels_ = detail::array<F>(B_begin() + where().B_size(), detail::lifetime::model);
-    detail::pack_factors<acc>(where(), l, panels_.data(), panels_.data() + B_begin());
+  }
+  /// Packs the factors into the block, from element `at` on. Does not throw.
+  template <class L>
+  void pack(const L& l, const std::shared_ptr<detail::array<F>>& block, index_t at) {
+    F* const begin = block->data() + at;
+    detail::pack_factors<acc>(where(), l, begin, begin + where().B_begin());
+    panels_ = std::shared_ptr<const F>(block, begin);
   }
 
   template <class V>
@@ -119,21 +136,80 @@ class [[nodiscard]] packed_adapter {
                                                       "a wider one");
   }
 
-  index_t B_begin() const {
-    constexpr index_t line = static_cast<index_t>(detail::memory_alignment / sizeof(F));
-    return detail::pieces(where().A_size(), line) * line;
-  }
-
   index_t out_features_ = 0, in_features_ = 0, rank_ = 0;
   double scaling_ = 0;
   lora::U_format U_ = lora::U_format::accumulator;
-  detail::array<F> panels_;
+  std::shared_ptr<const F> panels_;
 };
 
 template <low_rank L>
 packed_adapter(const L&) -> packed_adapter<accumulator_t<L>>;
 template <detail::mistaken_adapter L>
 packed_adapter(const L&) -> packed_adapter<float>;  // for the sentence
+
+/// Many adapters, packed as packed_adapter<F> into one block of memory: those that a server keeps.
+/// Small adapters then share huge pages, and a batch that reads many of them has fewer misses in the
+/// processor's table of addresses. Immutable; an element that is copied keeps the whole block alive.
+///
+///   const lora::packed_adapters<lora::bfloat16> served{adapters};
+///   lora::batch requests{served};
+template <class F>
+class [[nodiscard]] packed_adapters {
+ public:
+  using value_type = packed_adapter<F>;
+
+  packed_adapters() = default;
+  /// Packs every adapter of a range. Throws what packed_adapter's constructor throws; std::bad_alloc.
+  template <low_rank_range R>
+  explicit packed_adapters(const R& adapters) {
+    pack(adapters);
+  }
+  /// The same with U in this format (see packed_adapter).
+  template <low_rank_range R>
+  packed_adapters(const R& adapters, lora::U_format U)
+    requires(std::is_same_v<F, bfloat16>)
+  {
+    pack(adapters);
+    for (value_type& one : all_) one.U_ = U;
+  }
+  /// A mistaken list gets a sentence.
+  template <class R>
+    requires(detail::recognisable<R> && !low_rank_range<R> && !std::is_same_v<R, packed_adapters>)
+  explicit packed_adapters(const R&, lora::U_format = lora::U_format::accumulator) {
+    static_assert(detail::refuse_adapter<detail::verb::pack, R>());
+  }
+
+  std::size_t size() const { return all_.size(); }
+  const value_type& operator[](std::size_t k) const { return all_[k]; }
+  auto begin() const { return all_.begin(); }
+  auto end() const { return all_.end(); }
+  operator std::span<const value_type>() const { return all_; }  // NOLINT(google-explicit-constructor)
+
+ private:
+  template <class R>
+  void pack(const R& adapters) {
+    const detail::default_environment environment;
+    constexpr auto line = static_cast<index_t>(detail::memory_alignment / sizeof(F));
+    const auto lines = [](const value_type& one) { return detail::pieces(one.where().size(), line) * line; };
+    index_t size = 0;
+    for (const auto& l : adapters) {
+      all_.emplace_back().check(l);
+      size += lines(all_.back());
+    }
+    const auto block = std::make_shared<detail::array<F>>(size);
+    index_t at = 0;
+    auto to = all_.begin();
+    for (const auto& l : adapters) {
+      to->pack(l, block, at);
+      at += lines(*to++);
+    }
+  }
+
+  std::vector<value_type> all_;
+};
+
+template <low_rank_range R>
+packed_adapters(const R&) -> packed_adapters<accumulator_t<detail::bare<decltype(*std::begin(std::declval<const R&>()))>>>;
 
 /// w * (a packed adapter). Holds a pointer to it: the packed adapter must outlive this.
 template <scalar F>

@@ -19,12 +19,12 @@
 #include <utility>
 
 #include "lora/detail/eigen.hpp"
-#include "lora/detail/memory.hpp"
 #include "lora/detail/operands.hpp"
-#include "lora/detail/panels.hpp"
-#include "lora/detail/parallel.hpp"
 #include "lora/detail/refusals.hpp"
-#include "lora/detail/sinks.hpp"
+#include "lora/kernel/memory.hpp"
+#include "lora/kernel/merge/tile_sinks.hpp"
+#include "lora/kernel/panels.hpp"
+#include "lora/kernel/threads.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
 
@@ -68,7 +68,7 @@ class packed_weight {
     packed_weight result;
     result.out_features_ = out_features;
     result.in_features_ = in_features;
-    result.elements_ = detail::array<T>(result.count() * result.panel(), detail::lifetime::model);
+    result.elements_ = detail::array<T>(result.count() * result.panel());
     result.clear_padding();
     return result;
   }
@@ -79,7 +79,7 @@ class packed_weight {
     const auto view = as_matrix(W);
     out_features_ = view.rows();
     in_features_ = view.cols();
-    elements_ = detail::array<T>(count() * panel(), detail::lifetime::model);
+    elements_ = detail::array<T>(count() * panel());
     pack(view);
   }
   /// A mistaken matrix gets a sentence.

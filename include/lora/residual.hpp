@@ -29,8 +29,8 @@
 
 #include "lora/concepts.hpp"
 #include "lora/detail/convert.hpp"
-#include "lora/detail/environment.hpp"
 #include "lora/error.hpp"
+#include "lora/kernel/environment.hpp"
 #include "lora/matrix_view.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {

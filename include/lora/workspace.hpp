@@ -8,7 +8,7 @@
 
 #include <cstddef>
 
-#include "lora/detail/memory.hpp"
+#include "lora/kernel/memory.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
 

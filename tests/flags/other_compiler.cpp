@@ -62,7 +62,7 @@
 #include "lora/rows.hpp"
 #include "lora/through.hpp"
 
-static_assert(lora::detail::simd<float>::width == 1 && !lora::detail::shares_huge_pages && !LORA_IO_DETAIL_POSIX);
+static_assert(lora::detail::simd<float>::width == 1 && !LORA_IO_DETAIL_POSIX);
 
 int main(int count, char** arguments) {
   const Eigen::MatrixXf A{{1, 2, 0}, {0, 1, 1}}, B{{3, 1}, {-1, 2}}, X{{1, 0, 4, 2, 1}, {2, 1, 0, 1, 3}, {3, 5, 1, 0, 1}};

@@ -12,7 +12,7 @@
 #include <vector>
 
 #include "golden/reference.hpp"
-#include "lora/detail/parallel.hpp"
+#include "lora/kernel/threads.hpp"
 #include "lora/kinds/factored_matrix.hpp"
 #include "support/bits.hpp"
 #include "support/outside.hpp"

@@ -4,7 +4,7 @@
 // it.
 #pragma once
 
-#include "lora/detail/environment.hpp"
+#include "lora/kernel/environment.hpp"
 
 namespace test {
 

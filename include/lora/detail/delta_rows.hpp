@@ -7,8 +7,8 @@
 #include <span>
 #include <vector>
 
-#include "lora/detail/sinks.hpp"
-#include "lora/detail/update.hpp"
+#include "lora/kernel/merge/delta_tiles.hpp"
+#include "lora/kernel/merge/tile_sinks.hpp"
 #include "lora/steps.hpp"
 #include "lora/workspace.hpp"
 
@@ -40,7 +40,7 @@ template <class Update, class Acc, bool Subtracts>
 class row_sink {
  public:
   using value_type = Acc;
-  static constexpr bool down = false, takes_tiles = true, writes = true;
+  static constexpr bool bands_down = false, takes_tiles = true, writes = true;
 
   row_sink(Acc* rows, index_t stride, const memory_of_rows& next = {}) : origin_{rows, stride, next} {}
 
@@ -54,7 +54,7 @@ class row_sink {
       ahead = moved(ahead, 0, Update::width);
     }
     void fetch() const { fetch_tile(ahead, Update::width); }
-    LORA_DETAIL_INLINE bool plain(const typename Update::tile& sum, tally&) const {
+    LORA_DETAIL_INLINE bool store_checked(const typename Update::tile& sum, tally&) const {
       using v = simd<Acc>;
       LORA_DETAIL_UNROLL
       for (int i = 0; i < tile_rows; ++i) {
@@ -72,11 +72,11 @@ class row_sink {
   place at(index_t row, index_t col) const {
     return {origin_.to + row * origin_.stride + col, origin_.stride, moved(origin_.ahead, row, col)};
   }
-  void part(tally&, index_t row, index_t col, index_t count, const Acc* sums) const {
+  void store_sums(tally&, index_t row, index_t col, index_t count, const Acc* sums) const {
     Acc* const to = origin_.to + row * origin_.stride + col;
     for (index_t j = 0; j < count; ++j) to[j] = Subtracts ? to[j] - sums[j] : sums[j];
   }
-  void done() const {}
+  void finish() const {}
 
  private:
   place origin_;

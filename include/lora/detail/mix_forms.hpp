@@ -8,7 +8,7 @@
 #include <cstddef>
 #include <span>
 
-#include "lora/detail/mix.hpp"
+#include "lora/detail/part_list.hpp"
 #include "lora/mixed.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {

@@ -57,7 +57,7 @@ class square_sink {
   /// Of outputs that are columns the even and the odd ones would change places.
   static constexpr bool takes_tiles =
       rounds_in_registers<Acc, T> && (outputs_are_rows || columns_of<Acc, T> == columns::in_order);
-  static constexpr bool down = false, writes = true;
+  static constexpr bool bands_down = false, writes = true;
   static constexpr index_t lanes = outputs_are_rows ? Update::width : 1;
 
   /// W begins at the window's first element, `squares` at its first output.
@@ -76,9 +76,9 @@ class square_sink {
     void fetch() const {
       for (int i = 0; i < tile_rows; ++i)
         prefetch_at<Update::width* static_cast<int>(sizeof(T))>(
-            from, (i * stride + tiles_ahead * Update::width) * static_cast<index_t>(sizeof(T)));
+            from, (i * stride + tuned.tiles_ahead * Update::width) * static_cast<index_t>(sizeof(T)));
     }
-    LORA_DETAIL_INLINE bool plain(const typename Update::tile& sum, tally&) const {
+    LORA_DETAIL_INLINE bool store_checked(const typename Update::tile& sum, tally&) const {
       using v = simd<Acc>;
       LORA_DETAIL_UNROLL
       for (int i = 0; i < tile_rows; ++i) {
@@ -95,14 +95,14 @@ class square_sink {
     return {origin_.from + row * origin_.stride + col, origin_.stride,
             origin_.squares + (outputs_are_rows ? row * lanes : col)};
   }
-  void part(tally&, index_t row, index_t col, index_t count, const Acc* sums) const {
+  void store_sums(tally&, index_t row, index_t col, index_t count, const Acc* sums) const {
     const place there = at(row, col);
     for (index_t j = 0; j < count; ++j) {
       const double sum = widen<double>(there.from[j]) + static_cast<double>(sums[j]);
       there.squares[outputs_are_rows ? (col + j) % lanes : j] += sum * sum;
     }
   }
-  void done() const {}
+  void finish() const {}
 
  private:
   place origin_;

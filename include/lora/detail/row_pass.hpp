@@ -10,10 +10,10 @@
 #include <exception>
 #include <numeric>
 
-#include "lora/detail/memory.hpp"
-#include "lora/detail/parallel.hpp"
 #include "lora/detail/row_change.hpp"
 #include "lora/detail/stored_rows.hpp"
+#include "lora/kernel/memory.hpp"
+#include "lora/kernel/threads.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 

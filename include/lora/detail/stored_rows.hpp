@@ -9,23 +9,13 @@
 
 #include "lora/detail/convert.hpp"
 #include "lora/detail/delta_rows.hpp"
-#include "lora/detail/panels.hpp"
-#include "lora/detail/sinks.hpp"
+#include "lora/kernel/merge/tile_sinks.hpp"
+#include "lora/kernel/panels.hpp"
+#include "lora/kernel/widen.hpp"
 #include "lora/matrix_view.hpp"
 #include "lora/packed_weight.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
-
-/// to[k] := from[k], widened.
-template <class Acc, class T>
-void widen_all(const T* from, index_t count, Acc* to) {
-  index_t k = 0;
-#if defined(LORA_DETAIL_AVX512) || defined(LORA_DETAIL_AVX2)
-  if constexpr (std::is_same_v<Acc, float> && sizeof(T) == 2)
-    for (; k + 8 <= count; k += 8) _mm256_storeu_ps(to + k, eight_from(reinterpret_cast<const storage_t<T>*>(from) + k));
-#endif
-  for (; k < count; ++k) to[k] = widen<Acc>(from[k]);
-}
 
 /// Counts what a store of `after` over `before` changes.
 template <class T>
@@ -127,24 +117,6 @@ struct row_block {
   index_t next_first = -1, next_col = -1;  ///< where the thread's next block begins; -1: nowhere
   memory_of_rows ahead = {};               ///< the stored weight there
 };
-
-/// to[i * to_stride + k] = from[k * from_stride + i], widened, for i < rows, k < cols.
-template <class Acc, class T>
-void transpose_widened(const T* from, index_t from_stride, index_t rows, index_t cols, Acc* to, index_t to_stride) {
-  index_t whole_rows = 0, whole_cols = 0;
-#if defined(LORA_DETAIL_AVX512) || defined(LORA_DETAIL_AVX2)
-  if constexpr (std::is_same_v<Acc, float> && !std::is_same_v<T, double>) {
-    whole_rows = rows / 8 * 8;
-    whole_cols = cols / 8 * 8;
-    for (index_t k = 0; k < whole_cols; k += 8)
-      for (index_t i = 0; i < whole_rows; i += 8)
-        transpose_block([&](int n) { return from + (k + n) * from_stride + i; }, to + i * to_stride + k, to_stride);
-  }
-#endif
-  for (index_t k = 0; k < cols; ++k)
-    for (index_t i = k < whole_cols ? whole_rows : 0; i < rows; ++i)
-      to[i * to_stride + k] = widen<Acc>(from[k * from_stride + i]);
-}
 
 /// A weight in memory, read and written as blocks of accumulators. Different rows may be handled by different threads. Without
 /// Writes a store only counts.

@@ -31,8 +31,8 @@
 #include "lora/adapter.hpp"
 #include "lora/concepts.hpp"
 #include "lora/detail/convert.hpp"
-#include "lora/detail/environment.hpp"
 #include "lora/error.hpp"
+#include "lora/kernel/environment.hpp"
 #include "lora/scaling.hpp"
 #include "lora/steps.hpp"
 

@@ -25,7 +25,8 @@
 #include "lora/adapter.hpp"
 #include "lora/concepts.hpp"
 #include "lora/detail/convert.hpp"
-#include "lora/forward.hpp"
+#include "lora/detail/part_list.hpp"
+#include "lora/kernel/environment.hpp"
 #include "lora/matrix_view.hpp"
 #include "lora/steps.hpp"
 
@@ -46,7 +47,11 @@ class stored_delta final : public delta_source<Acc> {
         to[j] = static_cast<Acc>(detail::widen<accumulator_t<T, Acc>>((*D_)(first + i, j)));
   }
   void product(const Acc* x, index_t tokens, Acc* y) const override {
-    lora::forward(*D_, col_major(x, D_->cols(), tokens), col_major(y, D_->rows(), tokens));
+    const detail::default_environment environment;
+    const auto pack = detail::weight_packer<Acc, Acc>(as_matrix(*D_));
+    workspace space;
+    detail::multiply_columns(space, detail::weight_source<Acc, Acc>{.pack = pack}, detail::no_adapters, D_->rows(),
+                             D_->cols(), x, tokens, y);
   }
 
  private:

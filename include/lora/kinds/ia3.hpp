@@ -28,8 +28,8 @@
 
 #include "lora/concepts.hpp"
 #include "lora/detail/convert.hpp"
-#include "lora/detail/environment.hpp"
 #include "lora/error.hpp"
+#include "lora/kernel/environment.hpp"
 #include "lora/steps.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {

@@ -40,7 +40,7 @@
 #include <utility>
 #include <vector>
 
-#include "lora/detail/mix.hpp"
+#include "lora/detail/part_list.hpp"
 #include "lora/kinds/factored_matrix.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
@@ -51,7 +51,7 @@ template <class Update, class Acc, bool Multiply, bool Down>
 class hadamard_sink {
  public:
   using value_type = Acc;
-  static constexpr bool down = Down, takes_tiles = true, writes = true;
+  static constexpr bool bands_down = Down, takes_tiles = true, writes = true;
 
   hadamard_sink(Acc* rows, index_t stride) : origin_{rows, stride} {}
 
@@ -61,7 +61,7 @@ class hadamard_sink {
 
     void next() { to += Down ? tile_rows * stride : Update::width; }
     void fetch() const {}
-    LORA_DETAIL_INLINE bool plain(const typename Update::tile& sum, tally&) const {
+    LORA_DETAIL_INLINE bool store_checked(const typename Update::tile& sum, tally&) const {
       LORA_DETAIL_UNROLL
       for (int i = 0; i < tile_rows; ++i) write(to + i * stride, sum[i][0], sum[i][1]);
       return true;
@@ -69,7 +69,7 @@ class hadamard_sink {
   };
   place at(index_t row, index_t col) const { return {origin_.to + row * origin_.stride + col, origin_.stride}; }
   /// By the same instructions as a whole tile, for the same bits.
-  void part(tally&, index_t row, index_t col, index_t count, const Acc* sums) const {
+  void store_sums(tally&, index_t row, index_t col, index_t count, const Acc* sums) const {
     Acc* const to = at(row, col).to;
     Acc some[Update::width] = {}, by[Update::width] = {};
     std::copy_n(to, Multiply ? count : 0, some);
@@ -77,7 +77,7 @@ class hadamard_sink {
     write(some, simd<Acc>::load(by), simd<Acc>::load(by + simd<Acc>::width));
     std::copy_n(some, count, to);
   }
-  void done() const {}
+  void finish() const {}
 
  private:
   using v = simd<Acc>;
@@ -151,13 +151,8 @@ class loha_delta final : public delta_source<Acc> {
       if (end - begin < width) std::fill_n(to, depth * width, Acc(0));
       panels.write({first, first + depth, begin, end}, to, width);
     };
-    const auto packer = token_packer<Acc>(matrix_view<const Acc, storage_order::col_major>(x, in, tokens));
-    const auto writer = token_writer<Acc>(matrix_view<Acc, storage_order::col_major>(y, out, tokens),
-                                          [](Acc& to, Acc sum, index_t) { to = sum; });
     workspace space;
-    mix<Acc>(
-        space, out, in, tokens, weight_source<Acc, Acc>{.pack = pack}, [](const auto&) {},
-        activation_source<Acc>{.widened = packer}, finish_function<Acc>(writer));
+    multiply_columns(space, weight_source<Acc, Acc>{.pack = pack}, no_adapters, out, in, x, tokens, y);
   }
 
   const any_factors* expanded() const override {

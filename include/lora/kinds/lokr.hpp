@@ -44,8 +44,8 @@
 #include <utility>
 #include <vector>
 
-#include "lora/detail/mix.hpp"
-#include "lora/detail/mode_product.hpp"
+#include "lora/detail/part_list.hpp"
+#include "lora/kernel/product/mode_product.hpp"
 #include "lora/kinds/factored_matrix.hpp"
 #include "lora/packed_weight.hpp"
 
@@ -145,19 +145,13 @@ class lokr_delta final : public delta_source<Acc> {
 
   /// to := C2 from, of i2 x columns and o2 x columns.
   void by_C2(workspace& space, const packed& ready, const Acc* from, index_t columns, Acc* to) const {
-    const auto packer = token_packer<Acc>(column_view(from, C2_.cols(), columns));
-    const auto writer = token_writer<Acc>(matrix_view<Acc, storage_order::col_major>(to, C2_.rows(), columns),
-                                          [](Acc& y, Acc sum, index_t) { y = sum; });
-    const activation_source<Acc> X{.widened = packer};
-    const finish_function<Acc> finish(writer);
     if (by_factors())
-      mix<Acc>(
-          space, C2_.rows(), C2_.cols(), columns, weight_source<Acc, Acc>{},
-          [&](const auto& visit) { visit(ready.C2_factors); }, X, finish);
+      multiply_columns(
+          space, weight_source<Acc, Acc>{}, [&](const auto& visit) { visit(ready.C2_factors); }, C2_.rows(), C2_.cols(),
+          from, columns, to);
     else
-      mix<Acc>(
-          space, C2_.rows(), C2_.cols(), columns, weight_source<Acc, Acc>{.panels = ready.C2.panels()}, [](const auto&) {},
-          X, finish);
+      multiply_columns(space, weight_source<Acc, Acc>{.panels = ready.C2.panels()}, no_adapters, C2_.rows(), C2_.cols(),
+                       from, columns, to);
   }
 
   row_major_matrix<Acc> C1_;

@@ -47,8 +47,8 @@
 #include "lora/concepts.hpp"
 #include "lora/detail/convert.hpp"
 #include "lora/detail/eigen.hpp"
-#include "lora/detail/environment.hpp"
 #include "lora/error.hpp"
+#include "lora/kernel/environment.hpp"
 #include "lora/steps.hpp"
 
 #include <Eigen/LU>

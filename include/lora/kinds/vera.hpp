@@ -26,8 +26,8 @@
 #include "lora/adapter.hpp"
 #include "lora/concepts.hpp"
 #include "lora/detail/convert.hpp"
-#include "lora/detail/environment.hpp"
 #include "lora/error.hpp"
+#include "lora/kernel/environment.hpp"
 #include "lora/steps.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {

@@ -9,7 +9,8 @@
 #include <type_traits>
 
 #include "lora/detail/operands.hpp"
-#include "lora/detail/panels.hpp"
+#include "lora/kernel/memory.hpp"
+#include "lora/kernel/panels.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
@@ -57,6 +58,12 @@ struct factor_layout {
     return pieces(rank, width) * A_panel() - (narrow ? panel_size<F>(in_features, width / 2) : 0);
   }
   index_t B_size() const { return pieces(out_features, width) * B_panel(); }
+  /// Both in one block, lora_B on a line of its own: together they fill huge pages sooner.
+  index_t B_begin() const {
+    constexpr index_t line = static_cast<index_t>(memory_alignment / sizeof(F));
+    return pieces(A_size(), line) * line;
+  }
+  index_t size() const { return B_begin() + B_size(); }
   index_t A_width(index_t panel) const { return narrow_ranks<Acc>(rank) != 0 && panel == rank / width ? width / 2 : width; }
 };
 

@@ -8,7 +8,7 @@
 #include <utility>
 
 #include "lora/concepts.hpp"
-#include "lora/detail/environment.hpp"
+#include "lora/kernel/environment.hpp"
 
 #if defined(_OPENMP)
 #include <omp.h>

@@ -16,10 +16,10 @@
 #include <type_traits>
 #include <utility>
 
-#include "lora/detail/memory.hpp"
 #include "lora/detail/operands.hpp"
-#include "lora/detail/panels.hpp"
-#include "lora/detail/parallel.hpp"
+#include "lora/kernel/panels.hpp"
+#include "lora/kernel/scratch.hpp"
+#include "lora/kernel/threads.hpp"
 #include "lora/workspace.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
@@ -47,9 +47,6 @@ inline constexpr bool has_bfloat16_factors<R> = has_bfloat16_factors<bare<declty
 /// Whether the delta of one of some adapters may be formed by dot products.
 template <class Acc, class... L>
 inline constexpr bool may_use_dots = has_dots<Acc, bfloat16> && (has_bfloat16_factors<bare<L>> || ...);
-
-/// Adapters of fewer ranks do not gain by a chain of their own.
-inline constexpr index_t least_rank_of_dots = 4;
 
 /// Whether this adapter's is: both factors are bfloat16; there are ranks enough; and s is of a usual size. Only where the
 /// sum of |s| |B| |A| is 2^120 or more could a partial sum overflow that s would bring back, and the products and sums that

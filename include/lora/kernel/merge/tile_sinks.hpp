@@ -10,10 +10,10 @@
 #include <type_traits>
 
 #include "lora/detail/convert.hpp"
-#include "lora/detail/memory.hpp"
-#include "lora/detail/panels.hpp"
-#include "lora/detail/tile.hpp"
-#include "lora/detail/update.hpp"
+#include "lora/kernel/merge/delta_tiles.hpp"
+#include "lora/kernel/overflow_watch.hpp"
+#include "lora/kernel/panels.hpp"
+#include "lora/kernel/tile.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
@@ -48,7 +48,7 @@ LORA_DETAIL_INLINE void load_row(const T* source, typename simd<Acc>::vector (&r
     row[0] = simd<Acc>::load_even(source);
     row[1] = simd<Acc>::load_odd(source);
   } else {
-    read_panel<false, 1, 2, Acc>(source, 0, row);
+    read_panel<mul_add<Acc>, false, 1, 2, Acc>(source, 0, row);
   }
 }
 /// The reverse: rounds them in place, once, and sees whether all stayed finite. Two vectors of 16-bit elements become one.
@@ -81,7 +81,7 @@ LORA_DETAIL_INLINE void store_row(T* destination, typename simd<Acc>::vector fir
   }
 }
 
-/// Elements of a row that round_row made (or of join_usual) whose bits are not those in memory.
+/// Elements of a row that round_row made (or of join_safe) whose bits are not those in memory.
 template <class Acc, class T>
 LORA_DETAIL_INLINE std::size_t differing_in_row(const T* before, typename simd<Acc>::vector first,
                                                 typename simd<Acc>::vector second) {
@@ -106,7 +106,7 @@ class rounding_sink {
  public:
   using T = storage_t<S>;
   using value_type = T;
-  static constexpr bool down = false, takes_tiles = rounds_in_registers<Acc, T>, writes = Where != writing::nowhere;
+  static constexpr bool bands_down = false, takes_tiles = rounds_in_registers<Acc, T>, writes = Where != writing::nowhere;
 
   explicit rounding_sink(const matrix_view<S, Order>& weight)
     requires(Where != writing::elsewhere)
@@ -141,13 +141,13 @@ class rounding_sink {
       if constexpr (Gains && !outputs_are_rows) gain += Update::width;
     }
     void fetch() const {
-      constexpr index_t ahead = tiles_ahead * Update::width;
+      constexpr index_t ahead = tuned.tiles_ahead * Update::width;
       for (int i = 0; i < tile_rows; ++i)
         prefetch_at<Update::width* static_cast<int>(sizeof(T))>(source(0),
                                                                 (i * from_stride + ahead) * static_cast<index_t>(sizeof(T)));
     }
-    /// A gain may make anything of a usual element.
-    bool is_usual() const { return !Gains && all_usual(source(0), from_stride); }
+    /// A gain may overflow whatever the element is.
+    bool is_safe() const { return !Gains && all_safe(source(0), from_stride); }
     /// Row i of the sums becomes that of the result.
     LORA_DETAIL_INLINE void subtract_row(typename Update::tile& sum, int i) const {
       typename simd<Acc>::vector w[2];
@@ -170,12 +170,12 @@ class rounding_sink {
       sum[i][1] = v::multiply(sum[i][1], g[1]);
     }
     /// A row at once, which keeps fewer operations waiting for the last multiply-adds.
-    LORA_DETAIL_INLINE void usual(typename Update::tile& sum, tally& counts) const {
+    LORA_DETAIL_INLINE void store_safe(typename Update::tile& sum, tally& counts) const {
       std::size_t changed = 0;
       LORA_DETAIL_UNROLL
       for (int i = 0; writes && i < tile_rows; ++i) {
         subtract_row(sum, i);
-        const auto joined = simd<Acc>::template join_usual<T>(sum[i][0], sum[i][1]);
+        const auto joined = simd<Acc>::template join_safe<T>(sum[i][0], sum[i][1]);
         changed += simd<Acc>::differing(source(i), joined);
         store_bits(destination(i), joined);
       }
@@ -183,7 +183,7 @@ class rounding_sink {
     }
     /// In registers until all of it is known to be finite. All rows are read before the first is written: where rows lie a
     /// multiple of 4 KiB apart a read would wait for the write.
-    LORA_DETAIL_INLINE bool plain(typename Update::tile& sum, tally& counts) const {
+    LORA_DETAIL_INLINE bool store_checked(typename Update::tile& sum, tally& counts) const {
       watch<Acc, T> seen;
       LORA_DETAIL_UNROLL
       for (int i = 0; i < tile_rows; ++i) {
@@ -208,7 +208,7 @@ class rounding_sink {
     if constexpr (Gains) there.gain += outputs_are_rows ? row : col;
     return there;
   }
-  void part(tally& seen, index_t row, index_t col, index_t count, const Acc* less) const {
+  void store_sums(tally& seen, index_t row, index_t col, index_t count, const Acc* less) const {
     const place there = at(row, col);
     subtract_and_round<writes>(seen, there.from, there.to, less, count, 1, [&](Acc sum, index_t j) {
       if constexpr (Gains)
@@ -217,7 +217,7 @@ class rounding_sink {
         return sum;
     });
   }
-  void done() const {
+  void finish() const {
     if (origin_.past_caches) finish_streaming();
   }
 
@@ -237,7 +237,8 @@ class panel_sink {
  public:
   using value_type = T;
   static constexpr index_t width = tile_cols<accumulator_t<T>>;
-  static constexpr bool down = true, takes_tiles = rounds_in_registers<Acc, T> && tile_cols<Acc> == width, writes = Store;
+  static constexpr bool bands_down = true, takes_tiles = rounds_in_registers<Acc, T> && tile_cols<Acc> == width,
+                        writes = Store;
 
   panel_sink(const T* source, T* destination, index_t in_features)
       : origin_{source, destination, Store && source != destination && std::is_same_v<T, Acc>},
@@ -254,26 +255,23 @@ class panel_sink {
       from += size;
       to += size;
     }
-    void fetch() const {
-      constexpr index_t ahead = 8192;
-      prefetch_at<size* static_cast<index_t>(sizeof(T))>(from, ahead);
-    }
-    bool is_usual() const { return all_usual(from, width); }
+    void fetch() const { prefetch_at<size* static_cast<index_t>(sizeof(T))>(from, panel_bytes_ahead); }
+    bool is_safe() const { return all_safe(from, width); }
     /// Row i of the sums becomes that of the result. Of bfloat16 two rows lie together, a pair in each lane.
     static constexpr int group = depth_group<T>;
     LORA_DETAIL_INLINE void subtract_row(typename Update::tile& sum, int i) const {
       typename simd<Acc>::vector w[2];
       if (i % group == 0)
-        read_panel<false, 1, 2, Acc>(from + i * width, 0, w);
+        read_panel<mul_add<Acc>, false, 1, 2, Acc>(from + i * width, 0, w);
       else
-        read_panel<true, 1, 2, Acc>(from + (i - 1) * width, 0, w);
+        read_panel<mul_add<Acc>, true, 1, 2, Acc>(from + (i - 1) * width, 0, w);
       sum[i][0] = simd<Acc>::subtract(w[0], sum[i][0]);
       sum[i][1] = simd<Acc>::subtract(w[1], sum[i][1]);
     }
-    LORA_DETAIL_INLINE void usual(typename Update::tile& sum, tally& counts) const {
+    LORA_DETAIL_INLINE void store_safe(typename Update::tile& sum, tally& counts) const {
       std::size_t changed = 0;
       const auto put = [&](int i, const auto& first, const auto& second) {
-        const auto joined = simd<Acc>::template join_usual<T>(first, second);
+        const auto joined = simd<Acc>::template join_safe<T>(first, second);
         changed += simd<Acc>::differing(from + i * width, joined);
         store_bits(to + i * width, joined);
       };
@@ -289,7 +287,7 @@ class panel_sink {
       }
       counts.changed += changed;
     }
-    LORA_DETAIL_INLINE bool plain(typename Update::tile& sum, tally& counts) const {
+    LORA_DETAIL_INLINE bool store_checked(typename Update::tile& sum, tally& counts) const {
       watch<Acc, T> seen;
       LORA_DETAIL_UNROLL
       for (int i = 0; i < tile_rows; ++i) {
@@ -321,12 +319,12 @@ class panel_sink {
     const index_t first = col / width * panel_ + panel_offset<T>(col % width, row, width);
     return {origin_.from + first, origin_.to + first, origin_.past_caches};
   }
-  void part(tally& seen, index_t row, index_t col, index_t count, const Acc* less) const {
+  void store_sums(tally& seen, index_t row, index_t col, index_t count, const Acc* less) const {
     const place there = at(row, col);
     subtract_and_round<writes>(seen, there.from, there.to, less, count, depth_group<T>,
                                [](Acc sum, index_t) { return sum; });
   }
-  void done() const {
+  void finish() const {
     if (origin_.past_caches) finish_streaming();
   }
 

@@ -7,10 +7,10 @@
 
 #include <algorithm>
 
-#include "lora/detail/memory.hpp"
-#include "lora/detail/panels.hpp"
-#include "lora/detail/parallel.hpp"
-#include "lora/detail/tile.hpp"
+#include "lora/kernel/memory.hpp"
+#include "lora/kernel/panels.hpp"
+#include "lora/kernel/threads.hpp"
+#include "lora/kernel/tile.hpp"
 #include "lora/matrix_view.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
@@ -23,7 +23,7 @@ class mode_product {
  public:
   template <class S, storage_order Order>
   explicit mode_product(const matrix_view<S, Order>& C)
-      : rows_(C.rows()), cols_(C.cols()), panels_(pieces(rows_, tile_rows) * panel(), lifetime::model) {
+      : rows_(C.rows()), cols_(C.cols()), panels_(pieces(rows_, tile_rows) * panel()) {
     for (index_t p = 0; p < pieces(rows_, tile_rows); ++p)
       pack_padded(panels_.data() + p * panel(), tile_rows,
                   C.middle_rows(p * tile_rows, std::min<index_t>(tile_rows, rows_ - p * tile_rows)));

@@ -9,7 +9,7 @@
 #include <memory>
 #include <type_traits>
 
-#include "lora/detail/plan.hpp"
+#include "lora/kernel/product/token_plan.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
@@ -53,17 +53,15 @@ struct tile_block {
   index_t count() const { return end - begin; }
 };
 
-/// Dots: whether there may be pairs (what can never be is not compiled).
-template <class Acc, bool Dots>
+/// The activations of a block of tokens, as the tiles read them. May_dot: whether the panels of W may be
+/// multiplied by dot products, which read pairs (what can never be is not compiled).
+template <class Acc, bool May_dot>
 class activations {
  public:
   static constexpr index_t width = tile_cols<Acc>;
-  /// Below so many tiles a panel of 16 bits is widened anew for each.
-  static constexpr index_t few_tiles = 4;
-  /// Depths of a chunk: for many tiles 16 KiB of a panel, which stay in the first-level cache with a tile's activations and
-  /// what is fetched of the next chunk; for few ones more, where they pass by anyhow.
-  static constexpr index_t depth_of_many = (index_t{16} << 10) / (width * static_cast<index_t>(sizeof(Acc)));
-  static constexpr index_t depth_of_few = few_tiles_chunk / (width * static_cast<index_t>(sizeof(Acc)));
+  /// Depths of a chunk that many tiles share, and of one that few share.
+  static constexpr index_t depth_of_many = many_tiles_chunk / (width * static_cast<index_t>(sizeof(Acc)));
+  static constexpr index_t depth_of_few = tuned.few_tiles_chunk / (width * static_cast<index_t>(sizeof(Acc)));
   static constexpr index_t most_depth = std::max(2 * depth_of_many, depth_of_few);
 
   /// dots: panels of bfloat16 are multiplied by dot products, and read pairs; widened: others are there, too.
@@ -75,7 +73,7 @@ class activations {
     if (widened_) X_place_ = l.take<Acc>(rows * in_);
     if (dots_) pairs_place_ = l.take<Acc>(rows * pieces(in_, 2));
   }
-  void place(std::byte* memory) {
+  void bind(std::byte* memory) {
     if (widened_) X_ = X_place_.in(memory);
     if (dots_) pairs_ = pairs_place_.in(memory);
   }
@@ -92,12 +90,10 @@ class activations {
   }
 
   bool dots() const { return dots_; }
-  /// call(whether a panel of R is multiplied by dot products), known when it is compiled.
+  /// call(multiplier): how a panel of R is multiplied.
   template <class R, class Call>
-  void with_dots(const Call& call) const {
-    if constexpr (Dots && has_dots<Acc, R>)
-      if (dots_) return call(std::true_type());
-    call(std::false_type());
+  void with_multiplier_of(const Call& call) const {
+    with_multiplier<Acc, May_dot && has_dots<Acc, R>>(dots_, call);
   }
 
   index_t chunk_of(const tile_block& tiles) const {
@@ -108,9 +104,9 @@ class activations {
     return tokens_.first(tiles.end - 1) + tokens_.rows(tiles.end - 1) - tokens_.first(tiles.begin);
   }
   /// Where a tile's activations from depth k on begin, k a multiple of their chunk (with one tile: any, with pairs even).
-  template <class ByDots>
-  const Acc* at(const tile_block& tiles, index_t tile, index_t k, ByDots dots) const {
-    return dots() ? in_chunk(pairs_, tiles, tile, k, 2) : in_chunk(X_, tiles, tile, k, 1);
+  template <class M>
+  const Acc* at(const tile_block& tiles, index_t tile, index_t k, M) const {
+    return in_chunk(is_dot2<M> ? pairs_ : X_, tiles, tile, k, M::depths);
   }
   /// The same for sums of so many panels of outputs, which lie tile by tile.
   Acc* sums_of(const tile_block& tiles, index_t tile, index_t panels, Acc* sums) const {
@@ -118,10 +114,10 @@ class activations {
   }
   /// at(n): tile n of the block, its activations from depth k on, where their chunk begins, and its sums of one panel. Asked
   /// for every tile of every chunk, where in_chunk and its divisions would cost time.
-  template <class ByDots>
-  auto rows_by_tile(const tile_block& tiles, index_t k, ByDots dots, Acc* sums) const {
-    return [this, first_tile = tiles.begin, first = tokens_.first(tiles.begin), left = at(tiles, tiles.begin, k, dots),
-            steps = pieces(std::min(chunk_of(tiles), in_ - k), dots() ? 2 : 1), sums](index_t n) {
+  template <class M>
+  auto rows_by_tile(const tile_block& tiles, index_t k, M multiplier, Acc* sums) const {
+    return [this, first_tile = tiles.begin, first = tokens_.first(tiles.begin), left = at(tiles, tiles.begin, k, multiplier),
+            steps = pieces(std::min(chunk_of(tiles), in_ - k), M::depths), sums](index_t n) {
       const index_t rows = tokens_.rows(first_tile + n), before = tokens_.first(first_tile + n) - first;
       return some_rows<Acc>{static_cast<int>(rows), sums + before * width, left + before * steps, rows};
     };

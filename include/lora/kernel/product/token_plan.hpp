@@ -8,8 +8,8 @@
 #include <algorithm>
 #include <cstddef>
 
-#include "lora/detail/factors.hpp"
-#include "lora/detail/memory.hpp"
+#include "lora/kernel/product/packed_factors.hpp"
+#include "lora/kernel/scratch.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
@@ -128,7 +128,7 @@ class plan {
   static index_t tiles_of(index_t in_features) {
     constexpr index_t most = 16;
     return std::clamp<index_t>(
-        block_bytes / (tile_rows * std::max<index_t>(1, in_features) * static_cast<index_t>(sizeof(Acc))), 4, most);
+        tuned.block_bytes / (tile_rows * std::max<index_t>(1, in_features) * static_cast<index_t>(sizeof(Acc))), 4, most);
   }
 
   /// The runs of a tile: first those of the first parts of all its rows, then of the second parts, and so on. A row's parts

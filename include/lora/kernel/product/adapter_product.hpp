@@ -9,8 +9,8 @@
 #include <cstring>
 #include <type_traits>
 
-#include "lora/detail/activations.hpp"
-#include "lora/detail/parallel.hpp"
+#include "lora/kernel/product/packed_tokens.hpp"
+#include "lora/kernel/threads.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
@@ -36,19 +36,19 @@ LORA_DETAIL_APART void add_scaled(Acc* row, index_t count, Acc scale, const Acc*
   for (index_t j = 0; j < count; ++j) row[j] += scale * more[j];
 }
 
-template <class Acc, bool Dots>
+template <class Acc, bool May_dot>
 class rank_product {
  public:
   static constexpr index_t width = tile_cols<Acc>;
   /// Runs that pass one chunk of lora_A together, at most, and the sums that shrink needs.
-  static constexpr index_t most_runs = 16, sums_of_shrink = most_runs * tile_rows * width;
+  static constexpr index_t most_runs = most_runs_together, sums_of_shrink = most_runs * tile_rows * width;
 
-  rank_product(index_t out_features, index_t in_features, const plan<Acc>& tokens, const activations<Acc, Dots>& inputs,
+  rank_product(index_t out_features, index_t in_features, const plan<Acc>& tokens, const activations<Acc, May_dot>& inputs,
                int threads)
       : out_(out_features), in_(in_features), tokens_(tokens), X_(inputs), threads_(threads) {}
 
   void claim(layout& l) { U_place_ = l.take<Acc>(tokens_.most_U_in_block()); }
-  void place(std::byte* memory) { U_ = U_place_.in(memory); }
+  void bind(std::byte* memory) { U_ = U_place_.in(memory); }
 
   /// U of all runs of the block. A task is a panel of ranks for a few runs.
   void shrink(const tile_block& tiles, const team& team, Acc* sums) const {
@@ -82,7 +82,7 @@ class rank_product {
   index_t lines(const tile_block& tiles, index_t count, index_t most) const {
     index_t all = 0;
     for (index_t r = tokens_.first_run(tiles.begin); r < last_fetched(tiles); ++r)
-      if (is_fetched(tiles, r)) all += pieces(std::min(count * bytes_of_B(r), most), line);
+      if (is_fetched(tiles, r)) all += pieces(std::min(count * bytes_of_B(r), most), cache_line);
     return all;
   }
   /// Fetches the next lines of what the panel will read.
@@ -96,7 +96,7 @@ class rank_product {
         panel.end = panel.line + static_cast<std::uintptr_t>(std::min(panel.count * bytes_of_B(run), most));
       }
       prefetch(reinterpret_cast<const void*>(panel.line));
-      panel.line += static_cast<std::uintptr_t>(line);
+      panel.line += static_cast<std::uintptr_t>(cache_line);
     }
   }
 
@@ -124,8 +124,6 @@ class rank_product {
   }
 
  private:
-  static constexpr index_t line = static_cast<index_t>(memory_alignment);
-
   /// Whether runs r ... of run_at(r) may be multiplied together: there are enough before `end`, of one row each, and
   /// alike(n) holds for each n of them.
   template <class RunAt, class Alike>
@@ -157,19 +155,19 @@ class rank_product {
     const index_t panel_width = only_panel(l), step = X_.chunk_of(tiles);
     std::fill_n(sums, singles * width, Acc(0));
     with_elements<Acc>(l.A, l.format, [&]<class F>(const F*) {
-      X_.template with_dots<F>([&](auto dots) {
+      X_.template with_multiplier_of<F>([&]<class M>(M multiplier) {
         for (index_t k = 0; k < in_; k += step) {
           single<Acc, F> rows[singles];
           for (index_t n = 0; n < singles; ++n) {
             const detail::run& r = tokens_.run_by_part(begin + n);
             const F* const right = static_cast<const F*>(tokens_.part_of(r).A) + panel_offset<F>(0, k, panel_width);
-            rows[n] = {X_.at(tiles, r.tile, k, dots) + r.first_row, tokens_.rows(r.tile), right, sums + n * width,
+            rows[n] = {X_.at(tiles, r.tile, k, multiplier) + r.first_row, tokens_.rows(r.tile), right, sums + n * width,
                        reinterpret_cast<std::uintptr_t>(right) + static_cast<std::uintptr_t>(fetch_ahead)};
           }
           if (panel_width == width)
-            multiply_singles<dots(), 2>(rows, std::min(step, in_ - k));
+            multiply_singles<M, 2>(rows, std::min(step, in_ - k));
           else
-            multiply_singles<dots(), 1>(rows, std::min(step, in_ - k));
+            multiply_singles<M, 1>(rows, std::min(step, in_ - k));
         }
       });
     });
@@ -210,27 +208,27 @@ class rank_product {
     constexpr index_t panel_width = std::min(Vectors, 2) * simd<Acc>::width;
     constexpr int most_rows = Vectors == 4 ? paired_rows : tile_rows;
     const index_t step = X_.chunk_of(tiles);
-    X_.template with_dots<F>([&](auto dots) {
+    X_.template with_multiplier_of<F>([&]<class M>(M multiplier) {
       for (index_t k = 0; k < in_; k += step) {
         const index_t depth = std::min(step, in_ - k);
         const F* const right = A + panel_offset<F>(0, k, panel_width);
         const auto rows_of_run = [&](index_t n) {
           const detail::run& r = tokens_.run_by_part(begin + n);
-          const Acc* const left = X_.at(tiles, r.tile, k, dots);
+          const Acc* const left = X_.at(tiles, r.tile, k, multiplier);
           return some_rows<Acc>{static_cast<int>(r.rows), sums + n * tile_rows * width, left + r.first_row,
                                 tokens_.rows(r.tile)};
         };
         if constexpr (Vectors != 4)
           if (end - begin > 2) {
-            multiply_all<Acc, Vectors, dots()>(0, end - begin, rows_of_run, right, depth,
-                                               right + panel_size<F>(depth, panel_width));
+            multiply_all<M, Vectors, Acc>(0, end - begin, rows_of_run, right, depth,
+                                          right + panel_size<F>(depth, panel_width));
             continue;
           }
         for (index_t n = 0; n < end - begin; ++n) {
           const auto to = rows_of_run(n);
-          multiply<true, Vectors, Acc, F, most_rows, dots()>(to.rows, to.sums, std::max(Vectors / 2, 1) * panel_width,
-                                                             to.left, to.left_stride, right, next_panel, depth,
-                                                             ahead_of<Vectors, Acc>(right));
+          multiply<M, true, Vectors, most_rows>(
+              to.rows, tile_job<Acc, F>{to.sums, std::max(Vectors / 2, 1) * panel_width, to.left, to.left_stride, right,
+                                        next_panel, depth, ahead_of<Vectors, Acc>(right)});
         }
       }
     });
@@ -302,7 +300,7 @@ class rank_product {
       return;
     }
     const index_t step = X_.chunk_of(tiles);
-    with_B(l, [&]<class F>(const F* panels, auto dots) {
+    with_B(l, [&]<class F, class M>(const F* panels, M) {
       const F* const panel = panels + p * factor_layout<Acc, F>{out_, in_, l.rank}.B_panel();
       for (index_t k = 0; k < l.rank; k += step) {
         const F* const right = panel + panel_offset<F>(0, k, width);
@@ -310,21 +308,22 @@ class rank_product {
         const auto rows_of_run = [&](index_t n) {
           const index_t t = tiles.begin + n;
           const detail::run& r = tokens_.run_at(tokens_.first_run(t) + q);
-          return some_rows<Acc>{static_cast<int>(r.rows), X_.sums_of(tiles, t, 1, sums),
-                                U_ + r.U + (dots() ? k / 2 : k) * r.rows, r.rows};
+          return some_rows<Acc>{static_cast<int>(r.rows), X_.sums_of(tiles, t, 1, sums), U_ + r.U + k / M::depths * r.rows,
+                                r.rows};
         };
         const F* const next = k + step < l.rank ? right + panel_size<F>(depth, width) : right;
-        multiply_all<Acc, 2, dots()>(0, tiles.count(), rows_of_run, right, depth, next);
+        multiply_all<M, 2, Acc>(0, tiles.count(), rows_of_run, right, depth, next);
       }
     });
   }
   void expand_run(const detail::run& rows, index_t p, Acc* sums, index_t stride) const {
     const part<Acc>& l = tokens_.part_of(rows);
     if (l.sort != part_sort::factors) return change_sums(rows, l, p, sums, stride);
-    with_B(l, [&]<class F>(const F* panels, auto dots) {
+    with_B(l, [&]<class F, class M>(const F* panels, M) {
       const F* const right = panels + p * factor_layout<Acc, F>{out_, in_, l.rank}.B_panel();
-      multiply<true, 2, Acc, F, tile_rows, dots()>(static_cast<int>(rows.rows), sums + rows.first_row * stride, stride,
-                                                   U_ + rows.U, rows.rows, right, 0, l.rank, ahead_of<2, Acc>(right));
+      multiply<M, true, 2>(static_cast<int>(rows.rows),
+                           tile_job<Acc, F>{sums + rows.first_row * stride, stride, U_ + rows.U, rows.rows, right, 0, l.rank,
+                                            ahead_of<2, Acc>(right)});
     });
   }
   /// A gain or an addend of some rows of a tile.
@@ -350,7 +349,7 @@ class rank_product {
   /// The next runs' panels are fetched meanwhile, if they are alike; else these, which are near.
   void expand_singles(index_t begin, index_t p, Acc* sums, index_t stride) const {
     const part<Acc>& l = tokens_.part_of(tokens_.run_at(begin));
-    with_B(l, [&]<class F>(const F*, auto dots) {
+    with_B(l, [&]<class F, class M>(const F*, M) {
       const index_t panel = factor_layout<Acc, F>{out_, in_, l.rank}.B_panel();
       const index_t bytes = p * panel * static_cast<index_t>(sizeof(F));
       single<Acc, F> rows[singles];
@@ -362,23 +361,23 @@ class rank_product {
         rows[n] = {U_ + r.U, 1, static_cast<const F*>(one.B) + p * panel, sums + r.first_row * stride,
                    reinterpret_cast<std::uintptr_t>(alike ? next.B : one.B) + static_cast<std::uintptr_t>(bytes)};
       }
-      multiply_singles<dots(), 2>(rows, l.rank);
+      multiply_singles<M, 2>(rows, l.rank);
     });
   }
-  /// call(panels of lora_B, whether they are multiplied by dot products).
+  /// call(panels of lora_B, how they are multiplied).
   template <class Call>
   void with_B(const part<Acc>& l, const Call& call) const {
     with_elements<Acc>(l.B, l.format, [&]<class F>(const F* panels) {
       if (l.rounded_U)
-        X_.template with_dots<F>([&](auto dots) { call(panels, dots); });
+        X_.template with_multiplier_of<F>([&](auto multiplier) { call(panels, multiplier); });
       else
-        call(panels, std::false_type());
+        call(panels, mul_add<Acc>());
     });
   }
 
   index_t out_, in_;
   const plan<Acc>& tokens_;
-  const activations<Acc, Dots>& X_;
+  const activations<Acc, May_dot>& X_;
   int threads_;
   layout::place<Acc> U_place_;
   Acc* U_ = nullptr;

@@ -18,8 +18,8 @@
 #include <limits>
 #include <type_traits>
 
-#include "lora/detail/parallel.hpp"
-#include "lora/detail/rank_product.hpp"
+#include "lora/kernel/product/adapter_product.hpp"
+#include "lora/kernel/threads.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
@@ -39,9 +39,6 @@ struct weight_source {
 
   bool present() const { return panels != nullptr || bool(pack); }
 };
-
-/// Depths of a panel that one tile passes between two fetches of the adapters' panels.
-inline constexpr index_t depth_of_one_tile = 512;
 
 template <class Acc, class T>
 class product {
@@ -70,8 +67,8 @@ class product {
   }
 
   void run(std::byte* memory, const activation_source<Acc>& X, const finish_function<Acc>& finish) {
-    X_.place(memory);
-    ranks_.place(memory);
+    X_.bind(memory);
+    ranks_.bind(memory);
     Acc* const thread_memory = thread_place_.in(memory);
     parallel(threads_, [&](const team& team) {
       Acc* const sums = thread_memory + team.thread() * per_thread_;
@@ -87,8 +84,6 @@ class product {
  private:
   static constexpr bool may_dot = has_dots<Acc, T>;
   static constexpr index_t width = tile_cols<Acc>, most_depth = activations<Acc, may_dot>::most_depth;
-  /// Lines of lora_B that the first-level cache holds beside W and activations (32 of its 48 KiB, where that was measured).
-  static constexpr index_t most_lines_at_once = 512;
   static constexpr index_t apart = 4096 / static_cast<index_t>(sizeof(Acc));
   static_assert(depth_of_one_tile <= most_depth && sizeof(T) <= sizeof(Acc));  // what is packed lies in place of a chunk
 
@@ -105,12 +100,12 @@ class product {
   bool widens() const { return !std::is_same_v<T, Acc> && !by_dots(); }
   /// Whether W goes from memory straight through so many tiles, each element once or twice.
   bool passes(index_t tiles) const {
-    return W_.panels != nullptr && (tiles == 1 || (tiles == 2 && bytes_between_panels != 0 && !widens()));
+    return W_.panels != nullptr && (tiles == 1 || (tiles == 2 && tuned.bytes_between_panels != 0 && !widens()));
   }
   /// Where W passes, two panels of outputs together: few rows have too few chains in one, and memory reads two streams faster.
   index_t panels_together() const {
     const bool paired = tokens_.tiles() == 1 && tokens_.rows(0) <= paired_rows;
-    return passes(tokens_.tiles()) && (paired || bytes_between_panels != 0) ? 2 : 1;
+    return passes(tokens_.tiles()) && (paired || tuned.bytes_between_panels != 0) ? 2 : 1;
   }
 
   /// How the panels of a block pass W, and when lora_B is fetched for them.
@@ -209,8 +204,7 @@ class product {
     }
     const T* const W = weight_at(p, k);
     const T* const next = W + panel_size<T>(depth, width);
-    if (!widens() || tiles.count() < activations<Acc, may_dot>::few_tiles)
-      return multiply_tiles(tiles, k, depth, W, next, sums, between);
+    if (!widens() || tiles.count() < few_tiles) return multiply_tiles(tiles, k, depth, W, next, sums, between);
     // No panel waits here (see schedule_of), so there is nothing to do between the tiles.
     if constexpr (!std::is_same_v<T, Acc>) widen_and_multiply(tiles, k, depth, W, next, chunk, sums);
   }
@@ -223,31 +217,32 @@ class product {
   void multiply_passing(const tile_block& tiles, index_t p, index_t count, index_t k, index_t depth, Acc* sums) const {
     const T* const right = weight_at(p, k);
     const index_t next_panel = panel_size<T>(in_, width);
-    X_.template with_dots<T>([&](auto dots) {
-      const auto left_of = [&](index_t t) { return X_.at(tiles, t, k, dots); };
+    X_.template with_multiplier_of<T>([&]<class M>(M multiplier) {
+      const auto left_of = [&](index_t t) { return X_.at(tiles, t, k, multiplier); };
       if (count == 2 && tiles.count() == 1 && tokens_.rows(tiles.begin) <= paired_rows) {
         const auto rows = static_cast<int>(tokens_.rows(tiles.begin));
         const Acc* const left = left_of(tiles.begin);
         if (rows <= 2)  // nothing but two streams, which the hardware fetches
-          multiply<false, 4, Acc, T, 2, dots()>(rows, sums, 2 * width, left, rows, right, next_panel, depth);
+          multiply<M, false, 4, 2>(rows, tile_job<Acc, T>{sums, 2 * width, left, rows, right, next_panel, depth});
         else
-          multiply<true, 4, Acc, T, paired_rows, dots()>(rows, sums, 2 * width, left, rows, right, next_panel, depth,
-                                                         ahead_of<4, Acc>(right));
+          multiply<M, true, 4, paired_rows>(
+              rows, tile_job<Acc, T>{sums, 2 * width, left, rows, right, next_panel, depth, ahead_of<4, Acc>(right)});
         return;
       }
       constexpr index_t bytes_of_depth = width * static_cast<index_t>(sizeof(T));
-      static_assert(bytes_between_panels % (bytes_of_depth * depth_group<T>) == 0);
-      const index_t step = bytes_between_panels != 0 ? bytes_between_panels / bytes_of_depth : depth;
-      constexpr index_t ahead = std::max<index_t>(fetch_ahead, bytes_between_panels * 3 / 2);  // as one waits for the other
+      static_assert(tuned.bytes_between_panels % (bytes_of_depth * depth_group<T>) == 0);
+      const index_t step = tuned.bytes_between_panels != 0 ? tuned.bytes_between_panels / bytes_of_depth : depth;
+      constexpr index_t ahead = tuned.bytes_between_panels == 0 ? fetch_ahead : fetch_ahead_of_two;
       for (index_t d = 0; d < depth; d += step)
         for (index_t c = 0; c < count; ++c)
           for (index_t t = tiles.begin; t < tiles.end; ++t) {
             const index_t rows = tokens_.rows(t);
             const T* const from = right + c * next_panel + d * width;
-            const Acc* const left = left_of(t) + (dots() ? d / 2 : d) * rows;
+            const Acc* const left = left_of(t) + d / M::depths * rows;
             Acc* const to = X_.sums_of(tiles, t, count, sums) + c * width;
-            multiply<true, 2, Acc, T, tile_rows, dots()>(static_cast<int>(rows), to, count * width, left, rows, from, 0,
-                                                         std::min(step, depth - d), ahead_of<2, Acc>(from, ahead));
+            multiply<M, true, 2>(static_cast<int>(rows),
+                                 tile_job<Acc, T>{to, count * width, left, rows, from, 0, std::min(step, depth - d),
+                                                  ahead_of<2, Acc>(from, ahead)});
           }
     });
   }
@@ -257,30 +252,30 @@ class product {
   template <class Between>
   void multiply_tiles(const tile_block& tiles, index_t k, index_t depth, const T* right, const T* next, Acc* sums,
                       const Between& between) const {
-    X_.template with_dots<T>([&](auto dots) {
-      const auto at = [&, rows_of_tile = X_.rows_by_tile(tiles, k, dots, sums)](index_t n) {
+    X_.template with_multiplier_of<T>([&]<class M>(M multiplier) {
+      const auto at = [&, rows_of_tile = X_.rows_by_tile(tiles, k, multiplier, sums)](index_t n) {
         between(n);
         return rows_of_tile(n);
       };
-      multiply_all<Acc, 2, dots()>(0, tiles.count(), at, right, depth, next);
+      multiply_all<M, 2, Acc>(0, tiles.count(), at, right, depth, next);
     });
   }
 
   /// The same where W is widened first: by the first tile on its way, if that is a full one.
   void widen_and_multiply(const tile_block& tiles, index_t k, index_t depth, const T* W, const T* next, Acc* chunk,
                           Acc* sums) const {
-    const auto rows_of_tile = X_.rows_by_tile(tiles, k, std::false_type(), sums);
+    const auto rows_of_tile = X_.rows_by_tile(tiles, k, mul_add<Acc>(), sums);
     const some_rows<Acc> first = rows_of_tile(0);
     const bool full = first.rows == tile_rows;
     if (full)
-      multiply_rows<true, false, tile_rows, 2, Acc, T, true>(
-          first.sums, fixed<width>(), first.left, fixed<tile_rows>(), W, 0, depth,
-          share_of(next, pieces(panel_size<T>(depth, width) * static_cast<index_t>(sizeof(T)), tiles.count()), 0,
-                   pieces(depth, depth_group<T>)),
-          chunk);
+      multiply_rows<mul_add<Acc>, true, tile_rows, 2, true, true>(tile_job<Acc, T>{
+          first.sums, width, first.left, tile_rows, W, 0, depth,
+          lookahead::share(next, pieces(panel_size<T>(depth, width) * static_cast<index_t>(sizeof(T)), tiles.count()), 0,
+                           pieces(depth, depth_group<T>)),
+          chunk});
     else
       widen_chunk(W, depth, chunk);
-    multiply_all<Acc, 2, false>(full ? 1 : 0, tiles.count(), rows_of_tile, chunk, depth, next);
+    multiply_all<mul_add<Acc>, 2, Acc>(full ? 1 : 0, tiles.count(), rows_of_tile, chunk, depth, next);
   }
 
   static void widen_chunk(const T* from, index_t depth, Acc* to) {

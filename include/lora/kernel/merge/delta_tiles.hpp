@@ -15,25 +15,12 @@
 #include <type_traits>
 
 #include "lora/detail/operands.hpp"
-#include "lora/detail/panels.hpp"
-#include "lora/detail/parallel.hpp"
-#include "lora/detail/stack.hpp"
+#include "lora/kernel/merge/stacked_factors.hpp"
+#include "lora/kernel/merge/tile_sink.hpp"
+#include "lora/kernel/panels.hpp"
+#include "lora/kernel/threads.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
-
-/// What a pass over the weight saw.
-struct tally {
-  std::size_t became_nonfinite = 0;  ///< finite before, infinite or NaN after
-  std::size_t nonfinite = 0;         ///< infinite or NaN after
-  std::size_t changed = 0;           ///< other bits after than before
-
-  tally& operator+=(const tally& other) {
-    became_nonfinite += other.became_nonfinite;
-    nonfinite += other.nonfinite;
-    changed += other.changed;
-    return *this;
-  }
-};
 
 /// Rows first_row ... end_row - 1 and columns first_col ... end_col - 1 of an update.
 struct window {
@@ -86,20 +73,14 @@ class rank_update {
   index_t rows() const { return rows_; }
   index_t cols() const { return cols_; }
 
-  /// Gives every tile of the sums to the sink, on any thread. Tiles come in bands, along the rows or, where Sink::down,
-  /// along the columns: place = sink.at(first row, first column) is where a band begins, and place.next() goes on by a
-  /// tile. Where all of the tile lies inside and Sink::takes_tiles, place.fetch() may fetch what comes later and
-  /// place.plain(tile, tally), which may overwrite the sums, writes; if it says false, having written nothing, or at the edges, the
-  /// sums are formed again for sink.part(tally, row, first column, columns, sums) of each row. Where looks_first,
-  /// place.is_usual() is asked before the tile is formed, and place.usual(tile, tally) writes one that is. sink.done() ends it, on
-  /// every thread. Sink::writes is false for a sink that only counts. None of these throws or allocates. Rows and columns are
+  /// Gives every tile of the sums to the sink (see tile_sink.hpp), on any thread. Rows and columns are
   /// those of the transpose if column-major. Returns the sum of the tallies.
-  template <class Sink>
+  template <tile_sink<Acc, tile> Sink>
   tally run(const Sink& sink) const {
     return run(sink, {0, rows_, 0, cols_});
   }
   /// The same for a window of the update, whose first row and column are the sink's row and column 0.
-  template <class Sink>
+  template <tile_sink<Acc, tile> Sink>
   tally run(const Sink& sink, const window& part) const {
     if (part.rows() == 0 || part.cols() == 0) return {};
     const int threads =
@@ -110,7 +91,7 @@ class rank_update {
     parallel(threads, [&](const team& team) {
       tally mine;
       team.for_each(cut.tasks(), [&](index_t task) { run_task(sink, part, cut, task, small, mine); });
-      sink.done();
+      sink.finish();
       became_nonfinite += mine.became_nonfinite;
       nonfinite += mine.nonfinite;
       changed += mine.changed;
@@ -118,19 +99,19 @@ class rank_update {
     return {became_nonfinite, nonfinite, changed};
   }
   /// The same on the calling thread.
-  template <class Sink>
+  template <tile_sink<Acc, tile> Sink>
   void run_here(const Sink& sink, const window& part, tally& seen) const {
     if (part.rows() == 0 || part.cols() == 0) return;
     const grid cut = cut_for<Sink>(part);
     const bool small = is_small<Sink>();
     for (index_t task = 0; task < cut.tasks(); ++task) run_task(sink, part, cut, task, small, seen);
-    sink.done();
+    sink.finish();
   }
 
  private:
   static constexpr bool is_row_major = Order == storage_order::row_major;
   template <class Sink>
-  static constexpr bool looks_first_of = Sink::takes_tiles && looks_first<Acc, typename Sink::value_type>;
+  static constexpr bool checks_first = Sink::takes_tiles && checks_weight_first<Acc, typename Sink::value_type>;
 
   /// f(true_type) or f(false_type): whether some of the sums are formed by dot products.
   template <class F>
@@ -150,27 +131,28 @@ class rank_update {
   grid cut_for(const window& part) const {
     const index_t p = part.first_row / tile_rows, q = part.first_col / width;
     const index_t rows = pieces(part.end_row, tile_rows) - p, cols = pieces(part.end_col, width) - q;
-    const index_t along = Sink::down ? rows : cols;
-    return {p, q, Sink::down ? cols : rows, along, panels_in_strip(along, Sink::down ? tile_rows : width)};
+    const index_t along = Sink::bands_down ? rows : cols;
+    return {p, q, Sink::bands_down ? cols : rows, along, panels_in_strip(along, Sink::bands_down ? tile_rows : width)};
   }
   template <class Sink>
   bool is_small() const {
-    if constexpr (looks_first_of<Sink>)
-      return factors_.is_below(usual_delta<typename Sink::value_type>);
+    if constexpr (checks_first<Sink>)
+      return factors_.is_below(safe_delta<typename Sink::value_type>);
     else
       return false;
   }
   template <class Sink>
   void run_task(const Sink& sink, const window& part, const grid& cut, index_t task, bool small, tally& mine) const {
     const index_t fixed = task % cut.across, first = task / cut.across * cut.strip;
-    const index_t p = cut.first_row + (Sink::down ? first : fixed), q = cut.first_col + (Sink::down ? fixed : first);
+    const index_t p = cut.first_row + (Sink::bands_down ? first : fixed),
+                  q = cut.first_col + (Sink::bands_down ? fixed : first);
     const index_t count = std::min(cut.strip, cut.along - first);
     by_way([&](auto dots) { band<dots()>(sink, part, p, q, count, small, mine); });
   }
   index_t panels_in_strip(index_t panels, index_t panel_width) const {
     const index_t panel_bytes = std::max<index_t>(1, factors_.steps()) * panel_width * static_cast<index_t>(sizeof(Acc));
     // Strips of one length: threads share their number.
-    return pieces(panels, pieces(panels, std::max<index_t>(8, strip_bytes / panel_bytes)));
+    return pieces(panels, pieces(panels, std::max<index_t>(8, tuned.strip_bytes / panel_bytes)));
   }
 
   template <class Each>
@@ -182,62 +164,46 @@ class rank_update {
     return all;
   }
 
-  /// The panel that stays during the next band, fetched in shares.
-  class fetching_panel {
-   public:
-    fetching_panel(const Acc* panel, index_t size, index_t shares)
-        : next_(reinterpret_cast<std::uintptr_t>(panel)),
-          end_(next_ + static_cast<std::uintptr_t>(size) * sizeof(Acc)),
-          lines_(pieces(size * static_cast<index_t>(sizeof(Acc)), shares * line)) {}
-    LORA_DETAIL_INLINE void share() {
-      for (index_t k = 0; k < lines_ && next_ < end_; ++k, next_ += line) prefetch(reinterpret_cast<const void*>(next_));
-    }
-
-   private:
-    static constexpr int line = 64;
-    std::uintptr_t next_, end_;
-    index_t lines_;
-  };
-
   /// `count` tiles from row panel p and column panel q on. All that the loop needs is in locals: a store of a vector may
   /// alias whatever lies in an object. A function of its own, where nothing else wants the registers.
   template <bool ByDots, class Sink>
   LORA_DETAIL_APART void band(const Sink& sink, const window& part, index_t p, index_t q, index_t count, bool small,
                               tally& mine) const {
     // A window may begin inside a tile: such tiles are at its edge, too.
-    if (count > 0 && (Sink::down ? p * tile_rows < part.first_row : q * width < part.first_col)) {
-      careful(sink, part, p, q, mine);
-      ++(Sink::down ? p : q);
+    if (count > 0 && (Sink::bands_down ? p * tile_rows < part.first_row : q * width < part.first_col)) {
+      store_by_rows(sink, part, p, q, mine);
+      ++(Sink::bands_down ? p : q);
       if (--count == 0) return;
     }
-    const bool cut_across = Sink::down ? q * width < part.first_col : p * tile_rows < part.first_row;
+    const bool cut_across = Sink::bands_down ? q * width < part.first_col : p * tile_rows < part.first_row;
     const index_t whole_rows = cut_across ? 0 : part.end_row / tile_rows, whole_cols = part.end_col / width;
     const factors all = factors_;
     const Acc *left = all.left(p), *right = all.right(q);
     auto place =
         sink.at(std::max<index_t>(0, p * tile_rows - part.first_row), std::max<index_t>(0, q * width - part.first_col));
-    fetching_panel next(Sink::down ? all.right(q + 1) : all.left(p + 1), all.steps() * (Sink::down ? width : tile_rows),
-                        count);
+    lookahead_in_shares next(Sink::bands_down ? all.right(q + 1) : all.left(p + 1),
+                             all.steps() * (Sink::bands_down ? width : tile_rows) * static_cast<index_t>(sizeof(Acc)),
+                             count);
     for (; count > 0; --count) {
-      next.share();
+      next.advance();
       bool written = false;
       if constexpr (Sink::takes_tiles) {
         if (p < whole_rows && q < whole_cols) {
           place.fetch();
-          if constexpr (looks_first_of<Sink>) written = small && place.is_usual();
-          if (Sink::writes || !written) {  // what only counts has nothing more to see in a usual tile
+          if constexpr (checks_first<Sink>) written = small && place.is_safe();
+          if (Sink::writes || !written) {  // what only counts has nothing more to see in a safe tile
             tile sum;
             form<ByDots>(all, left, right, sum);
-            if constexpr (looks_first_of<Sink>) {
-              if (written) place.usual(sum, mine);
+            if constexpr (checks_first<Sink>) {
+              if (written) place.store_safe(sum, mine);
             }
-            if (!written) written = place.plain(sum, mine);
+            if (!written) written = place.store_checked(sum, mine);
           }
           place.next();
         }
       }
-      if (!written) careful(sink, part, p, q, mine);
-      if constexpr (Sink::down) {
+      if (!written) store_by_rows(sink, part, p, q, mine);
+      if constexpr (Sink::bands_down) {
         ++p;
         left += all.steps() * tile_rows;
       } else {
@@ -250,7 +216,6 @@ class rank_update {
   /// A tile of the sums, from zero.
   template <bool ByDots>
   LORA_DETAIL_INLINE static void form(const factors& all, const Acc* left, const Acc* right, tile& sum) {
-#if defined(LORA_DETAIL_DOTS)
     if constexpr (ByDots) {
       if (!all.mixes()) return form_by_dots(all, left, right, sum);
       Acc chain[tile_rows * width] = {};
@@ -260,21 +225,18 @@ class rank_update {
         sum[i][0] = simd<Acc>::load(chain + i * width);
         sum[i][1] = simd<Acc>::load(chain + i * width + width / 2);
       }
-      return;
+    } else {
+      clear(sum);
+      advance<mul_add<Acc>, false, false>(sum, left, tile_rows, right, 0, all.steps());
     }
-#endif
-    clear(sum);
-    advance<false, tile_rows, 2, Acc>(sum, left, tile_rows, right, 0, all.steps());
   }
   LORA_DETAIL_INLINE static void clear(tile& sum) {
     LORA_DETAIL_UNROLL
     for (int i = 0; i < tile_rows; ++i) sum[i][0] = sum[i][1] = simd<Acc>::zero();
   }
-#if defined(LORA_DETAIL_DOTS)
   LORA_DETAIL_INLINE static void form_by_dots(const factors& all, const Acc* left, const Acc* right, tile& sum) {
     clear(sum);
-    advance_by_dots<false, tile_rows, 2>(sum, left, tile_rows, reinterpret_cast<const bfloat16*>(right), 0, 2 * all.steps(),
-                                         {});
+    advance<dot2<Acc>, false, false>(sum, left, tile_rows, reinterpret_cast<const bfloat16*>(right), 0, 2 * all.steps());
     const vector scale = simd<Acc>::broadcast(all.begin()->scale);
     LORA_DETAIL_UNROLL
     for (int i = 0; i < tile_rows; ++i) {
@@ -289,23 +251,23 @@ class rank_update {
     for (const segment& s : all) {
       if (s.dots) {
         Acc own[tile_rows * width] = {};
-        multiply_rows<false, true, tile_rows, 2>(own, width, left, tile_rows, reinterpret_cast<const bfloat16*>(right), 0,
-                                                 2 * s.steps);
+        multiply_rows<dot2<Acc>, false, tile_rows, 2, true>(
+            tile_job<Acc, bfloat16>{own, width, left, tile_rows, reinterpret_cast<const bfloat16*>(right), 0, 2 * s.steps});
         const vector scale = simd<Acc>::broadcast(s.scale);
         for (index_t k = 0; k < tile_rows * width; k += width / 2)
           simd<Acc>::store(chain + k, simd<Acc>::multiply_add(scale, simd<Acc>::load(own + k), simd<Acc>::load(chain + k)));
       } else {
-        multiply_rows<false, false, tile_rows, 2>(chain, width, left, tile_rows, right, 0, s.steps);
+        multiply_rows<mul_add<Acc>, false, tile_rows, 2, true>(
+            tile_job<Acc, Acc>{chain, width, left, tile_rows, right, 0, s.steps});
       }
       left += s.steps * tile_rows;
       right += s.steps * width;
     }
   }
-#endif
 
   /// A tile at the edge, or one that the sink did not take: formed again, and told row by row.
   template <class Sink>
-  LORA_DETAIL_APART void careful(const Sink& sink, const window& part, index_t p, index_t q, tally& mine) const {
+  LORA_DETAIL_APART void store_by_rows(const Sink& sink, const window& part, index_t p, index_t q, tally& mine) const {
     tile sum;
     by_way([&](auto dots) { form<dots()>(factors_, factors_.left(p), factors_.right(q), sum); });
     const index_t first_row = std::max(p * tile_rows, part.first_row),
@@ -317,8 +279,8 @@ class rank_update {
       if (row < first_row || row >= end_row) continue;
       Acc values[width];
       spill(sum[i][0], sum[i][1], values);
-      sink.part(mine, row - part.first_row, first_col - part.first_col, end_col - first_col,
-                values + (first_col - q * width));
+      sink.store_sums(mine, row - part.first_row, first_col - part.first_col, end_col - first_col,
+                      values + (first_col - q * width));
     }
   }
 

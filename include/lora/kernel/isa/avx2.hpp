@@ -1,0 +1,136 @@
+// SPDX-License-Identifier: Apache-2.0
+//
+// simd<float> and simd<double> by AVX2 with FMA. simd.hpp includes this in builds for it.
+#pragma once
+
+#include "lora/version.hpp"
+
+#if defined(LORA_DETAIL_AVX2)
+
+#include <immintrin.h>
+
+#include <bit>
+#include <cstddef>
+#include <cstdint>
+
+#include "lora/float16.hpp"
+#include "lora/kernel/compiler.hpp"
+
+namespace lora::inline LORA_DETAIL_ABI::detail {
+
+template <class T>
+struct simd;
+
+template <>
+struct simd<float> {
+  using vector = __m256;
+  static constexpr int width = 8;
+  static vector zero() { return _mm256_setzero_ps(); }
+  static vector load(const float* p) { return _mm256_loadu_ps(p); }
+  static void store(float* p, vector v) { _mm256_storeu_ps(p, v); }
+  static void stream(float* p, vector v) { _mm256_stream_ps(p, v); }
+  static vector broadcast(float v) { return _mm256_set1_ps(v); }
+  static vector multiply_add(vector a, vector b, vector c) { return _mm256_fmadd_ps(a, b, c); }
+  static vector multiply(vector a, vector b) { return _mm256_mul_ps(a, b); }
+  static vector add(vector a, vector b) { return _mm256_add_ps(a, b); }
+  static vector subtract(vector a, vector b) { return _mm256_sub_ps(a, b); }
+  static bool all_finite(vector v) {
+    const __m256i exponent = _mm256_set1_epi32(0x7f80'0000);
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(v), exponent), exponent)) == 0;
+  }
+  static vector load_even(const bfloat16* p) {
+    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16));
+  }
+  static vector load_odd(const bfloat16* p) {
+    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+                                                _mm256_set1_epi32(static_cast<int>(0xffff'0000u))));
+  }
+  static vector join_pairs(vector even, vector odd) {
+    const __m256i e = _mm256_srli_epi32(rounded_up(even), 16);
+    return _mm256_castsi256_ps(_mm256_blend_epi16(e, rounded_up(odd), 0xaa));
+  }
+  /// Two vectors of neighbours become their even and their odd elements.
+  static void unzip(vector& first, vector& second) {
+    const auto ordered = [](vector v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); };
+    const vector evens = ordered(_mm256_shuffle_ps(first, second, 0x88));
+    second = ordered(_mm256_shuffle_ps(first, second, 0xdd));
+    first = evens;
+  }
+#if defined(__F16C__)
+  static vector load_half(const float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static vector join_halves(vector first, vector second) {
+    const __m256i low = _mm256_castsi128_si256(_mm256_cvtps_ph(first, _MM_FROUND_TO_NEAREST_INT));
+    return _mm256_castsi256_ps(_mm256_inserti128_si256(low, _mm256_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT), 1));
+  }
+#else
+  static vector load_half(const float16* p) {
+    float values[width];
+    for (int k = 0; k < width; ++k) values[k] = static_cast<float>(p[k]);
+    return load(values);
+  }
+  static vector join_halves(vector first, vector second) {
+    float values[2 * width];
+    store(values, first);
+    store(values + width, second);
+    float16 halves[2 * width];
+    for (int k = 0; k < 2 * width; ++k) halves[k] = float16(values[k]);
+    return load(reinterpret_cast<const float*>(halves));
+  }
+#endif
+  /// sums[k] += (a[k] + b[k])^2 in double, for all elements.
+  static void add_squares(vector a, vector b, double* sums) {
+    const auto add = [](__m128 x, __m128 y, double* to) {
+      const __m256d sum = _mm256_add_pd(_mm256_cvtps_pd(x), _mm256_cvtps_pd(y));
+      _mm256_storeu_pd(to, _mm256_fmadd_pd(sum, sum, _mm256_loadu_pd(to)));
+    };
+    add(_mm256_castps256_ps128(a), _mm256_castps256_ps128(b), sums);
+    add(_mm256_extractf128_ps(a, 1), _mm256_extractf128_ps(b, 1), sums + 4);
+  }
+  /// Elements of T in memory whose bits are not those of v.
+  template <class T>
+  static std::size_t differing(const T* p, vector v) {
+    const __m256i before = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), after = _mm256_castps_si256(v);
+    const __m256i same = sizeof(T) == 2 ? _mm256_cmpeq_epi16(before, after) : _mm256_cmpeq_epi32(before, after);
+    return static_cast<std::size_t>(std::popcount(~static_cast<std::uint32_t>(_mm256_movemask_epi8(same)))) / sizeof(T);
+  }
+
+ private:
+  /// Bits plus what carries into the upper half when rounding to nearest even.
+  static __m256i rounded_up(vector v) {
+    const __m256i bits = _mm256_castps_si256(v);
+    // -1 where the last bit that stays is 0: a comparison, because early Zen has one unit for shifts.
+    const __m256i even = _mm256_cmpeq_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x1'0000)), _mm256_setzero_si256());
+    return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x8000)), even);
+  }
+};
+template <>
+struct simd<double> {
+  using vector = __m256d;
+  static constexpr int width = 4;
+  static vector zero() { return _mm256_setzero_pd(); }
+  static vector load(const double* p) { return _mm256_loadu_pd(p); }
+  static void store(double* p, vector v) { _mm256_storeu_pd(p, v); }
+  static void stream(double* p, vector v) { _mm256_stream_pd(p, v); }
+  static vector broadcast(double v) { return _mm256_set1_pd(v); }
+  static vector multiply_add(vector a, vector b, vector c) { return _mm256_fmadd_pd(a, b, c); }
+  static vector multiply(vector a, vector b) { return _mm256_mul_pd(a, b); }
+  static vector add(vector a, vector b) { return _mm256_add_pd(a, b); }
+  static vector subtract(vector a, vector b) { return _mm256_sub_pd(a, b); }
+  static bool all_finite(vector v) {
+    const __m256i exponent = _mm256_set1_epi64x(0x7ff0'0000'0000'0000);
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi64(_mm256_and_si256(_mm256_castpd_si256(v), exponent), exponent)) == 0;
+  }
+  static void add_squares(vector a, vector b, double* sums) {
+    const vector sum = _mm256_add_pd(a, b);
+    _mm256_storeu_pd(sums, _mm256_fmadd_pd(sum, sum, _mm256_loadu_pd(sums)));
+  }
+  static std::size_t differing(const double* p, vector v) {
+    const __m256i before = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+    const __m256i same = _mm256_cmpeq_epi64(before, _mm256_castpd_si256(v));
+    return static_cast<std::size_t>(std::popcount(~static_cast<std::uint32_t>(_mm256_movemask_epi8(same)))) / 8;
+  }
+};
+
+}  // namespace lora::inline LORA_DETAIL_ABI::detail
+
+#endif
