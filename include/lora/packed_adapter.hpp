@@ -17,6 +17,7 @@
 #include <vector>
 
 #include "lora/detail/refusals.hpp"
+#include "lora/kernel/environment.hpp"
 #include "lora/kernel/memory.hpp"
 #include "lora/kernel/product/packed_factors.hpp"
 

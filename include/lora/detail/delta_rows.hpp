@@ -40,6 +40,7 @@ template <class Update, class Acc, bool Subtracts>
 class row_sink {
  public:
   using value_type = Acc;
+  using counter = no_changes;
   static constexpr bool bands_down = false, takes_tiles = true, writes = true;
 
   row_sink(Acc* rows, index_t stride, const memory_of_rows& next = {}) : origin_{rows, stride, next} {}
@@ -54,7 +55,7 @@ class row_sink {
       ahead = moved(ahead, 0, Update::width);
     }
     void fetch() const { fetch_tile(ahead, Update::width); }
-    LORA_DETAIL_INLINE bool store_checked(const typename Update::tile& sum, tally&) const {
+    LORA_DETAIL_INLINE bool store_checked(const typename Update::tile& sum, no_changes&) const {
       using v = simd<Acc>;
       LORA_DETAIL_UNROLL
       for (int i = 0; i < tile_rows; ++i) {

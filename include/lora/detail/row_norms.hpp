@@ -54,6 +54,7 @@ class square_sink {
  public:
   using T = storage_t<std::remove_const_t<S>>;
   using value_type = Acc;
+  using counter = no_changes;
   /// Of outputs that are columns the even and the odd ones would change places.
   static constexpr bool takes_tiles =
       rounds_in_registers<Acc, T> && (outputs_are_rows || columns_of<Acc, T> == columns::in_order);
@@ -78,7 +79,7 @@ class square_sink {
         prefetch_at<Update::width* static_cast<int>(sizeof(T))>(
             from, (i * stride + tuned.tiles_ahead * Update::width) * static_cast<index_t>(sizeof(T)));
     }
-    LORA_DETAIL_INLINE bool store_checked(const typename Update::tile& sum, tally&) const {
+    LORA_DETAIL_INLINE bool store_checked(const typename Update::tile& sum, no_changes&) const {
       using v = simd<Acc>;
       LORA_DETAIL_UNROLL
       for (int i = 0; i < tile_rows; ++i) {

@@ -57,8 +57,10 @@ class nearest_row {
   static void store(const Acc* from, index_t count, T* to, tally& seen) {
     index_t k = 0;
     if constexpr (rounds_in_registers<Acc, T>) {
-      k = store_chunks<4>(from, k, count, to, seen);
-      k = store_chunks<1>(from, k, count, to, seen);
+      changed_count<T> changed;
+      k = store_chunks<4>(from, k, count, to, seen, changed);
+      k = store_chunks<1>(from, k, count, to, seen, changed);
+      seen.changed += changed.count();
     }
     store_each(from + k, count - k, to + k, seen);
   }
@@ -68,15 +70,15 @@ class nearest_row {
   using v = simd<Acc>;
 
   template <int Pairs>
-  static index_t store_chunks(const Acc* from, index_t k, index_t count, T* to, tally& seen) {
+  static index_t store_chunks(const Acc* from, index_t k, index_t count, T* to, tally& seen, changed_count<T>& changed) {
     constexpr index_t chunk = Pairs * width;
     for (; k + chunk <= count; k += chunk)
-      if (!store_chunk<Pairs>(from + k, to + k, seen)) store_each(from + k, chunk, to + k, seen);
+      if (!store_chunk<Pairs>(from + k, to + k, changed)) store_each(from + k, chunk, to + k, seen);
     return k;
   }
   /// In registers, unless something is not finite.
   template <int Pairs>
-  static bool store_chunk(const Acc* from, T* to, tally& seen) {
+  static bool store_chunk(const Acc* from, T* to, changed_count<T>& counts) {
     watch<Acc, T> finite;
     typename v::vector row[Pairs][2];
     LORA_DETAIL_UNROLL
@@ -87,13 +89,13 @@ class nearest_row {
       round_row<T>(row[i][0], row[i][1], finite);
     }
     if (!finite.all_finite()) return false;
-    std::size_t changed = 0;
+    changed_lanes<T> changed;
     LORA_DETAIL_UNROLL
     for (int i = 0; i < Pairs; ++i) {
-      changed += differing_in_row<Acc>(to + i * width, row[i][0], row[i][1]);
+      see_row<Acc>(changed, to + i * width, row[i][0], row[i][1]);
       store_row<Acc>(to + i * width, row[i][0], row[i][1], false);
     }
-    seen.changed += changed;
+    counts.add(changed);
     return true;
   }
   static void store_each(const Acc* from, index_t count, T* to, tally& seen) {

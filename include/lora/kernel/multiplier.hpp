@@ -8,6 +8,7 @@
 #include <type_traits>
 
 #include "lora/concepts.hpp"
+#include "lora/detail/convert.hpp"
 #include "lora/kernel/simd.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {

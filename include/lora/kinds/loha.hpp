@@ -51,6 +51,7 @@ template <class Update, class Acc, bool Multiply, bool Down>
 class hadamard_sink {
  public:
   using value_type = Acc;
+  using counter = no_changes;
   static constexpr bool bands_down = Down, takes_tiles = true, writes = true;
 
   hadamard_sink(Acc* rows, index_t stride) : origin_{rows, stride} {}
@@ -61,7 +62,7 @@ class hadamard_sink {
 
     void next() { to += Down ? tile_rows * stride : Update::width; }
     void fetch() const {}
-    LORA_DETAIL_INLINE bool store_checked(const typename Update::tile& sum, tally&) const {
+    LORA_DETAIL_INLINE bool store_checked(const typename Update::tile& sum, no_changes&) const {
       LORA_DETAIL_UNROLL
       for (int i = 0; i < tile_rows; ++i) write(to + i * stride, sum[i][0], sum[i][1]);
       return true;

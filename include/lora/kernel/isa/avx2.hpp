@@ -12,6 +12,7 @@
 #include <bit>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "lora/float16.hpp"
 #include "lora/kernel/compiler.hpp"
@@ -20,6 +21,57 @@ namespace lora::inline LORA_DETAIL_ABI::detail {
 
 template <class T>
 struct simd;
+
+/// Counts in lanes the elements of T whose bits changed. At most 2^15 vectors.
+template <class T>
+struct changed_lanes {
+  __m256i same = _mm256_setzero_si256();  ///< minus the number of lanes that stayed
+  int vectors = 0;
+
+  LORA_DETAIL_INLINE void see(__m256i before, __m256i after) {
+    ++vectors;
+    if constexpr (sizeof(T) == 2)
+      same = _mm256_add_epi16(same, _mm256_cmpeq_epi16(before, after));
+    else if constexpr (sizeof(T) == 4)
+      same = _mm256_add_epi32(same, _mm256_cmpeq_epi32(before, after));
+    else
+      same = _mm256_add_epi64(same, _mm256_cmpeq_epi64(before, after));
+  }
+  LORA_DETAIL_INLINE void see(__m256 before, __m256 after) { see(_mm256_castps_si256(before), _mm256_castps_si256(after)); }
+  LORA_DETAIL_INLINE void see(__m256d before, __m256d after) {
+    see(_mm256_castpd_si256(before), _mm256_castpd_si256(after));
+  }
+  template <class Vector>
+  LORA_DETAIL_INLINE void see(const T* before, Vector after) {
+    see(std::bit_cast<Vector>(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(before))), after);
+  }
+  /// Lanes of 32 bits, or of 64.
+  LORA_DETAIL_INLINE __m256i words() const {
+    if constexpr (sizeof(T) == 2)
+      return _mm256_madd_epi16(same, _mm256_set1_epi16(1));
+    else
+      return same;
+  }
+};
+/// The sum of many.
+template <class T>
+struct changed_count {
+  __m256i same = _mm256_setzero_si256();
+  std::size_t vectors = 0;
+
+  LORA_DETAIL_INLINE void add(const changed_lanes<T>& some) {
+    same = sizeof(T) == 8 ? _mm256_add_epi64(same, some.words()) : _mm256_add_epi32(same, some.words());
+    vectors += static_cast<std::size_t>(some.vectors);
+  }
+  std::size_t count() const {
+    using word = std::conditional_t<sizeof(T) == 8, std::int64_t, std::int32_t>;
+    word words[32 / sizeof(word)];
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(words), same);
+    std::int64_t sum = 0;
+    for (const word one : words) sum += one;
+    return vectors * (32 / sizeof(T)) - static_cast<std::size_t>(-sum);
+  }
+};
 
 template <>
 struct simd<float> {
@@ -86,13 +138,6 @@ struct simd<float> {
     add(_mm256_castps256_ps128(a), _mm256_castps256_ps128(b), sums);
     add(_mm256_extractf128_ps(a, 1), _mm256_extractf128_ps(b, 1), sums + 4);
   }
-  /// Elements of T in memory whose bits are not those of v.
-  template <class T>
-  static std::size_t differing(const T* p, vector v) {
-    const __m256i before = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), after = _mm256_castps_si256(v);
-    const __m256i same = sizeof(T) == 2 ? _mm256_cmpeq_epi16(before, after) : _mm256_cmpeq_epi32(before, after);
-    return static_cast<std::size_t>(std::popcount(~static_cast<std::uint32_t>(_mm256_movemask_epi8(same)))) / sizeof(T);
-  }
 
  private:
   /// Bits plus what carries into the upper half when rounding to nearest even.
@@ -123,11 +168,6 @@ struct simd<double> {
   static void add_squares(vector a, vector b, double* sums) {
     const vector sum = _mm256_add_pd(a, b);
     _mm256_storeu_pd(sums, _mm256_fmadd_pd(sum, sum, _mm256_loadu_pd(sums)));
-  }
-  static std::size_t differing(const double* p, vector v) {
-    const __m256i before = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-    const __m256i same = _mm256_cmpeq_epi64(before, _mm256_castpd_si256(v));
-    return static_cast<std::size_t>(std::popcount(~static_cast<std::uint32_t>(_mm256_movemask_epi8(same)))) / 8;
   }
 };
 

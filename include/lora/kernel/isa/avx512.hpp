@@ -31,6 +31,60 @@ namespace lora::inline LORA_DETAIL_ABI::detail {
 template <class T>
 struct simd;
 
+/// Counts the elements of T whose bits changed. Elements of 32 and 64 bits in lanes: a comparison
+/// and a subtraction for each vector. Elements of 16 bits by a population count of the mask: rounding
+/// them keeps the vector units busy, so that the scalar ones are free.
+template <class T>
+struct changed_lanes {
+  __m512i lanes = _mm512_setzero_si512();
+
+  LORA_DETAIL_INLINE void see(__m512i before, __m512i after) {
+    const __m512i minus_one = _mm512_set1_epi32(-1);
+    if constexpr (sizeof(T) == 4)
+      lanes = _mm512_mask_sub_epi32(lanes, _mm512_cmpneq_epi32_mask(before, after), lanes, minus_one);
+    else
+      lanes = _mm512_mask_sub_epi64(lanes, _mm512_cmpneq_epi64_mask(before, after), lanes, minus_one);
+  }
+  template <class Vector>
+  LORA_DETAIL_INLINE void see(const T* before, Vector after) {
+    see(_mm512_loadu_si512(before), std::bit_cast<__m512i>(after));
+  }
+};
+template <class T>
+  requires(sizeof(T) == 2)
+struct changed_lanes<T> {
+  std::size_t changed = 0;
+
+  template <class Vector>
+  LORA_DETAIL_INLINE void see(const T* before, Vector after) {
+    changed += static_cast<std::size_t>(
+        _mm_popcnt_u32(_mm512_cmpneq_epi16_mask(_mm512_loadu_si512(before), std::bit_cast<__m512i>(after))));
+  }
+};
+/// The sum of many.
+template <class T>
+struct changed_count {
+  __m512i lanes = _mm512_setzero_si512();
+
+  LORA_DETAIL_INLINE void add(const changed_lanes<T>& some) {
+    lanes = sizeof(T) == 8 ? _mm512_add_epi64(lanes, some.lanes) : _mm512_add_epi32(lanes, some.lanes);
+  }
+  std::size_t count() const {
+    if constexpr (sizeof(T) == 8)
+      return static_cast<std::size_t>(_mm512_reduce_add_epi64(lanes));
+    else
+      return static_cast<std::size_t>(_mm512_reduce_add_epi32(lanes));
+  }
+};
+template <class T>
+  requires(sizeof(T) == 2)
+struct changed_count<T> {
+  std::size_t changed = 0;
+
+  LORA_DETAIL_INLINE void add(const changed_lanes<T>& some) { changed += some.changed; }
+  std::size_t count() const { return changed; }
+};
+
 template <>
 struct simd<float> {
   using vector = __m512;
@@ -117,15 +171,6 @@ struct simd<float> {
     add(_mm512_extractf32x8_ps(a, 1), _mm512_extractf32x8_ps(b, 1), sums + 8);
 #endif
   }
-  /// Elements of T in memory whose bits are not those of v.
-  template <class T>
-  static std::size_t differing(const T* p, vector v) {
-    const __m512i before = _mm512_loadu_si512(p), after = _mm512_castps_si512(v);
-    if constexpr (sizeof(T) == 2)
-      return static_cast<std::size_t>(_mm_popcnt_u32(_mm512_cmpneq_epi16_mask(before, after)));
-    else
-      return static_cast<std::size_t>(_mm_popcnt_u32(_mm512_cmpneq_epi32_mask(before, after)));
-  }
 #if defined(LORA_DETAIL_DOTS)
   /// c plus the two products of each 32-bit lane's pair of bfloat16, one addition after the other. Subnormal operands and
   /// results count as zero.
@@ -169,9 +214,6 @@ struct simd<double> {
   static void add_squares(vector a, vector b, double* sums) {
     const vector sum = _mm512_add_pd(a, b);
     _mm512_storeu_pd(sums, _mm512_fmadd_pd(sum, sum, _mm512_loadu_pd(sums)));
-  }
-  static std::size_t differing(const double* p, vector v) {
-    return static_cast<std::size_t>(_mm_popcnt_u32(_mm512_cmpneq_epi64_mask(_mm512_loadu_si512(p), _mm512_castpd_si512(v))));
   }
 };
 

@@ -39,6 +39,34 @@ struct vector_of {
 };
 #endif
 
+/// Counts the elements of T whose bits changed.
+template <class T>
+struct changed_lanes {
+  std::size_t changed = 0;
+
+  template <class Vector>
+  void see(const T* before, Vector after) {
+    T elements[sizeof(Vector) / sizeof(T)];
+    std::memcpy(elements, &after, sizeof after);
+    for (std::size_t k = 0; k < sizeof(Vector) / sizeof(T); ++k)
+      changed += std::memcmp(before + k, elements + k, sizeof(T)) != 0;
+  }
+  template <class Vector>
+  void see(Vector before, Vector after) {
+    T elements[sizeof(Vector) / sizeof(T)];
+    std::memcpy(elements, &before, sizeof before);
+    see(elements, after);
+  }
+};
+/// The sum of many.
+template <class T>
+struct changed_count {
+  std::size_t changed = 0;
+
+  void add(const changed_lanes<T>& some) { changed += some.changed; }
+  std::size_t count() const { return changed; }
+};
+
 template <class T>
 struct simd {
   using vector = typename vector_of<T>::type;
@@ -119,15 +147,6 @@ struct simd {
       const double sum = static_cast<double>(a[k]) + static_cast<double>(b[k]);
       sums[k] += sum * sum;
     }
-  }
-  /// Elements of S in memory whose bits are not those of v.
-  template <class S>
-  static std::size_t differing(const S* p, vector v) {
-    S after[sizeof(vector) / sizeof(S)];
-    std::memcpy(after, &v, sizeof v);
-    std::size_t count = 0;
-    for (std::size_t k = 0; k < sizeof(vector) / sizeof(S); ++k) count += std::memcmp(p + k, after + k, sizeof(S)) != 0;
-    return count;
   }
 
  private:

@@ -17,6 +17,7 @@
 #include "lora/detail/operands.hpp"
 #include "lora/kernel/merge/stacked_factors.hpp"
 #include "lora/kernel/merge/tile_sink.hpp"
+#include "lora/kernel/overflow_watch.hpp"
 #include "lora/kernel/panels.hpp"
 #include "lora/kernel/threads.hpp"
 
@@ -184,6 +185,7 @@ class rank_update {
     lookahead_in_shares next(Sink::bands_down ? all.right(q + 1) : all.left(p + 1),
                              all.steps() * (Sink::bands_down ? width : tile_rows) * static_cast<index_t>(sizeof(Acc)),
                              count);
+    typename Sink::counter changed;
     for (; count > 0; --count) {
       next.advance();
       bool written = false;
@@ -195,9 +197,9 @@ class rank_update {
             tile sum;
             form<ByDots>(all, left, right, sum);
             if constexpr (checks_first<Sink>) {
-              if (written) place.store_safe(sum, mine);
+              if (written) place.store_safe(sum, changed);
             }
-            if (!written) written = place.store_checked(sum, mine);
+            if (!written) written = place.store_checked(sum, changed);
           }
           place.next();
         }
@@ -211,6 +213,7 @@ class rank_update {
         right += all.steps() * width;
       }
     }
+    mine.changed += changed.count();
   }
 
   /// A tile of the sums, from zero.

@@ -81,15 +81,12 @@ LORA_DETAIL_INLINE void store_row(T* destination, typename simd<Acc>::vector fir
   }
 }
 
-/// Elements of a row that round_row made (or of join_safe) whose bits are not those in memory.
+/// Counts the elements of a row that round_row made (or join_safe), against those in memory.
 template <class Acc, class T>
-LORA_DETAIL_INLINE std::size_t differing_in_row(const T* before, typename simd<Acc>::vector first,
-                                                typename simd<Acc>::vector second) {
-  using v = simd<Acc>;
-  if constexpr (sizeof(T) == 2)
-    return v::differing(before, first);
-  else
-    return v::differing(before, first) + v::differing(before + v::width, second);
+LORA_DETAIL_INLINE void see_row(changed_lanes<T>& changed, const T* before, typename simd<Acc>::vector first,
+                                typename simd<Acc>::vector second) {
+  changed.see(before, first);
+  if constexpr (sizeof(T) != 2) changed.see(before + simd<Acc>::width, second);
 }
 
 /// The order of columns in which a weight of T that is row by row in memory is rounded.
@@ -106,6 +103,7 @@ class rounding_sink {
  public:
   using T = storage_t<S>;
   using value_type = T;
+  using counter = changed_count<T>;
   static constexpr bool bands_down = false, takes_tiles = rounds_in_registers<Acc, T>, writes = Where != writing::nowhere;
 
   explicit rounding_sink(const matrix_view<S, Order>& weight)
@@ -170,20 +168,20 @@ class rounding_sink {
       sum[i][1] = v::multiply(sum[i][1], g[1]);
     }
     /// A row at once, which keeps fewer operations waiting for the last multiply-adds.
-    LORA_DETAIL_INLINE void store_safe(typename Update::tile& sum, tally& counts) const {
-      std::size_t changed = 0;
+    LORA_DETAIL_INLINE void store_safe(typename Update::tile& sum, counter& counts) const {
+      changed_lanes<T> changed;
       LORA_DETAIL_UNROLL
       for (int i = 0; writes && i < tile_rows; ++i) {
         subtract_row(sum, i);
         const auto joined = simd<Acc>::template join_safe<T>(sum[i][0], sum[i][1]);
-        changed += simd<Acc>::differing(source(i), joined);
+        changed.see(source(i), joined);
         store_bits(destination(i), joined);
       }
-      counts.changed += changed;
+      counts.add(changed);
     }
     /// In registers until all of it is known to be finite. All rows are read before the first is written: where rows lie a
     /// multiple of 4 KiB apart a read would wait for the write.
-    LORA_DETAIL_INLINE bool store_checked(typename Update::tile& sum, tally& counts) const {
+    LORA_DETAIL_INLINE bool store_checked(typename Update::tile& sum, counter& counts) const {
       watch<Acc, T> seen;
       LORA_DETAIL_UNROLL
       for (int i = 0; i < tile_rows; ++i) {
@@ -191,13 +189,13 @@ class rounding_sink {
         round_row<T>(sum[i][0], sum[i][1], seen);
       }
       if (!seen.all_finite()) return false;
-      std::size_t changed = 0;
+      changed_lanes<T> changed;
       LORA_DETAIL_UNROLL
       for (int i = 0; writes && i < tile_rows; ++i) {
-        changed += differing_in_row<Acc>(source(i), sum[i][0], sum[i][1]);
+        see_row<Acc>(changed, source(i), sum[i][0], sum[i][1]);
         store_row<Acc>(destination(i), sum[i][0], sum[i][1], Where == writing::elsewhere && past_caches);
       }
-      counts.changed += changed;
+      counts.add(changed);
       return true;
     }
   };
@@ -236,6 +234,7 @@ template <class Update, class Acc, class T, bool Store = true>
 class panel_sink {
  public:
   using value_type = T;
+  using counter = changed_count<T>;
   static constexpr index_t width = tile_cols<accumulator_t<T>>;
   static constexpr bool bands_down = true, takes_tiles = rounds_in_registers<Acc, T> && tile_cols<Acc> == width,
                         writes = Store;
@@ -268,11 +267,11 @@ class panel_sink {
       sum[i][0] = simd<Acc>::subtract(w[0], sum[i][0]);
       sum[i][1] = simd<Acc>::subtract(w[1], sum[i][1]);
     }
-    LORA_DETAIL_INLINE void store_safe(typename Update::tile& sum, tally& counts) const {
-      std::size_t changed = 0;
+    LORA_DETAIL_INLINE void store_safe(typename Update::tile& sum, counter& counts) const {
+      changed_lanes<T> changed;
       const auto put = [&](int i, const auto& first, const auto& second) {
         const auto joined = simd<Acc>::template join_safe<T>(first, second);
-        changed += simd<Acc>::differing(from + i * width, joined);
+        changed.see(from + i * width, joined);
         store_bits(to + i * width, joined);
       };
       LORA_DETAIL_UNROLL
@@ -285,9 +284,9 @@ class panel_sink {
           put(i, sum[i - 1][1], sum[i][1]);
         }
       }
-      counts.changed += changed;
+      counts.add(changed);
     }
-    LORA_DETAIL_INLINE bool store_checked(typename Update::tile& sum, tally& counts) const {
+    LORA_DETAIL_INLINE bool store_checked(typename Update::tile& sum, counter& counts) const {
       watch<Acc, T> seen;
       LORA_DETAIL_UNROLL
       for (int i = 0; i < tile_rows; ++i) {
@@ -300,17 +299,17 @@ class panel_sink {
         }
       }
       if (!seen.all_finite()) return false;
-      std::size_t changed = 0;
+      changed_lanes<T> changed;
       LORA_DETAIL_UNROLL
       for (int i = 0; writes && i < tile_rows; i += group) {
-        changed += differing_in_row<Acc>(from + i * width, sum[i][0], sum[i][1]);
+        see_row<Acc>(changed, from + i * width, sum[i][0], sum[i][1]);
         store_row<Acc>(to + i * width, sum[i][0], sum[i][1], past_caches);
         if constexpr (group == 2) {
-          changed += simd<Acc>::differing(from + (i + 1) * width, sum[i][1]);
+          changed.see(from + (i + 1) * width, sum[i][1]);
           store_bits(to + (i + 1) * width, sum[i][1]);
         }
       }
-      counts.changed += changed;
+      counts.add(changed);
       return true;
     }
   };
