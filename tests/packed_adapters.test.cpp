@@ -25,7 +25,8 @@ template <class F>
 std::vector<lora::adapter<F>> some_adapters(test::random& g) {
   std::vector<lora::adapter<F>> all;
   for (const index_t rank : {3, 0, 17, 90, 1})
-    all.push_back({g.reals<F>(rank, in, 0.3), g.reals<F>(out, rank, 0.3), {.alpha = 0.7, .rule = lora::scaling_rule::fixed}});
+    all.push_back(
+        {g.reals<F>(rank, in, 0.3), g.reals<F>(out, rank, 0.3), {.alpha = 0.7, .rule = lora::scaling_rule::fixed}});
   return all;
 }
 

@@ -55,6 +55,7 @@
 #include "lora/forward.hpp"
 #include "lora/merge.hpp"
 
+LORA_DETAIL_QUIET_BEGIN
 namespace lora::inline LORA_DETAIL_ABI {
 namespace detail {
 
@@ -502,3 +503,4 @@ Eigen::MatrixXd apply_bound(const X& x, const Y& y, const L&... l) {
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI
+LORA_DETAIL_QUIET_END

@@ -45,6 +45,7 @@
 #include "lora/mixed.hpp"
 #include "lora/rows_bounds.hpp"
 
+LORA_DETAIL_QUIET_BEGIN
 namespace lora::inline LORA_DETAIL_ABI {
 namespace detail {
 
@@ -699,3 +700,4 @@ Eigen::MatrixXd apply_through_bound(const Down& down, const Y& y, const mixed_fo
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI
+LORA_DETAIL_QUIET_END

@@ -24,6 +24,7 @@
 #include "lora/detail/eigen.hpp"
 #include "lora/rounding.hpp"
 
+LORA_DETAIL_QUIET_BEGIN
 namespace lora::inline LORA_DETAIL_ABI {
 namespace detail {
 
@@ -152,3 +153,4 @@ auto unmerge_bound(P, const M& W, const L&... l) {
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI
+LORA_DETAIL_QUIET_END

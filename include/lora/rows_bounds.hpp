@@ -28,6 +28,7 @@
 #include "lora/rows.hpp"
 #include "lora/through.hpp"
 
+LORA_DETAIL_QUIET_BEGIN
 namespace lora::inline LORA_DETAIL_ABI {
 namespace detail {
 
@@ -165,3 +166,4 @@ Eigen::MatrixXd apply_through_bound(const Down& down, const Y& y, const L&... l)
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI
+LORA_DETAIL_QUIET_END

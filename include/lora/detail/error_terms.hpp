@@ -19,6 +19,7 @@
 #include "lora/forward.hpp"
 #include "lora/workspace.hpp"
 
+LORA_DETAIL_QUIET_BEGIN
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
 /// a * b. In double by the library's own product: who includes Eigen first would get gcc 12's false
@@ -286,3 +287,4 @@ class basic_product_error {
 using product_error = basic_product_error<double>;
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail
+LORA_DETAIL_QUIET_END
