@@ -51,6 +51,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/kernel/memory.hpp
   include/lora/kernel/merge/delta_tiles.hpp
   include/lora/kernel/merge/stacked_factors.hpp
+  include/lora/kernel/merge/tile_change.hpp
   include/lora/kernel/merge/tile_sink.hpp
   include/lora/kernel/merge/tile_sinks.hpp
   include/lora/kernel/multiplier.hpp

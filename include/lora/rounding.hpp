@@ -185,6 +185,46 @@ class peft_change {
   std::vector<std::variant<peft_delta<Acc>, const delta_step<Acc>*, row_change<Acc>>> parts_;
 };
 
+/// The one step that changes the weight, if it is low-rank and its delta is formed in Acc; else null.
+template <class Acc>
+const low_rank_step* only_low_rank(std::span<const step<Acc>> steps) {
+  const low_rank_step* result = nullptr;
+  for (const auto& one : steps) {
+    if (!changes_weight(one)) continue;
+    const auto* low = std::get_if<low_rank_step>(&one);
+    if (low == nullptr || result != nullptr) return nullptr;
+    result = low;
+  }
+  if (result == nullptr) return nullptr;
+  const bool in_acc =
+      result->factors.visit([]<class T>(const adapter_view<T>&) { return std::is_same_v<accumulator_t<T>, Acc>; });
+  return in_acc ? result : nullptr;
+}
+
+/// One adapter as PEFT merges it, in register tiles: one pass at the speed of a merge.
+template <class Acc, class T, storage_order Order>
+tally merge_one_as_peft(const char* operation, double sign, const matrix_view<T, Order>& W, const low_rank_step& l,
+                        bool delta_first) {
+  check_low_rank<Acc>(operation, l, W.rows(), W.cols());
+  return l.factors.visit([&]<class F>(const adapter_view<F>& one) -> tally {
+    if constexpr (!std::is_same_v<accumulator_t<F>, Acc>) {
+      return {};
+    } else {
+      using stored = storage_t<T>;
+      const auto unscaled = [&](const auto& visit) {
+        visit(adapter_view<F>(one.lora_A(), one.lora_B(), {.alpha = 1, .rule = scaling_rule::fixed}));
+      };
+      workspace space;
+      const rank_update<Acc, Order, columns_of<Acc, stored>, has_dots<Acc, bfloat16>> update(space, operation, unscaled,
+                                                                                             W.rows(), W.cols(), 1.0);
+      const peft_sum<Acc, stored, F> change{static_cast<Acc>(l.strength * l.factors.scaling()), sign == unmerging,
+                                            delta_first};
+      return update.run(
+          rounding_sink<bare<decltype(update)>, Acc, T, Order, writing::in_place, bare<decltype(change)>>(W, change));
+    }
+  });
+}
+
 template <class P, class M, class... L>
 merge_report merge_as_peft(const char* operation, double sign, M& W, const L&... l) {
   return with_steps(
@@ -194,6 +234,8 @@ merge_report merge_as_peft(const char* operation, double sign, M& W, const L&...
         refuse_shifts(operation, steps);
         refuse_step_overlap(operation, weight, steps);
         const bool delta_first = sign == unmerging || std::same_as<P, rounding::peft_safe_policy>;
+        if (const low_rank_step* const only = only_low_rank<Acc>(steps))
+          return report_of(merge_one_as_peft<Acc>(operation, sign, weight, *only, delta_first), weight.size());
         const peft_change<Acc, storage_t<typename view::value_type>> change(operation, steps, weight.rows(), weight.cols(),
                                                                             sign, delta_first);
         if (change.empty()) return untouched(weight.size());

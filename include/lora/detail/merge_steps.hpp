@@ -60,7 +60,8 @@ tally pass_over(const char* operation, double sign, const matrix_view<T, Order>&
         space, operation, each_low_rank(list.steps), W.rows(), W.cols(), sign);
     using in_tiles = bare<decltype(update)>;
     if (list.gain != nullptr)
-      return update.run(rounding_sink<in_tiles, Acc, T, Order, Where, true>(W, list.gain->gain.data()));
+      return update.run(
+          rounding_sink<in_tiles, Acc, T, Order, Where, gained_sum<Acc, storage_t<T>, Order>>(W, {list.gain->gain.data()}));
     return update.rank() == 0 && Where == writing::in_place ? tally{}
                                                             : update.run(rounding_sink<in_tiles, Acc, T, Order, Where>(W));
   }

@@ -18,6 +18,12 @@
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
+template <class Acc>
+void check_low_rank(const char* operation, const low_rank_step& low, index_t out_features, index_t in_features) {
+  refuse_double_factors<Acc>(operation, low.factors);
+  check_fit(operation, low.factors.out_features(), low.factors.in_features(), low.strength * low.factors.scaling(),
+            out_features, in_features);
+}
 /// Throws unless a step is for a weight of this shape.
 template <class Acc>
 void check_step(const char* operation, const step<Acc>& one, index_t out_features, index_t in_features) {
@@ -27,9 +33,7 @@ void check_step(const char* operation, const step<Acc>& one, index_t out_feature
                                  std::to_string(out_features) + " outputs");
   };
   if (const auto* low = std::get_if<low_rank_step>(&one)) {
-    refuse_double_factors<Acc>(operation, low->factors);
-    check_fit(operation, low->factors.out_features(), low->factors.in_features(), low->strength * low->factors.scaling(),
-              out_features, in_features);
+    check_low_rank<Acc>(operation, *low, out_features, in_features);
   } else if (const auto* gain = std::get_if<gain_step<Acc>>(&one))
     check_length("gain", gain->gain.size());
   else if (const auto* shift = std::get_if<shift_step>(&one))

@@ -55,11 +55,15 @@ class square_sink {
   using T = storage_t<std::remove_const_t<S>>;
   using value_type = Acc;
   using counter = no_changes;
-  /// Of outputs that are columns the even and the odd ones would change places.
-  static constexpr bool takes_tiles =
-      rounds_in_registers<Acc, T> && (outputs_are_rows || columns_of<Acc, T> == columns::in_order);
+  static constexpr bool takes_tiles = rounds_in_registers<Acc, T>;
   static constexpr bool bands_down = false, writes = true;
-  static constexpr index_t lanes = outputs_are_rows ? Update::width : 1;
+  static constexpr index_t lanes = outputs_are_rows ? Update::width / 2 : 1;
+  /// Where the squares of an output that is a column are: in the order of the tile's two vectors.
+  static constexpr index_t slot(index_t column) {
+    constexpr index_t width = Update::width;
+    if constexpr (columns_of<Acc, T> == columns::in_order) return column;
+    return column / width * width + column % 2 * (width / 2) + column % width / 2;
+  }
 
   /// W begins at the window's first element, `squares` at its first output.
   square_sink(const matrix_view<const S, Order>& W, double* squares)
@@ -80,14 +84,24 @@ class square_sink {
             from, (i * stride + tuned.tiles_ahead * Update::width) * static_cast<index_t>(sizeof(T)));
     }
     LORA_DETAIL_INLINE bool store_checked(const typename Update::tile& sum, no_changes&) const {
-      using v = simd<Acc>;
+      typename simd<Acc>::squares all[2] = {};
       LORA_DETAIL_UNROLL
       for (int i = 0; i < tile_rows; ++i) {
-        typename v::vector w[2];
+        typename simd<Acc>::vector w[2];
         load_row<Acc>(from + i * stride, w);
-        double* const to = squares + (outputs_are_rows ? i * lanes : 0);
-        v::add_squares(w[0], sum[i][0], to);
-        v::add_squares(w[1], sum[i][1], to + v::width);
+        if constexpr (outputs_are_rows) {
+          typename simd<Acc>::squares of_row;
+          of_row.see(w[0], sum[i][0]);
+          of_row.see(w[1], sum[i][1]);
+          of_row.add_to(squares + i * lanes);
+        } else {
+          all[0].see(w[0], sum[i][0]);
+          all[1].see(w[1], sum[i][1]);
+        }
+      }
+      if constexpr (!outputs_are_rows) {
+        all[0].add_to(squares);
+        all[1].add_to(squares + simd<Acc>::width);
       }
       return true;
     }
@@ -100,7 +114,8 @@ class square_sink {
     const place there = at(row, col);
     for (index_t j = 0; j < count; ++j) {
       const double sum = widen<double>(there.from[j]) + static_cast<double>(sums[j]);
-      there.squares[outputs_are_rows ? (col + j) % lanes : j] += sum * sum;
+      double& to = outputs_are_rows ? there.squares[(col + j) % lanes] : origin_.squares[slot(col + j)];
+      to += sum * sum;
     }
   }
   void finish() const {}
@@ -140,7 +155,8 @@ std::vector<double> squares_of_rows(const char* operation, const matrix_view<S, 
                      row_major ? window{first, first + count, 0, W.cols()} : window{0, W.cols(), first, first + count},
                      none);
       for (index_t i = 0; i < count; ++i)
-        for (index_t n = 0; n < sink::lanes; ++n) result[static_cast<std::size_t>(first + i)] += sums[i * sink::lanes + n];
+        for (index_t n = 0; n < sink::lanes; ++n)
+          result[static_cast<std::size_t>(first + i)] += sums[row_major ? i * sink::lanes + n : sink::slot(i)];
     });
   });
   return result;

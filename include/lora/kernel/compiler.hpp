@@ -24,12 +24,15 @@
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
-/// Hides from the compiler how v was computed. Under -ffast-math it would otherwise reorder the
-/// sums behind v, and a sum that overflowed would be lost.
-template <class Vector>
-LORA_DETAIL_INLINE void as_it_came(Vector& v) {
-#if !defined(__GNUC__) || defined(LORA_DETAIL_EMULATED)  // vectors wider than registers, in a test
+/// Hides from the compiler how v was computed. Under -ffast-math it would otherwise reorder the sums
+/// behind v, and a sum that overflowed would be lost; and it may fuse a product with the sum that it
+/// goes into, which then rounds once.
+template <class Value>
+LORA_DETAIL_INLINE void as_it_came(Value& v) {
+#if !defined(__GNUC__)
   static_cast<void>(v);
+#elif defined(LORA_DETAIL_EMULATED)  // vectors wider than registers, in a test
+  asm("" : "+m"(v));
 #elif defined(__AVX512F__)
   asm("" : "+v"(v));
 #elif defined(__SSE2__)
@@ -37,7 +40,7 @@ LORA_DETAIL_INLINE void as_it_came(Vector& v) {
 #elif defined(__aarch64__)
   asm("" : "+w"(v));
 #else
-  static_cast<void>(v);
+  asm("" : "+m"(v));
 #endif
 }
 

@@ -101,6 +101,19 @@ struct simd<float> {
     const __m256i e = _mm256_srli_epi32(rounded_up(even), 16);
     return _mm256_castsi256_ps(_mm256_blend_epi16(e, rounded_up(odd), 0xaa));
   }
+  /// What join_pairs joined.
+  static void split_pairs(vector pairs, vector& even, vector& odd) {
+    even = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16));
+    odd =
+        _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(pairs), _mm256_set1_epi32(static_cast<int>(0xffff'0000u))));
+  }
+  /// What join_halves joined.
+  static void split_halves(vector halves, vector& first, vector& second) {
+    float16 both[2 * width];
+    store(reinterpret_cast<float*>(both), halves);
+    first = load_half(both);
+    second = load_half(both + width);
+  }
   /// Two vectors of neighbours become their even and their odd elements.
   static void unzip(vector& first, vector& second) {
     const auto ordered = [](vector v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); };
@@ -129,15 +142,22 @@ struct simd<float> {
     return load(reinterpret_cast<const float*>(halves));
   }
 #endif
-  /// sums[k] += (a[k] + b[k])^2 in double, for all elements.
-  static void add_squares(vector a, vector b, double* sums) {
-    const auto add = [](__m128 x, __m128 y, double* to) {
-      const __m256d sum = _mm256_add_pd(_mm256_cvtps_pd(x), _mm256_cvtps_pd(y));
-      _mm256_storeu_pd(to, _mm256_fmadd_pd(sum, sum, _mm256_loadu_pd(to)));
-    };
-    add(_mm256_castps256_ps128(a), _mm256_castps256_ps128(b), sums);
-    add(_mm256_extractf128_ps(a, 1), _mm256_extractf128_ps(b, 1), sums + 4);
-  }
+  /// Adds up (a[k] + b[k])^2 in double, lane by lane.
+  struct squares {
+    __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
+    LORA_DETAIL_INLINE void see(vector a, vector b) {
+      const __m256d first =
+          _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a)), _mm256_cvtps_pd(_mm256_castps256_ps128(b)));
+      const __m256d second =
+          _mm256_add_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)), _mm256_cvtps_pd(_mm256_extractf128_ps(b, 1)));
+      low = _mm256_fmadd_pd(first, first, low);
+      high = _mm256_fmadd_pd(second, second, high);
+    }
+    LORA_DETAIL_INLINE void add_to(double* to) const {
+      _mm256_storeu_pd(to, _mm256_add_pd(_mm256_loadu_pd(to), low));
+      _mm256_storeu_pd(to + 4, _mm256_add_pd(_mm256_loadu_pd(to + 4), high));
+    }
+  };
 
  private:
   /// Bits plus what carries into the upper half when rounding to nearest even.
@@ -165,10 +185,14 @@ struct simd<double> {
     const __m256i exponent = _mm256_set1_epi64x(0x7ff0'0000'0000'0000);
     return _mm256_movemask_epi8(_mm256_cmpeq_epi64(_mm256_and_si256(_mm256_castpd_si256(v), exponent), exponent)) == 0;
   }
-  static void add_squares(vector a, vector b, double* sums) {
-    const vector sum = _mm256_add_pd(a, b);
-    _mm256_storeu_pd(sums, _mm256_fmadd_pd(sum, sum, _mm256_loadu_pd(sums)));
-  }
+  struct squares {
+    vector sums = _mm256_setzero_pd();
+    LORA_DETAIL_INLINE void see(vector a, vector b) {
+      const vector sum = _mm256_add_pd(a, b);
+      sums = _mm256_fmadd_pd(sum, sum, sums);
+    }
+    LORA_DETAIL_INLINE void add_to(double* to) const { _mm256_storeu_pd(to, _mm256_add_pd(_mm256_loadu_pd(to), sums)); }
+  };
 };
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail

@@ -121,6 +121,12 @@ struct simd<float> {
     const __m512i o = _mm512_and_si512(rounded_up(odd), _mm512_set1_epi32(static_cast<int>(0xffff'0000u)));
     return _mm512_castsi512_ps(_mm512_or_si512(e, o));
   }
+  /// What join_pairs joined.
+  static void split_pairs(vector pairs, vector& even, vector& odd) {
+    even = _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_castps_si512(pairs), 16));
+    odd =
+        _mm512_castsi512_ps(_mm512_and_si512(_mm512_castps_si512(pairs), _mm512_set1_epi32(static_cast<int>(0xffff'0000u))));
+  }
   /// Two vectors of neighbours become their even and their odd elements.
   static void unzip(vector& first, vector& second) {
     const __m512i even = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
@@ -134,6 +140,12 @@ struct simd<float> {
   static vector join_halves(vector first, vector second) {
     const __m512i low = _mm512_castsi256_si512(_mm512_cvtps_ph(first, _MM_FROUND_TO_NEAREST_INT));
     return _mm512_castsi512_ps(_mm512_inserti64x4(low, _mm512_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT), 1));
+  }
+  /// What join_halves joined.
+  static void split_halves(vector halves, vector& first, vector& second) {
+    const __m512i bits = _mm512_castps_si512(halves);
+    first = _mm512_cvtph_ps(_mm512_castsi512_si256(bits));
+    second = _mm512_cvtph_ps(_mm512_extracti64x4_epi64(bits, 1));
   }
   /// As join_pairs or join_halves, for safe elements (see checks_weight_first): for bfloat16 no subnormal
   /// numbers, which the instruction takes for zero.
@@ -152,25 +164,38 @@ struct simd<float> {
 #endif
     }
   }
-  /// sums[k] += (a[k] + b[k])^2 in double, for all elements.
-  static void add_squares(vector a, vector b, double* sums) {
+  /// Adds up (a[k] + b[k])^2 in double, lane by lane.
+  struct squares {
 #if defined(LORA_DETAIL_EMULATED)
-    for (int k = 0; k < width; ++k) {
+    double sums[width] = {};
+    void see(vector a, vector b) {
       float x[width], y[width];
       store(x, a);
       store(y, b);
-      const double sum = static_cast<double>(x[k]) + static_cast<double>(y[k]);
-      sums[k] = std::fma(sum, sum, sums[k]);
+      for (int k = 0; k < width; ++k) {
+        const double sum = static_cast<double>(x[k]) + static_cast<double>(y[k]);
+        sums[k] = std::fma(sum, sum, sums[k]);
+      }
+    }
+    void add_to(double* to) const {
+      for (int k = 0; k < width; ++k) to[k] += sums[k];
     }
 #else
-    const auto add = [](__m256 x, __m256 y, double* to) {
-      const __m512d sum = _mm512_add_pd(_mm512_cvtps_pd(x), _mm512_cvtps_pd(y));
-      _mm512_storeu_pd(to, _mm512_fmadd_pd(sum, sum, _mm512_loadu_pd(to)));
-    };
-    add(_mm512_castps512_ps256(a), _mm512_castps512_ps256(b), sums);
-    add(_mm512_extractf32x8_ps(a, 1), _mm512_extractf32x8_ps(b, 1), sums + 8);
+    __m512d low = _mm512_setzero_pd(), high = _mm512_setzero_pd();
+    LORA_DETAIL_INLINE void see(vector a, vector b) {
+      const __m512d first =
+          _mm512_add_pd(_mm512_cvtps_pd(_mm512_castps512_ps256(a)), _mm512_cvtps_pd(_mm512_castps512_ps256(b)));
+      const __m512d second =
+          _mm512_add_pd(_mm512_cvtps_pd(_mm512_extractf32x8_ps(a, 1)), _mm512_cvtps_pd(_mm512_extractf32x8_ps(b, 1)));
+      low = _mm512_fmadd_pd(first, first, low);
+      high = _mm512_fmadd_pd(second, second, high);
+    }
+    LORA_DETAIL_INLINE void add_to(double* to) const {
+      _mm512_storeu_pd(to, _mm512_add_pd(_mm512_loadu_pd(to), low));
+      _mm512_storeu_pd(to + 8, _mm512_add_pd(_mm512_loadu_pd(to + 8), high));
+    }
 #endif
-  }
+  };
 #if defined(LORA_DETAIL_DOTS)
   /// c plus the two products of each 32-bit lane's pair of bfloat16, one addition after the other. Subnormal operands and
   /// results count as zero.
@@ -211,10 +236,14 @@ struct simd<double> {
     const __m512i exponent = _mm512_set1_epi64(0x7ff0'0000'0000'0000);
     return _mm512_cmpeq_epi64_mask(_mm512_and_si512(_mm512_castpd_si512(v), exponent), exponent) == 0;
   }
-  static void add_squares(vector a, vector b, double* sums) {
-    const vector sum = _mm512_add_pd(a, b);
-    _mm512_storeu_pd(sums, _mm512_fmadd_pd(sum, sum, _mm512_loadu_pd(sums)));
-  }
+  struct squares {
+    vector sums = _mm512_setzero_pd();
+    LORA_DETAIL_INLINE void see(vector a, vector b) {
+      const vector sum = _mm512_add_pd(a, b);
+      sums = _mm512_fmadd_pd(sum, sum, sums);
+    }
+    LORA_DETAIL_INLINE void add_to(double* to) const { _mm512_storeu_pd(to, _mm512_add_pd(_mm512_loadu_pd(to), sums)); }
+  };
 };
 
 /// Whether all elements of a tile are safe, `stride` elements from row to row. A function of its own:

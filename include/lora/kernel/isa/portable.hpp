@@ -124,6 +124,20 @@ struct simd {
     }
     return from_bits(pairs);
   }
+  /// What join_pairs joined.
+  static void split_pairs(vector pairs, vector& even, vector& odd) {
+    bfloat16 both[2 * width];
+    std::memcpy(both, &pairs, sizeof pairs);
+    even = load_even(both);
+    odd = load_odd(both);
+  }
+  /// What join_halves joined.
+  static void split_halves(vector halves, vector& first, vector& second) {
+    float16 both[2 * width];
+    std::memcpy(both, &halves, sizeof halves);
+    first = load_half(both);
+    second = load_half(both + width);
+  }
   /// Two vectors of neighbours become their even and their odd elements.
   static void unzip(vector& first, vector& second) {
     const auto at = [one = first, two = second](int k) { return k < width ? one[k] : two[k - width]; };
@@ -141,13 +155,19 @@ struct simd {
     }
     return from_bits(halves);
   }
-  /// sums[k] += (a[k] + b[k])^2 in double, for all elements.
-  static void add_squares(vector a, vector b, double* sums) {
-    for (int k = 0; k < width; ++k) {
-      const double sum = static_cast<double>(a[k]) + static_cast<double>(b[k]);
-      sums[k] += sum * sum;
+  /// Adds up (a[k] + b[k])^2 in double, lane by lane.
+  struct squares {
+    double sums[width] = {};
+    void see(vector a, vector b) {
+      for (int k = 0; k < width; ++k) {
+        const double sum = static_cast<double>(a[k]) + static_cast<double>(b[k]);
+        sums[k] += sum * sum;
+      }
     }
-  }
+    void add_to(double* to) const {
+      for (int k = 0; k < width; ++k) to[k] += sums[k];
+    }
+  };
 
  private:
   template <class F>

@@ -11,23 +11,26 @@
 
 #include "lora/detail/convert.hpp"
 #include "lora/kernel/merge/delta_tiles.hpp"
+#include "lora/kernel/merge/tile_change.hpp"
 #include "lora/kernel/overflow_watch.hpp"
 #include "lora/kernel/panels.hpp"
 #include "lora/kernel/tile.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
-/// destination = round(finish(source - less, j)), element by element, once, or nothing but the tally; `step` is the distance of
-/// the elements. Where less is +0 the source keeps its bits: by the arithmetic (unless the process flushes subnormals), but for
-/// a signaling NaN, whose bits are kept by hand.
-template <bool Store, class Acc, class T, class Finish>
-void subtract_and_round(tally& seen, const T* source, T* destination, const Acc* less, index_t count, index_t step,
-                        const Finish& finish) {
+/// destination = round(change(source, sums, j)), element by element, once, or nothing but the tally;
+/// `step` is the distance of the elements. Where a merge has the sum +0 the source keeps its bits: by
+/// the arithmetic (unless the process flushes subnormals), but for a signaling NaN, whose bits are kept
+/// by hand.
+template <bool Store, class Acc, class T, class Change>
+void change_and_round(tally& seen, const T* source, T* destination, const Acc* sums, index_t count, index_t step,
+                      const Change& change) {
   tally mine;
   for (index_t j = 0; j < count; ++j) {
     const T before = source[j * step];
-    T after = narrow<T>(finish(widen<Acc>(before) - less[j], j));
-    if (is_zero(less[j]) && is_nan(before)) std::memcpy(&after, source + j * step, sizeof(T));
+    const Acc result = change(widen<Acc>(before), sums[j], j);
+    T after = narrow<T>(result);
+    if (is_nan(before) && change.keeps_nan(sums[j], result)) std::memcpy(&after, source + j * step, sizeof(T));
     const bool bad = !is_finite(after);
     mine.nonfinite += bad;
     mine.became_nonfinite += bad && is_finite(before);
@@ -97,8 +100,8 @@ inline constexpr columns columns_of =
 /// Where the rounded weight goes: over its source, into another matrix, or nowhere, for the tally alone.
 enum class writing { in_place, elsewhere, nowhere };
 
-/// Sink: destination := round(source - sums), of one shape; with Gains round(gain * (source - sums)), a gain for each output.
-template <class Update, class Acc, class S, storage_order Order, writing Where, bool Gains = false>
+/// Sink: destination := round(change(source, sums)), of one shape (see tile_change.hpp).
+template <class Update, class Acc, class S, storage_order Order, writing Where, class Change = subtracted_sum<Acc>>
 class rounding_sink {
  public:
   using T = storage_t<S>;
@@ -106,9 +109,9 @@ class rounding_sink {
   using counter = changed_count<T>;
   static constexpr bool bands_down = false, takes_tiles = rounds_in_registers<Acc, T>, writes = Where != writing::nowhere;
 
-  explicit rounding_sink(const matrix_view<S, Order>& weight)
+  explicit rounding_sink(const matrix_view<S, Order>& weight, const Change& change = {})
     requires(Where != writing::elsewhere)
-      : rounding_sink(weight, weight, false) {}
+      : rounding_sink(weight, weight, false, change) {}
   rounding_sink(const matrix_view<const S, Order>& source, const matrix_view<S, Order>& destination)
     requires(Where == writing::elsewhere)
       : rounding_sink(
@@ -117,26 +120,20 @@ class rounding_sink {
                 destination.outer_stride() * static_cast<index_t>(sizeof(T)) % static_cast<index_t>(memory_alignment) == 0) {
   }
 
-  rounding_sink(const matrix_view<S, Order>& weight, const Acc* gains)
-    requires(Gains && Where != writing::elsewhere)
-      : rounding_sink(weight, weight, false) {
-    origin_.gain = gains;
-  }
-
   /// A tile of the two weights; in place there is one, which takes half of the addresses.
   struct place {
     const T* from;
     T* to;
     index_t from_stride, to_stride;
     bool past_caches;
-    const Acc* gain = nullptr;  ///< of the tile's first output
+    Change change;
 
     const T* source(int i) const { return (Where == writing::in_place ? to : from) + i * from_stride; }
     T* destination(int i) const { return to + i * (Where == writing::in_place ? from_stride : to_stride); }
     void next() {
       from += Update::width;
       to += Update::width;
-      if constexpr (Gains && !outputs_are_rows) gain += Update::width;
+      change.move(0, Update::width);
     }
     void fetch() const {
       constexpr index_t ahead = tuned.tiles_ahead * Update::width;
@@ -144,35 +141,19 @@ class rounding_sink {
         prefetch_at<Update::width* static_cast<int>(sizeof(T))>(source(0),
                                                                 (i * from_stride + ahead) * static_cast<index_t>(sizeof(T)));
     }
-    /// A gain may overflow whatever the element is.
-    bool is_safe() const { return !Gains && all_safe(source(0), from_stride); }
+    bool is_safe() const { return Change::safe && all_safe(source(0), from_stride); }
     /// Row i of the sums becomes that of the result.
-    LORA_DETAIL_INLINE void subtract_row(typename Update::tile& sum, int i) const {
+    LORA_DETAIL_INLINE void change_row(typename Update::tile& sum, int i) const {
       typename simd<Acc>::vector w[2];
       load_row<Acc>(source(i), w);
-      sum[i][0] = simd<Acc>::subtract(w[0], sum[i][0]);
-      sum[i][1] = simd<Acc>::subtract(w[1], sum[i][1]);
-      if constexpr (Gains) multiply_row(sum, i);
-    }
-    LORA_DETAIL_INLINE void multiply_row(typename Update::tile& sum, int i) const {
-      using v = simd<Acc>;
-      typename v::vector g[2];
-      if constexpr (outputs_are_rows) {
-        g[0] = g[1] = v::broadcast(gain[i]);
-      } else {
-        g[0] = v::load(gain);
-        g[1] = v::load(gain + v::width);
-        if constexpr (std::is_same_v<T, bfloat16>) v::unzip(g[0], g[1]);
-      }
-      sum[i][0] = v::multiply(sum[i][0], g[0]);
-      sum[i][1] = v::multiply(sum[i][1], g[1]);
+      change(w, sum[i], i);
     }
     /// A row at once, which keeps fewer operations waiting for the last multiply-adds.
     LORA_DETAIL_INLINE void store_safe(typename Update::tile& sum, counter& counts) const {
       changed_lanes<T> changed;
       LORA_DETAIL_UNROLL
       for (int i = 0; writes && i < tile_rows; ++i) {
-        subtract_row(sum, i);
+        change_row(sum, i);
         const auto joined = simd<Acc>::template join_safe<T>(sum[i][0], sum[i][1]);
         changed.see(source(i), joined);
         store_bits(destination(i), joined);
@@ -185,7 +166,7 @@ class rounding_sink {
       watch<Acc, T> seen;
       LORA_DETAIL_UNROLL
       for (int i = 0; i < tile_rows; ++i) {
-        subtract_row(sum, i);
+        change_row(sum, i);
         round_row<T>(sum[i][0], sum[i][1], seen);
       }
       if (!seen.all_finite()) return false;
@@ -203,27 +184,26 @@ class rounding_sink {
     place there = origin_;
     there.from += row * origin_.from_stride + col;
     there.to += row * origin_.to_stride + col;
-    if constexpr (Gains) there.gain += outputs_are_rows ? row : col;
+    there.change.move(row, col);
     return there;
   }
   void store_sums(tally& seen, index_t row, index_t col, index_t count, const Acc* less) const {
     const place there = at(row, col);
-    subtract_and_round<writes>(seen, there.from, there.to, less, count, 1, [&](Acc sum, index_t j) {
-      if constexpr (Gains)
-        return sum * there.gain[outputs_are_rows ? 0 : j];
-      else
-        return sum;
-    });
+    change_and_round<writes>(seen, there.from, there.to, less, count, 1, there.change);
   }
   void finish() const {
     if (origin_.past_caches) finish_streaming();
   }
 
  private:
-  static constexpr bool outputs_are_rows = Order == storage_order::row_major;
-  rounding_sink(const matrix_view<const S, Order>& source, const matrix_view<S, Order>& destination, bool past_caches)
-      : origin_{reinterpret_cast<const T*>(source.data()), reinterpret_cast<T*>(destination.data()), source.outer_stride(),
-                destination.outer_stride(), past_caches} {}
+  rounding_sink(const matrix_view<const S, Order>& source, const matrix_view<S, Order>& destination, bool past_caches,
+                const Change& change = {})
+      : origin_{reinterpret_cast<const T*>(source.data()),
+                reinterpret_cast<T*>(destination.data()),
+                source.outer_stride(),
+                destination.outer_stride(),
+                past_caches,
+                change} {}
   static bool is_aligned(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % memory_alignment == 0; }
 
   place origin_;
@@ -320,8 +300,7 @@ class panel_sink {
   }
   void store_sums(tally& seen, index_t row, index_t col, index_t count, const Acc* less) const {
     const place there = at(row, col);
-    subtract_and_round<writes>(seen, there.from, there.to, less, count, depth_group<T>,
-                               [](Acc sum, index_t) { return sum; });
+    change_and_round<writes>(seen, there.from, there.to, less, count, depth_group<T>, subtracted_sum<Acc>());
   }
   void finish() const {
     if (origin_.past_caches) finish_streaming();
