@@ -26,6 +26,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/mixed_bounds.hpp
   include/lora/detail/activations.hpp
   include/lora/detail/argument_kinds.hpp
+  include/lora/detail/call_parts.hpp
   include/lora/detail/convert.hpp
   include/lora/detail/delta_rows.hpp
   include/lora/detail/environment.hpp
