@@ -62,6 +62,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/float16.hpp
   include/lora/forward.hpp
   include/lora/fwd.hpp
+  include/lora/in_rows.hpp
   include/lora/kinds/adalora.hpp
   include/lora/kinds/full.hpp
   include/lora/kinds/ia3.hpp
