@@ -69,13 +69,12 @@ const Acc* product_of(std::span<const Acc* const> gains, index_t first, index_t 
   return product;
 }
 
-/// apply with a form, or a batch of forms; x is before any input map.
+/// apply with a form, or a batch of forms, that were checked; x is before any input map.
 template <class Acc, class X, class Y, class Parts>
 void apply_forms(workspace& space, const X& from, const Y& to, const Parts& parts) {
   using value = typename Y::value_type;
   static_assert(std::is_same_v<Acc, double> || !(holds_double<typename X::value_type> || holds_double<value>),
                 "lora::apply: x or y holds double and the form float: make the form by mixed<double>(W, l...)");
-  parts.check("apply", to.rows(), from.rows(), from.cols());
   check_activations("apply", from, to);
   const auto pack_X = token_packer<Acc>(from);
   const auto write = [&](index_t first, index_t count, index_t token, const Acc* sums) {
@@ -95,10 +94,8 @@ void apply_forms(workspace& space, const X& from, const Y& to, const Parts& part
 template <class Acc, class X, class Y>
 void apply_form(workspace& space, const X& from, const Y& to, const mixed_form<Acc>& form) {
   const one_form<Acc> parts(form);
-  if (form.changes_nothing()) {
-    parts.check("apply", to.rows(), from.rows(), from.cols());
-    return check_activations("apply", from, to);
-  }
+  parts.check("apply", to.rows(), from.rows(), from.cols());
+  if (form.changes_nothing()) return check_activations("apply", from, to);
   apply_forms<Acc>(space, from, to, parts);
 }
 
@@ -199,6 +196,7 @@ void apply(workspace& space, const X& x, Y&& y, const batch<F>& who) {
   const auto from = detail::input_view(input);
   const auto to = detail::output_view(y);
   const detail::by_token<F> parts{who};
+  parts.check("apply", to.rows(), from.rows(), from.cols());  // the forms are those that were added
   if constexpr (detail::is_mixed_form<F>) {
     for (const auto& one : who.used())
       if (!one.state->maps().empty())
@@ -209,7 +207,6 @@ void apply(workspace& space, const X& x, Y&& y, const batch<F>& who) {
   } else {
     using acc = accumulator_t<X, Y, batch<F>>;
     using value = typename std::remove_const_t<decltype(to)>::value_type;
-    parts.check("apply", to.rows(), from.rows(), from.cols());
     detail::check_activations("apply", from, to);
     const auto pack_X = detail::token_packer<acc>(from);
     const auto add = detail::token_writer<acc>(
