@@ -25,6 +25,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/dora.hpp
   include/lora/mixed_bounds.hpp
   include/lora/detail/argument_kinds.hpp
+  include/lora/detail/call_parts.hpp
   include/lora/detail/convert.hpp
   include/lora/detail/delta_rows.hpp
   include/lora/detail/eigen.hpp
@@ -74,6 +75,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/float16.hpp
   include/lora/forward.hpp
   include/lora/fwd.hpp
+  include/lora/in_rows.hpp
   include/lora/kinds/adalora.hpp
   include/lora/kinds/full.hpp
   include/lora/kinds/ia3.hpp

@@ -147,7 +147,7 @@ class [[nodiscard]] adapter_set {
     result.notes_ = notes_;
     for (const auto& [name, l] : adapters_) {
       const adapter_target& t = l.target();
-      result.add(l.moved_to({rename(t.module), rename(t.weight), rename(t.bias)}));
+      result.add(l.moved_to({rename(t.module), rename(t.weight), rename(t.bias), t.first_row, t.weight_rows}));
     }
     result.replaced_ = replaced_;
     for (auto& each : result.replaced_) each.name = rename(each.name);

@@ -7,6 +7,7 @@
 //   who.add({{0}});                          // token 1: adapter 0
 //   who.add({{0, 0.7}, {2, 0.3}});           // token 2: two of them, weighted
 //   lora::forward(space, packed, X, Y, who);
+//   Y.noalias() = W * X;   lora::apply(space, X, Y, who);     // your product, our correction
 //
 // A vector of mixed forms (mixed.hpp) takes adapters of any kind, which may differ from token to token. Vectors of pointers to
 // packed adapters or to forms serve adapters that come and go: those that stay are not moved.
@@ -139,7 +140,10 @@ class batch {
     }
     most_rank_ = std::max(most_rank_, rank);
     begin_.push_back(static_cast<index_t>(index_.size()));
-    if constexpr (of_forms) term_begin_.push_back(terms_.size());
+    if constexpr (of_forms) {
+      term_begin_.push_back(terms_.size());
+      gain_begin_.push_back(gains_.size());
+    }
   }
   void add(std::initializer_list<batch_entry> entries) { add(std::span(entries.begin(), entries.size())); }
   void add() { add(std::span<const batch_entry>()); }
@@ -165,6 +169,8 @@ class batch {
     states_.clear();
     terms_.clear();
     term_begin_.resize(1);
+    gains_.clear();
+    gain_begin_.resize(1);
     parts_ = 0;
     std::fill(slot_of_.begin(), slot_of_.end(), index_t{-1});
     most_rank_ = 0;
@@ -193,17 +199,24 @@ class batch {
     return std::span(terms_).subspan(term_begin_[t], term_begin_[t + 1] - term_begin_[t]);
   }
   bool any_terms() const { return !terms_.empty(); }
+  /// Of forms: the products of the gains of a token's forms, in order; out_features numbers each.
+  auto gains_of(index_t token) const {
+    const auto t = static_cast<std::size_t>(token);
+    return std::span(gains_).subspan(gain_begin_[t], gain_begin_[t + 1] - gain_begin_[t]);
+  }
 
  private:
   template <class A>
   struct of_accumulator {
     using state = const void*;
     using term = char;
+    using gain = const void*;
   };
   template <class Acc>
   struct of_accumulator<mixed_form<Acc>> {
     using state = const detail::form_state<Acc>*;
     using term = detail::bias_term<Acc>;
+    using gain = const Acc*;
   };
 
   index_t count() const { return static_cast<index_t>(slot_of_.size()); }
@@ -237,6 +250,7 @@ class batch {
         weight_.push_back(weight);
       }
       if (l.state().has_term()) terms_.push_back(l.state().term(weight));
+      if (!l.gain().empty()) gains_.push_back(l.gain().data());
       return l.state().rank();
     } else {
       index_.push_back(slot);
@@ -262,6 +276,8 @@ class batch {
       grow(states_, entries);
       grow(terms_, entries);
       grow(term_begin_, tokens);
+      grow(gains_, entries);
+      grow(gain_begin_, tokens);
     }
   }
   /// Room for more, so that what follows cannot throw; twice as much each time.
@@ -300,7 +316,8 @@ class batch {
   std::vector<used_adapter> used_;
   std::vector<typename of_accumulator<F>::state> states_;
   std::vector<typename of_accumulator<F>::term> terms_;
-  std::vector<std::size_t> term_begin_{0};
+  std::vector<typename of_accumulator<F>::gain> gains_;
+  std::vector<std::size_t> term_begin_{0}, gain_begin_{0};
   index_t most_rank_ = 0, parts_ = 0;
 };
 

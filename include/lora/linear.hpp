@@ -653,7 +653,8 @@ class linear {
   merge_report rebuild_by_steps(transaction& all, std::vector<bias_value>& merged_bias) {
     const auto steps = steps_of<Acc>(all, [](const slot& one) { return one.in_weight(); });
     const std::span<const step<Acc>> list(steps);
-    if (const detail::bias_change change = detail::bias_change_of(list); !change.empty()) {
+    if (const detail::bias_change change = detail::bias_change_of("linear", list, out_features(), in_features());
+        !change.empty()) {
       merged_bias = bias_;
       merged_bias.resize(static_cast<std::size_t>(out_features()), bias_value(0));
       detail::change_bias(col_major(merged_bias, out_features(), 1), detail::merging, change);

@@ -263,7 +263,7 @@ auto rows_of(const packed_weight<T>& W) {
 template <class Acc>
 merge_report report_of_steps(const tally& seen, index_t elements, std::span<const step<Acc>> steps) {
   merge_report report = report_of(seen, elements);
-  report.biases_left = bias_change_of(steps).gain.empty() ? 0 : 1;
+  report.biases_left = std::any_of(steps.begin(), steps.end(), scales_bias<Acc>) ? 1 : 0;
   return report;
 }
 
@@ -332,7 +332,7 @@ merge_report merge_with_bias(const char* operation, double sign, M&& W, V&& bias
   const auto b = output_view(bias);
   return with_steps(
       operation, sign, W,
-      [&](auto& weight, auto steps) {
+      [&]<class Acc>(auto& weight, std::span<const step<Acc>> steps) {
         if (steps.empty()) return merge_into<writing::in_place>(operation, sign, weight, steps);  // for a b of any shape
         if constexpr (is_packed_weight<bare<decltype(weight)>>) {
           check_bias_shape(operation, b.rows(), b.cols(), weight.out_features());
@@ -340,7 +340,9 @@ merge_report merge_with_bias(const char* operation, double sign, M&& W, V&& bias
           check_bias_shape(operation, b.rows(), b.cols(), weight.rows());
           refuse_overlap(operation, "the bias", b, "W", weight);
         }
-        const bias_change change = bias_change_of(steps);  // before anything is written
+        const auto rows = rows_of<Acc>(weight);
+        // Before anything is written.
+        const bias_change change = bias_change_of(operation, steps, rows.out_features(), rows.in_features());
         if (sign == unmerging && std::any_of(change.gain.begin(), change.gain.end(), [](double g) { return is_zero(g); }))
           raise_value(operation, "an adapter scales an output by 0, so its bias is lost");
         merge_report seen = merge_into<writing::in_place>(operation, sign, weight, steps);

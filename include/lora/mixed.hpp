@@ -112,9 +112,9 @@ class form_state {
     return result;
   }
   template <class V>
-  void check_outputs(const char* operation, const char* what, const V& values) const {
-    if (static_cast<index_t>(values.size()) != out_)
-      raise_shape(operation, std::to_string(values.size()) + " " + what + " for " + std::to_string(out_) + " outputs");
+  void check_outputs(const char* operation, const char* what, const V& values, const row_range& rows) const {
+    if (static_cast<index_t>(values.size()) != rows.count)
+      raise_shape(operation, std::to_string(values.size()) + " " + what + " for " + std::to_string(rows.count) + " outputs");
     for (std::size_t i = 0; i < values.size(); ++i)
       if (!is_finite(values[i]))
         raise_value(operation,
@@ -123,16 +123,18 @@ class form_state {
   index_t level() const { return static_cast<index_t>(maps_.size()); }
 
   void add(const char* operation, const low_rank_step& s) {
+    const row_range rows = checked_rows(operation, s.rows, out_);
     refuse_double_factors<Acc>(operation, s.factors);
-    s.factors.visit([&](const auto& l) { check_adapter(operation, l, out_, in_); });
+    s.factors.visit([&](const auto& l) { check_adapter(operation, l, rows.count, in_); });
     if (!is_finite(s.strength) || !is_finite(s.strength * s.factors.scaling()))
       raise_value(operation, "the strength of a low-rank step, alone or times its scaling, is not finite");
     const double scale = s.strength * s.factors.scaling();
     if (is_zero(scale) || s.factors.rank() == 0) return;
-    add_factors(s.factors, scale);
+    add_factors(s.factors, scale, rows);
   }
-  void add_factors(const any_factors& factors, double scale) {
-    part<Acc> made = packed(factors);
+  void add_factors(const any_factors& factors, double scale, const row_range& rows) {
+    // A sum computed beforehand has the step's rows alone, from 0 on.
+    part<Acc> made = packed(factors, level() == 0 ? rows : row_range{0, rows.count});
     made.scale = scale;
     if (level() == 0) {
       rank_ += made.rank;
@@ -140,58 +142,75 @@ class form_state {
       parts_.push_back({made});
     } else {
       has_addends_ = true;
-      parts_.push_back({.made = {.sort = part_sort::addend}, .later = made, .level = level()});
+      parts_.push_back({.made = {.first_row = rows.first, .rows = rows.count, .sort = part_sort::addend},
+                        .later = made,
+                        .level = level()});
     }
   }
   void add(const char* operation, const delta_step<Acc>& s) {
+    const row_range rows = checked_rows(operation, s.rows, out_);
     if (s.source == nullptr) raise_value(operation, "a delta step has no source");
     if (!is_finite(s.scale)) raise_value(operation, "the scale of a delta step is not finite");
     if (is_zero(s.scale)) return;
     if (const any_factors* const factors = s.source->expanded(); factors != nullptr)
-      return add(operation, low_rank_step{*factors, s.scale});
+      return add(operation, low_rank_step{*factors, s.scale, s.rows});
     has_addends_ = true;
-    parts_.push_back({.made = {.scale = s.scale, .sort = part_sort::addend}, .source = s.source.get(), .level = level()});
+    parts_.push_back({.made = {.first_row = rows.first, .rows = rows.count, .scale = s.scale, .sort = part_sort::addend},
+                      .source = s.source.get(),
+                      .level = level()});
   }
   void add(const char* operation, const gain_step<Acc>& s) {
-    check_outputs(operation, "gains", s.gain);
-    const auto size = static_cast<std::size_t>(pieces(out_, tile_cols<Acc>) * tile_cols<Acc>);
-    auto padded = std::make_shared<std::vector<Acc>>(size, Acc(1));
-    std::copy(s.gain.begin(), s.gain.end(), padded->begin());
-    parts_.push_back({.made = {.sort = part_sort::gain, .values = padded->data()}, .level = level()});
+    const row_range rows = checked_rows(operation, s.rows, out_);
+    check_outputs(operation, "gains", s.gain, rows);
+    const index_t skipped = rows.first % tile_cols<Acc>;
+    const auto size = static_cast<std::size_t>(pieces(skipped + rows.count, tile_cols<Acc>) * tile_cols<Acc>);
+    auto padded = std::make_shared<std::vector<Acc>>(size, Acc(1));  // outputs that are not the step's keep their bits
+    std::copy(s.gain.begin(), s.gain.end(), padded->begin() + skipped);
+    parts_.push_back(
+        {.made = {.first_row = rows.first, .rows = rows.count, .sort = part_sort::gain, .values = padded->data()},
+         .level = level()});
     owned_.push_back(std::move(padded));
-    multiply(product_, s.gain);
+    multiply(product_, s.gain, rows);
     if (!s.scales_bias) return;
     scales_bias_ = true;
-    multiply(of_bias_, s.gain);
-    for (std::size_t i = 0; i < shifts_.size(); ++i) shifts_[i] *= static_cast<double>(s.gain[i]);
+    multiply(of_bias_, s.gain, rows);
+    if (!shifts_.empty()) multiply(shifts_, s.gain, rows);
   }
-  static void multiply(std::vector<double>& product, const std::vector<Acc>& gain) {
-    if (product.empty()) product.assign(gain.size(), 1.0);
-    for (std::size_t i = 0; i < gain.size(); ++i) product[i] *= static_cast<double>(gain[i]);
+  void multiply(std::vector<double>& product, const std::vector<Acc>& gain, const row_range& rows) const {
+    if (product.empty()) product.assign(static_cast<std::size_t>(out_), 1.0);
+    const auto first = static_cast<std::size_t>(rows.first);
+    for (std::size_t i = 0; i < gain.size(); ++i) product[first + i] *= static_cast<double>(gain[i]);
   }
   void add(const char* operation, const input_step<Acc>& s) {
+    const row_range rows = checked_rows(operation, s.rows, out_);
     if (s.map == nullptr) raise_value(operation, "an input step has no map");
+    if (rows.count != out_)
+      raise_value(operation, "an adapter changes the inputs (OFT, IA3 of inputs) of rows " + std::to_string(rows.first) +
+                                 " ... " + std::to_string(rows.end() - 1) + " of " + std::to_string(out_) +
+                                 " alone, and a product has one x for all rows: merge it, or make a layer of these rows");
     if (maps_.empty()) parts_.push_back({.made = {.sort = part_sort::mark}});
     maps_.push_back(s.map);
   }
   void add(const char* operation, const shift_step& s) {
-    check_outputs(operation, "shifts", s.shift);
-    if (shifts_.empty()) shifts_.assign(s.shift.size(), 0.0);
-    for (std::size_t i = 0; i < s.shift.size(); ++i) shifts_[i] += s.shift[i];
+    const row_range rows = checked_rows(operation, s.rows, out_);
+    check_outputs(operation, "shifts", s.shift, rows);
+    if (shifts_.empty()) shifts_.assign(static_cast<std::size_t>(out_), 0.0);
+    for (std::size_t i = 0; i < s.shift.size(); ++i) shifts_[static_cast<std::size_t>(rows.first) + i] += s.shift[i];
   }
 
   /// The factors in panels of their own format, or of the accumulator where a tile reads no other.
-  part<Acc> packed(const any_factors& factors) {
+  part<Acc> packed(const any_factors& factors, const row_range& rows) {
     return factors.visit([&]<class L>(const L& l) {
       using stored = factor_scalar_A<L>;
       using F = std::conditional_t<std::is_same_v<accumulator_t<stored>, Acc>, stored, Acc>;
-      const factor_layout<Acc, F> where{out_, in_, l.rank()};
+      const index_t skipped = rows.first % tile_cols<Acc>;
+      const factor_layout<Acc, F> where{skipped + rows.count, in_, l.rank()};
       auto panels = std::make_shared<array<F>>(where.size());
-      part<Acc> made{.rank = l.rank(), .format = format_of_panels<Acc, F>()};
+      part<Acc> made{.first_row = rows.first, .rows = rows.count, .rank = l.rank(), .format = format_of_panels<Acc, F>()};
       if (panels->size() != 0) {
         made.A = panels->data();
         made.B = panels->data() + where.B_begin();
-        pack_factors<Acc>(where, l, panels->data(), panels->data() + where.B_begin());
+        pack_factors<Acc>(where, l, panels->data(), panels->data() + where.B_begin(), skipped);
       }
       owned_.push_back(std::move(panels));
       return made;
@@ -373,27 +392,30 @@ class folded_steps {
   struct low_rank_part {
     const any_factors* factors;
     double scaling;
-    std::vector<double> gain;
+    row_range rows;
+    std::vector<double> gain;  ///< of the rows
   };
   struct delta_part {
     const delta_source<Acc>* source;
     double scale;
-    std::vector<double> gain;
+    row_range rows;
+    std::vector<double> gain;  ///< of the rows
   };
 
-  explicit folded_steps(const std::vector<step<Acc>>& steps) {
+  folded_steps(const std::vector<step<Acc>>& steps, index_t out_features) : out_(out_features) {
     std::vector<double> product;
     for (std::size_t k = steps.size(); k-- > 0;) {
       if (const auto* l = std::get_if<low_rank_step>(&steps[k])) {
-        add(l->factors, l->strength * l->factors.scaling(), product);
+        add(l->factors, l->strength * l->factors.scaling(), l->rows, product);
       } else if (const auto* d = std::get_if<delta_step<Acc>>(&steps[k]); d != nullptr && !is_zero(d->scale)) {
         if (const any_factors* const factors = d->source->expanded(); factors != nullptr)
-          add(*factors, d->scale * factors->scaling(), product);
+          add(*factors, d->scale * factors->scaling(), d->rows, product);
         else
-          deltas_.push_back({d->source.get(), d->scale, product});
+          deltas_.push_back({d->source.get(), d->scale, d->rows.of(out_), of_rows(product, d->rows)});
       } else if (const auto* g = std::get_if<gain_step<Acc>>(&steps[k])) {
-        if (product.empty()) product.assign(g->gain.size(), 1.0);
-        for (std::size_t i = 0; i < product.size(); ++i) product[i] *= static_cast<double>(g->gain[i]);
+        product.resize(static_cast<std::size_t>(out_), 1.0);
+        const auto first = static_cast<std::size_t>(g->rows.first);
+        for (std::size_t i = 0; i < g->gain.size(); ++i) product[first + i] *= static_cast<double>(g->gain[i]);
       }
     }
     std::reverse(factors_.begin(), factors_.end());
@@ -405,15 +427,20 @@ class folded_steps {
   index_t rank() const { return rank_; }
 
  private:
-  void add(const any_factors& factors, double scaling, const std::vector<double>& gain) {
+  void add(const any_factors& factors, double scaling, const row_range& rows, const std::vector<double>& gain) {
     if (is_zero(scaling)) return;
-    factors_.push_back({&factors, scaling, gain});
+    factors_.push_back({&factors, scaling, rows.of(out_), of_rows(gain, rows)});
     rank_ += factors.rank();
+  }
+  std::vector<double> of_rows(const std::vector<double>& all, const row_range& rows) const {
+    if (all.empty()) return all;
+    const auto first = all.begin() + rows.first;
+    return {first, first + rows.of(out_).count};
   }
 
   std::vector<low_rank_part> factors_;
   std::vector<delta_part> deltas_;
-  index_t rank_ = 0;
+  index_t out_, rank_ = 0;
 };
 }  // namespace detail
 

@@ -13,8 +13,8 @@
 //                                        down returns
 //
 //   kinds    those whose steps are low-rank, gain and shift steps: plain adapters, DoRA, entries of
-//            PEFT files, IA3 of outputs, ranges of them. value_error for an input map or a delta
-//            step.
+//            PEFT files, IA3 of outputs, ranges of them, and slices of these (in_rows.hpp).
+//            value_error for an input map or a delta step.
 //   formula  docs/numerics.md, "DoRA and other gains". The norms of magnitudes are found again, and
 //            P, the relative error of each product g of gains. Where W + D cancels, P is large, and
 //            so are all bounds of that output; where nothing can be said they are infinite. A gain
@@ -41,6 +41,7 @@
 #include "lora/bounds.hpp"
 #include "lora/detail/eigen.hpp"
 #include "lora/dora.hpp"
+#include "lora/in_rows.hpp"
 #include "lora/kinds/ia3.hpp"
 #include "lora/mixed.hpp"
 #include "lora/rows_bounds.hpp"
@@ -55,6 +56,13 @@ struct row_factor {
   Eigen::VectorXd size, off;
 
   static row_factor none(index_t out) { return {Eigen::VectorXd::Ones(out), Eigen::VectorXd::Zero(out)}; }
+  /// For a weight of `out` outputs, of which these are some; the others have no factor.
+  row_factor placed(const row_range& rows, index_t out) const {
+    auto result = none(out);
+    result.size.segment(rows.first, rows.count) = size;
+    result.off.segment(rows.first, rows.count) = off;
+    return result;
+  }
   // Of products of 1 + P the small digits would be lost.
   row_factor& operator*=(const row_factor& o) {
     off = (off.array() * (o.size + o.off).array() + size.array() * o.off.array()).eval();
@@ -190,12 +198,29 @@ row_factor factor_of_ia3(const ia3_adapter<T>& k, double w) {
   return result;
 }
 
+template <class K>
+inline constexpr bool is_row_slice = false;
+template <class K>
+inline constexpr bool is_row_slice<row_slice<K>> = true;
+
+/// A block of rows of what mixed_bounder reads.
+template <class Rows>
+struct slice_of_rows {
+  const Rows& weight;
+  index_t first_row;
+
+  template <class Block>
+  void read(index_t first, Block& block) const {
+    weight.read(first_row + first, block);
+  }
+};
+
 /// Collects the steps of adapters in order. Rows reads W; null where there is none.
 template <class Acc, class Rows>
 class mixed_bounder {
  public:
-  mixed_bounder(const lora::weight_rows<Acc>* base, const Rows* W, index_t out, index_t in)
-      : W_(W), request_{"mixed_bound", 1.0, base, step_use::prepare}, result_(out, in) {}
+  mixed_bounder(const lora::weight_rows<Acc>* base, const Rows* W, index_t out, index_t in, double strength = 1)
+      : W_(W), request_{"mixed_bound", strength, base, step_use::prepare}, result_(out, in) {}
 
   template <class... L>
   mixed_form_bound<Acc> of(const L&... l) && {
@@ -210,6 +235,52 @@ class mixed_bounder {
 
   template <class K>
   void add_one(const K& k) {
+    if constexpr (is_scaled_kind<K>) {
+      if constexpr (is_row_slice<bare<decltype(k.of())>>) return add_slice(k.of(), k.strength());
+    }
+    if constexpr (is_row_slice<K>)
+      add_slice(k, 1);
+    else
+      add_steps(k);
+  }
+
+  /// The bound of the slice's rows as a weight of their own, in their place.
+  template <class K>
+  void add_slice(const row_slice<K>& k, double strength) {
+    check_kind(request_.operation, k, result_.out_features(), result_.in_features());
+    const index_t in = result_.in_features();
+    const row_range rows = k.rows();
+    const auto of_block = [&](const auto* W, const lora::weight_rows<Acc>* base) {
+      using rows_of_W = bare<decltype(*W)>;
+      mixed_bounder<Acc, rows_of_W> block(base, W, rows.count, in, request_.strength * strength * k.strength());
+      if constexpr (adapter_kind<K> && !low_rank<K>)
+        if (const K* const kind = k.of().template get_if<K>(); kind != nullptr) return std::move(block).of(*kind);
+      return std::move(block).of(k.of());
+    };
+    const auto place = [&](const mixed_form_bound<Acc>& some) {
+      const index_t before = result_.gains_count(), out = result_.out_features();
+      for (auto piece : some.pieces()) {
+        Eigen::MatrixXd B = Eigen::MatrixXd::Zero(out, piece.part.B.cols());
+        B.middleRows(rows.first, rows.count) = piece.part.B;
+        piece.part.B = std::move(B);
+        piece.at += before;
+        result_.add(std::move(piece));
+      }
+      for (const auto& shift : some.shifts()) {
+        Eigen::VectorXd size = Eigen::VectorXd::Zero(out);
+        size.segment(rows.first, rows.count) = shift.size;
+        result_.add({std::move(size), shift.at + before});
+      }
+      for (const auto& gain : some.gains()) result_.add({gain.factor.placed(rows, out), gain.scales_bias});
+    };
+    if (request_.weight == nullptr) return place(of_block(W_, nullptr));
+    const block_reader<Acc> base(*request_.weight, rows);
+    const slice_of_rows<Rows> W{*W_, rows.first};
+    place(of_block(&W, &base));
+  }
+
+  template <class K>
+  void add_steps(const K& k) {
     const auto steps = steps_of(request_, result_.out_features(), result_.in_features(), k);
     const std::vector<double> magnitude = magnitude_of(k);
     error_part low = nothing();

@@ -9,6 +9,7 @@
 
 #include "lora/any_kind.hpp"
 #include "lora/error.hpp"
+#include "lora/in_rows.hpp"
 #include "lora/merge.hpp"
 #include "lora/tensor_view.hpp"
 
@@ -19,6 +20,9 @@ struct adapter_target {
   std::string module;       ///< "model.layers.0.self_attn.q_proj"
   std::string weight = {};  ///< the tensor that it changes; empty: module + ".weight"
   std::string bias = {};    ///< the bias of that module; empty: module + ".bias"
+  /// Of a fused weight (q of qkv): the adapter's rows begin at first_row of weight_rows. 0: the
+  /// weight is the adapter's.
+  index_t first_row = 0, weight_rows = 0;
 };
 
 /// One module's adapter in the format that it was stored in. It is an adapter kind: every verb takes it, with W as the base
@@ -30,11 +34,16 @@ class [[nodiscard]] module_adapter {
   /// `kind` is what a format calls it ("LORA", "LOHA"), `origin` where it was read. Throws value_error for a target without name.
   module_adapter(adapter_target target, any_kind adapter, std::string kind = {}, std::string origin = {})
       : module_adapter(std::move(target), std::vector<any_kind>{std::move(adapter)}, std::move(kind), std::move(origin)) {}
-  /// Of a stack of experts. Throws shape_error when their shapes differ, value_error when there is none.
+  /// Of a stack of experts. Throws shape_error when their shapes differ or the target's weight does
+  /// not have their rows, value_error when there is none.
   module_adapter(adapter_target target, std::vector<any_kind> experts, std::string kind = {}, std::string origin = {})
-      : target_(std::move(target)), experts_(std::move(experts)), kind_(std::move(kind)), origin_(std::move(origin)) {
+      : target_(std::move(target)), own_(std::move(experts)), kind_(std::move(kind)), origin_(std::move(origin)) {
     if (target_.module.empty()) detail::raise_value("module_adapter", "the target has no name");
-    if (experts_.empty()) detail::raise_value("module_adapter", target_.module + " has no adapter");
+    if (own_.empty()) detail::raise_value("module_adapter", target_.module + " has no adapter");
+    if (target_.weight_rows == 0 && target_.first_row != 0)
+      detail::raise_value("module_adapter", target_.module + " has a first row, and no number of rows of its weight");
+    for (const any_kind& one : own_)
+      experts_.push_back(target_.weight_rows == 0 ? one : any_kind(in_rows(target_.first_row, target_.weight_rows, one)));
     for (const any_kind& one : experts_)
       if (one.out_features() != out_features() || one.in_features() != in_features() ||
           one.stored_in_out() != stored_in_out())
@@ -47,7 +56,7 @@ class [[nodiscard]] module_adapter {
   const std::string& kind() const { return kind_; }
   const std::string& origin() const { return origin_; }
   index_t experts() const { return static_cast<index_t>(experts_.size()); }
-  /// One expert's. Throws value_error when there is no such.
+  /// One expert's, in the target's rows. Throws value_error when there is no such.
   const any_kind& expert(index_t k) const {
     if (k < 0 || k >= experts())
       detail::raise_value("module_adapter::expert",
@@ -55,9 +64,7 @@ class [[nodiscard]] module_adapter {
     return experts_[static_cast<std::size_t>(k)];
   }
   /// The same adapter for another target.
-  module_adapter moved_to(adapter_target target) const {
-    return module_adapter(std::move(target), experts_, kind_, origin_);
-  }
+  module_adapter moved_to(adapter_target target) const { return module_adapter(std::move(target), own_, kind_, origin_); }
 
   // As an adapter kind.
   index_t out_features() const { return experts_.front().out_features(); }
@@ -78,7 +85,7 @@ class [[nodiscard]] module_adapter {
 
  private:
   adapter_target target_;
-  std::vector<any_kind> experts_;
+  std::vector<any_kind> own_, experts_;  ///< as they came, and in the target's rows
   std::string kind_, origin_;
 };
 static_assert(adapter_kind<module_adapter>);

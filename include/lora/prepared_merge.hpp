@@ -82,7 +82,7 @@ class prepared_merge {
     steps_ = detail::steps_of(step_request<Acc>{"prepared_merge", 1.0, W}, out_features, in_features, l...);
     const std::span<const step<Acc>> steps(steps_);
     detail::refuse_shifts("prepared_merge", steps);
-    if (const auto list = detail::low_rank_steps(steps); list.all_low_rank())
+    if (const auto list = detail::low_rank_steps(steps); list.all_low_rank() && list.all_rows)
       update_ = std::make_unique<const update>(space_, "prepared_merge", detail::each_low_rank(list.steps), out_features,
                                                in_features, detail::merging);
     else

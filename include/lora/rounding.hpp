@@ -63,21 +63,22 @@ template <class Acc>
 class peft_delta {
  public:
   peft_delta(const char* operation, const low_rank_step& l, index_t out_features, index_t in_features)
-      : scale_(l.strength * l.factors.scaling()) {
+      : rows_of_weight_(l.rows.of(out_features)), scale_(l.strength * l.factors.scaling()) {
     l.factors.visit([&]<class T>(const adapter_view<T>& one) {
       // Unscaled, in the accumulator of the factors.
       const auto each = [&](const auto& visit) {
         visit(adapter_view<T>(one.lora_A(), one.lora_B(), {.alpha = 1, .rule = scaling_rule::fixed}));
       };
       if constexpr (std::is_same_v<T, double>)
-        rows_ = std::make_unique<delta_rows<double>>(operation, each, out_features, in_features, 1.0);
+        rows_ = std::make_unique<delta_rows<double>>(operation, each, rows_of_weight_.count, in_features, 1.0);
       else
-        rows_ = std::make_unique<delta_rows<float>>(operation, each, out_features, in_features, 1.0);
+        rows_ = std::make_unique<delta_rows<float>>(operation, each, rows_of_weight_.count, in_features, 1.0);
       format_ = std::type_identity<T>();
     });
   }
 
-  /// D of the block's rows to its scratch.
+  const row_range& rows() const { return rows_of_weight_; }
+  /// D of the block's rows, which are among rows(), to its scratch.
   void write(const row_block<Acc>& block) const {
     std::visit([&](const auto& rows, auto format) { write_in(*rows, format, block); }, rows_, format_);
   }
@@ -89,7 +90,8 @@ class peft_delta {
       static_cast<void>(rows), static_cast<void>(block);  // double factors are accumulated in double
     } else {
       A* const own = reinterpret_cast<A*>(block.scratch);
-      rows.write(block.first, block.count, block.first_col, block.cols, own, block.stride, block.ahead);
+      rows.write(block.first - rows_of_weight_.first, block.count, block.first_col, block.cols, own, block.stride,
+                 block.ahead);
       for (index_t i = block.count; i-- > 0;) {  // the last row first: Acc may be wider than A
         A* const from = own + i * block.stride;
         const A s = static_cast<A>(scale_);
@@ -115,6 +117,7 @@ class peft_delta {
     }
   }
 
+  row_range rows_of_weight_;
   double scale_;
   std::variant<std::unique_ptr<delta_rows<float>>, std::unique_ptr<delta_rows<double>>> rows_;
   std::variant<std::type_identity<float>, std::type_identity<double>, std::type_identity<float16>,
@@ -152,17 +155,22 @@ class peft_change {
       return std::holds_alternative<const delta_step<Acc>*>(one);
     });
   }
+  bool touches(index_t, index_t) const { return true; }
   void operator()(const row_block<Acc>& block) const {
     for (const auto& one : parts_) std::visit([&](const auto& p) { run(p, block); }, one);
   }
 
  private:
-  void run(const peft_delta<Acc>& delta, const row_block<Acc>& block) const {
+  void run(const peft_delta<Acc>& delta, const row_block<Acc>& all) const {
+    const row_block<Acc> block = within(all, delta.rows());
+    if (block.count <= 0) return;
     delta.write(block);
     add(block);
   }
-  void run(const delta_step<Acc>* delta, const row_block<Acc>& block) const {
-    delta->source->rows(block.first, block.count, block.scratch, block.stride);
+  void run(const delta_step<Acc>* delta, const row_block<Acc>& all) const {
+    const row_block<Acc> block = within(all, delta->rows);
+    if (block.count <= 0) return;
+    delta->source->rows(block.first - delta->rows.first, block.count, block.scratch, block.stride);
     for (index_t i = 0; i < block.count; ++i)
       for (index_t k = 0; k < block.cols; ++k) block.scratch[i * block.stride + k] *= static_cast<Acc>(delta->scale);
     add(block);
@@ -192,7 +200,7 @@ const low_rank_step* only_low_rank(std::span<const step<Acc>> steps) {
   for (const auto& one : steps) {
     if (!changes_weight(one)) continue;
     const auto* low = std::get_if<low_rank_step>(&one);
-    if (low == nullptr || result != nullptr) return nullptr;
+    if (low == nullptr || result != nullptr || !low->rows.all()) return nullptr;
     result = low;
   }
   if (result == nullptr) return nullptr;

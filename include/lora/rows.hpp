@@ -190,14 +190,14 @@ through_detail::matrix<Acc> columns_of_deltas(const detail::folded_steps<Form>& 
   for (index_t first = 0; first < tokens; first += block) {
     const index_t count = std::min(block, tokens - first);
     units.setZero(form.in_features(), count);
-    columns.resize(form.out_features(), count);
     for (index_t t = 0; t < count; ++t) units(ids[static_cast<std::size_t>(first + t)], t) = 1;
     for (const auto& one : folded.deltas()) {
+      columns.resize(one.rows.count, count);
       one.source->product(units.data(), count, columns.data());
       for (index_t t = 0; t < count; ++t)
-        for (index_t i = 0; i < form.out_features(); ++i) {
+        for (index_t i = 0; i < one.rows.count; ++i) {
           const double s = one.gain.empty() ? one.scale : one.gain[static_cast<std::size_t>(i)] * one.scale;
-          result(i, first + t) += static_cast<Acc>(s * static_cast<double>(columns(i, t)));
+          result(one.rows.first + i, first + t) += static_cast<Acc>(s * static_cast<double>(columns(i, t)));
         }
     }
   }
@@ -243,14 +243,14 @@ void run_form(const W& weight, double scale, const R& ids, Y& y, const mixed_for
   if (form.state().term(1).shift != nullptr)
     detail::raise_value("rows", "an adapter has a bias of its own, and an embedding has none");
   detail::refuse_overlap("rows", "y", to, "W", weight);
-  const detail::folded_steps<Acc> folded(form.steps());
+  const detail::folded_steps<Acc> folded(form.steps(), form.out_features());
   through_detail::expansion<acc> sum(to.rows(), folded.rank(), to.cols());
   index_t at = 0;
   for (const auto& one : folded.factors())
     one.factors->visit([&](const auto& l) {
       detail::refuse_overlap("rows", "y", to, "lora_A", l.lora_A());
       detail::refuse_overlap("rows", "y", to, "lora_B", l.lora_B());
-      sum.set_B(at, l.lora_B(), one.scaling, one.gain);
+      sum.set_B(at, l.lora_B(), {one.scaling, one.gain, one.rows});
       for (index_t t = 0; t < to.cols(); ++t)
         for (index_t i = 0; i < l.rank(); ++i)
           sum.U(at + i, t) = detail::widen<acc>(l.lora_A()(i, tokens[static_cast<std::size_t>(t)]));
@@ -265,7 +265,7 @@ void run_form(const W& weight, double scale, const R& ids, Y& y, const mixed_for
     if (untouched) return void(element = scaled(base));
     if (more.size() != 0) delta += more(i, t);
     if (gain != nullptr) base = static_cast<acc>(gain[i]) * base;
-    element = scaled(base + delta);
+    element = scaled(detail::plus(base, delta));
   });
 }
 

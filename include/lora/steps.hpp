@@ -13,6 +13,9 @@
 // Steps of several adapters follow each other in the order of the call. The steps before a gain or an
 // input map are changed by it: W' = diag(g) (W + s B A) T for low_rank, gain, input in this order.
 //
+// A step may be for a block of the rows of W alone, which are outputs of y (its `rows`);
+// in_rows.hpp makes such steps of any adapter. All other rows, and their outputs, keep their bits.
+//
 // A kind of your own is a class with out_features(), in_features(), a value_type, and
 //   template <class Acc> std::vector<lora::step<Acc>> steps(const lora::step_request<Acc>&) const;
 // docs/kinds.md shows one.
@@ -74,6 +77,15 @@ class any_factors {
     return std::visit([](const auto& l) { return l.scaling(); }, view_);
   }
   bool holds_double() const { return std::holds_alternative<adapter_view<double>>(view_); }
+  /// The same adapter for the rows first ... first + count - 1 of the weight alone: those of
+  /// lora_B. No copy.
+  any_factors rows(index_t first, index_t count) const {
+    const auto cut = [&]<class T>(const adapter_view<T>& l) {
+      const lora::scaling own{.alpha = l.scaling(), .rule = scaling_rule::fixed};
+      return any_factors(adapter_view<T>(l.lora_A(), l.lora_B().middle_rows(first, count), own), owner_);
+    };
+    return std::visit(cut, view_);
+  }
   /// visit(adapter_view<T>).
   template <class Visit>
   decltype(auto) visit(const Visit& visit) const {
@@ -113,27 +125,44 @@ class delta_source {
   virtual const any_factors* expanded() const { return nullptr; }
 };
 
+/// Rows first ... first + count - 1 of a weight; count -1: all rows.
+struct row_range {
+  index_t first = 0, count = -1;
+
+  bool all() const { return count < 0; }
+  index_t end() const { return first + count; }
+  /// The same with the count of a weight in place of -1.
+  row_range of(index_t out_features) const { return all() ? row_range{0, out_features} : *this; }
+};
+
+// The numbers of a step are those of its `rows` alone: out_features in the comments is their count.
 struct low_rank_step {
   any_factors factors;
   double strength = 1;  ///< multiplies factors.scaling()
+  row_range rows = {};
 };
 template <class Acc>
 struct delta_step {
   std::shared_ptr<const delta_source<Acc>> source;
   double scale = 1;
+  row_range rows = {};
 };
 template <class Acc>
 struct gain_step {
   std::vector<Acc> gain;     ///< out_features
   bool scales_bias = false;  ///< the base's bias, and shifts before it, too
+  row_range rows = {};
 };
+/// With `rows` it is for merging alone: a product has one x for all rows.
 template <class Acc>
 struct input_step {
   std::shared_ptr<const input_map<Acc>> map;
+  row_range rows = {};
 };
 struct shift_step {
   std::vector<double> shift;  ///< out_features
   std::string of = {};        ///< whose it is, for messages
+  row_range rows = {};
 };
 
 /// One step; see the top of this file.
@@ -169,6 +198,16 @@ class weight_rows {
 };
 
 namespace detail {
+/// The rows of a step for a weight of out_features rows. Throws shape_error when the weight has no
+/// such rows.
+inline row_range checked_rows(const char* operation, const row_range& rows, index_t out_features) {
+  const row_range of = rows.of(out_features);
+  if (of.first < 0 || of.count > out_features || of.first > out_features - of.count)
+    raise_shape(operation, "a step is for " + std::to_string(of.count) + " rows from row " + std::to_string(of.first) +
+                               " on, and the weight has " + std::to_string(out_features) + " rows");
+  return of;
+}
+
 /// Throws value_error for factors of double in steps that accumulate in float.
 template <class Acc>
 void refuse_double_factors(const char* operation, const any_factors& factors) {

@@ -24,6 +24,7 @@
 
 #include <algorithm>
 #include <cstddef>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <vector>
@@ -39,26 +40,40 @@ namespace through_detail {
 template <class Acc>
 using matrix = Eigen::Matrix<Acc, Eigen::Dynamic, Eigen::Dynamic>;
 
-/// sum of s * lora_B * U over the adapters, as one product: B has the lora_B beside each other, U the U below each other.
+/// What multiplies a lora_B beside U: a number, one more number for each of its rows (empty: none),
+/// and the outputs that its rows are (all by default).
+struct expanded_rows {
+  double scaling;
+  std::span<const double> gain = {};
+  row_range rows = {};
+};
+
+/// sum of s * lora_B * U over the adapters, as one product: B has the lora_B beside each other, U
+/// the U below each other. Outputs that are no rows of a lora_B do not meet its U.
 template <class Acc>
 struct expansion {
   matrix<Acc> B, U;
 
   expansion(index_t out, index_t rank, index_t columns) : B(out, rank), U(rank, columns) {}
 
-  /// gain: one more factor for each output; empty: none.
   template <class V>
-  void set_B(index_t at, const V& lora_B, double scaling, const std::vector<double>& gain = {}) {
+  void set_B(index_t at, const V& lora_B, const expanded_rows& of) {
+    const row_range rows = of.rows.of(B.rows());
+    used_.push_back({at, lora_B.cols(), rows});
     for (index_t j = 0; j < lora_B.cols(); ++j)
       for (index_t i = 0; i < lora_B.rows(); ++i) {
-        const double s = gain.empty() ? scaling : gain[static_cast<std::size_t>(i)] * scaling;
-        B(i, at + j) = static_cast<Acc>(s * lora::detail::widen<double>(lora_B(i, j)));
+        const double s = of.gain.empty() ? of.scaling : of.gain[static_cast<std::size_t>(i)] * of.scaling;
+        B(rows.first + i, at + j) = static_cast<Acc>(s * lora::detail::widen<double>(lora_B(i, j)));
       }
+  }
+  template <class V>
+  void set_B(index_t at, const V& lora_B, double scaling) {
+    set_B(at, lora_B, {scaling});
   }
   /// lora_B, and U = down(lora_A), from rank `at` on.
   template <class Down, class VA, class VB>
-  void set(const char* operation, const Down& down, index_t at, const VA& lora_A, const VB& lora_B, double scaling,
-           const std::vector<double>& gain = {}) {
+  void set(const char* operation, const Down& down, index_t at, const VA& lora_A, const VB& lora_B,
+           const expanded_rows& of) {
     const auto& held = down(lora_A);
     const lora::detail::default_environment environment;  // not for down, which is the caller's
     const auto from = as_matrix(held);
@@ -68,7 +83,7 @@ struct expansion {
       lora::detail::raise_shape(operation, "down(lora_A) is " + lora::detail::shape_text(from.rows(), from.cols()) +
                                                ", not rank x positions, which is " +
                                                lora::detail::shape_text(lora_A.rows(), U.cols()));
-    set_B(at, lora_B, scaling, gain);
+    set_B(at, lora_B, of);
     for (index_t j = 0; from.rows() != 0 && j < U.cols(); ++j)
       for (index_t i = 0; i < from.rows(); ++i) U(at + i, j) = lora::detail::widen<Acc>(from(i, j));
   }
@@ -78,6 +93,7 @@ struct expansion {
   void run(const Y& y, const Finish& finish) const {
     if (y.rows() == 0) return;  // for any number of columns
     constexpr index_t block = 256;
+    const std::vector<piece> pieces = cut();
     // The first block is the largest: what it does not allocate no later one does, and nothing is written before.
     matrix<Acc> all(B.rows(), std::min(block, y.cols()));
     workspace space;
@@ -85,11 +101,53 @@ struct expansion {
       const index_t count = std::min(block, y.cols() - first);
       auto sums = all.leftCols(count);
       sums.setZero();
-      if (B.cols() != 0 && B.rows() != 0) lora::forward(space, B, U.middleCols(first, count), sums);
+      for (const piece& one : pieces)
+        lora::forward(space, one.B.size() != 0 ? one.B : B, (one.B.size() != 0 ? one.U : U).middleCols(first, count),
+                      sums.middleRows(one.rows.first, one.rows.count));
       for (index_t j = 0; j < count; ++j)
         for (index_t i = 0; i < y.rows(); ++i) finish(y(i, first + j), sums(i, j), i, first + j);
     }
   }
+
+ private:
+  struct used_ranks {
+    index_t at, count;
+    row_range rows;
+  };
+  /// Some rows with the ranks that they meet; without elements: B and U themselves.
+  struct piece {
+    row_range rows;
+    matrix<Acc> B = {}, U = {};
+  };
+
+  std::vector<piece> cut() const {
+    if (B.cols() == 0) return {};
+    std::vector<index_t> cuts{0, B.rows()};
+    for (const used_ranks& one : used_) cuts.insert(cuts.end(), {one.rows.first, one.rows.end()});
+    std::sort(cuts.begin(), cuts.end());
+    cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+    std::vector<piece> result;
+    if (cuts.size() == 2) result.push_back({{0, B.rows()}});
+    for (std::size_t k = 0; cuts.size() > 2 && k + 1 < cuts.size(); ++k) {
+      const row_range rows{cuts[k], cuts[k + 1] - cuts[k]};
+      const auto meets = [&](const used_ranks& one) { return one.rows.first <= rows.first && rows.first < one.rows.end(); };
+      index_t ranks = 0;
+      for (const used_ranks& one : used_) ranks += meets(one) ? one.count : 0;
+      if (ranks == 0) continue;
+      piece made{rows, matrix<Acc>(rows.count, ranks), matrix<Acc>(ranks, U.cols())};
+      index_t at = 0;
+      for (const used_ranks& one : used_) {
+        if (!meets(one)) continue;
+        made.B.middleCols(at, one.count) = B.block(rows.first, one.at, rows.count, one.count);
+        made.U.middleRows(at, one.count) = U.middleRows(one.at, one.count);
+        at += one.count;
+      }
+      result.push_back(std::move(made));
+    }
+    return result;
+  }
+
+  std::vector<used_ranks> used_;
 };
 
 /// The scaling of each adapter, and the ranks of those that take part. Decided once: down may change the floating-point mode, and
@@ -125,7 +183,7 @@ expansion<Acc> expand(const char* operation, const Down& down, const Each& each,
     if (lora::detail::is_zero(scaling)) return;
     const auto& lora_A = l.lora_A();
     const auto& lora_B = l.lora_B();
-    result.set(operation, down, at, as_matrix(lora_A), as_matrix(lora_B), scaling);
+    result.set(operation, down, at, as_matrix(lora_A), as_matrix(lora_B), {scaling});
     at += as_matrix(lora_A).rows();
   });
   return result;
@@ -164,7 +222,7 @@ void apply_through(const Down& down, Y&& y, const mixed_form<Acc>& form) {
   if (to.rows() != form.out_features())
     detail::raise_shape("apply_through", "y has " + std::to_string(to.rows()) + " rows and the form " +
                                              std::to_string(form.out_features()) + " outputs");
-  const detail::folded_steps<Acc> folded(form.steps());
+  const detail::folded_steps<Acc> folded(form.steps(), form.out_features());
   if (form.has_input_map() || !folded.deltas().empty())
     detail::raise_value("apply_through",
                         std::string(form.has_input_map() ? "an adapter changes what the kernel is multiplied by"
@@ -175,7 +233,7 @@ void apply_through(const Down& down, Y&& y, const mixed_form<Acc>& form) {
   for (const auto& one : folded.factors())
     one.factors->visit([&](const auto& l) {
       detail::refuse_overlap("apply_through", "y", to, "lora_B", l.lora_B());
-      sum.set("apply_through", down, at, l.lora_A(), l.lora_B(), one.scaling, one.gain);
+      sum.set("apply_through", down, at, l.lora_A(), l.lora_B(), {one.scaling, one.gain, one.rows});
       at += l.rank();
     });
   if (form.changes_nothing()) return;
@@ -184,7 +242,7 @@ void apply_through(const Down& down, Y&& y, const mixed_form<Acc>& form) {
   const Acc* const shift = form.state().term(1).shift;
   sum.run(to, [gain, shift](value& element, acc delta, index_t i, index_t) {
     const acc base = gain == nullptr ? detail::widen<acc>(element) : static_cast<acc>(gain[i]) * detail::widen<acc>(element);
-    element = detail::narrow<value>(base + (shift == nullptr ? delta : delta + static_cast<acc>(shift[i])));
+    element = detail::narrow<value>(detail::plus(base, shift == nullptr ? delta : delta + static_cast<acc>(shift[i])));
   });
 }
 /// The same with adapters of any kind that need no W: makes their form in the call, at its cost.

@@ -84,6 +84,11 @@ bool is_zero(const T& value) {
   using bits = std::conditional_t<sizeof(T) == 8, std::uint64_t, std::uint32_t>;
   return (std::bit_cast<bits>(value) & (~bits(0) >> 1)) == 0;
 }
+/// base + more; where more is 0 the base keeps its bits, also -0.
+template <class Acc>
+Acc plus(Acc base, Acc more) {
+  return is_zero(more) ? base : base + more;
+}
 
 /// Whether every From is a To: the same format, or a wider one.
 template <class To, class From>

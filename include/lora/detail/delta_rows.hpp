@@ -4,7 +4,9 @@
 // are packed once; then any thread may ask for any block of rows, and gets the bits of the whole.
 #pragma once
 
+#include <algorithm>
 #include <span>
+#include <utility>
 #include <vector>
 
 #include "lora/kernel/merge/delta_tiles.hpp"
@@ -20,6 +22,34 @@ inline auto each_low_rank(std::span<const low_rank_step> list) {
     for (const low_rank_step& one : list)
       one.factors.visit([&]<class L>(const L& l) { visit(scaled_adapter<L>(one.strength, l)); });
   };
+}
+
+/// Low-rank steps of the same rows: what they add to one of these is one chain of multiply-adds.
+struct rows_of_chain {
+  row_range rows;
+  std::vector<low_rank_step> steps;  ///< each cut to the rows
+};
+/// All rows of a weight in order, cut where a step begins or ends. The steps of a row keep their
+/// order.
+inline std::vector<rows_of_chain> cut_at_rows(std::span<const low_rank_step> list, index_t out_features) {
+  std::vector<index_t> cuts{0, out_features};
+  for (const low_rank_step& one : list) {
+    const row_range rows = one.rows.of(out_features);
+    cuts.insert(cuts.end(), {rows.first, rows.end()});
+  }
+  std::sort(cuts.begin(), cuts.end());
+  cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+  std::vector<rows_of_chain> result;
+  for (std::size_t k = 0; k + 1 < cuts.size(); ++k) {
+    rows_of_chain chain{{cuts[k], cuts[k + 1] - cuts[k]}, {}};
+    for (const low_rank_step& one : list) {
+      const row_range rows = one.rows.of(out_features);
+      if (rows.first <= cuts[k] && cuts[k] < rows.end())
+        chain.steps.push_back({one.factors.rows(cuts[k] - rows.first, chain.rows.count), one.strength});
+    }
+    result.push_back(std::move(chain));
+  }
+  return result;
 }
 
 inline memory_of_rows moved(const memory_of_rows& from, index_t row, index_t col) {

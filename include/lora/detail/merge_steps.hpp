@@ -15,13 +15,14 @@
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
-/// The low-rank steps of a list that change a weight. `fits_tiles` is true when at most one gain follows them, and nothing
-/// else: then the register tiles can take them.
+/// The low-rank steps of a list that change a weight. `fits_tiles` is true when at most one gain of
+/// all rows follows them, and nothing else: then the register tiles can take them.
 template <class Acc>
 struct low_rank_list {
   std::vector<low_rank_step> steps = {};
   const gain_step<Acc>* gain = nullptr;
   bool fits_tiles = true;
+  bool all_rows = true;  ///< no step is for a block of rows
 
   bool all_low_rank() const { return fits_tiles && gain == nullptr; }
 };
@@ -32,6 +33,7 @@ low_rank_list<Acc> low_rank_steps(std::span<const step<Acc>> steps) {
     if (!changes_weight(one)) continue;
     const auto* low = std::get_if<low_rank_step>(&one);
     if (low != nullptr) result.steps.push_back(*low);
+    result.all_rows = result.all_rows && std::visit([](const auto& s) { return s.rows.all(); }, one);
     if (low == nullptr || result.gain != nullptr) {
       const auto* gain = std::get_if<gain_step<Acc>>(&one);
       result.fits_tiles = result.fits_tiles && result.gain == nullptr && gain != nullptr;
@@ -53,7 +55,17 @@ template <writing Where, class Acc, class T, storage_order Order>
 tally pass_over(const char* operation, double sign, const matrix_view<T, Order>& W, std::span<const step<Acc>> steps) {
   refuse_step_overlap(operation, W, steps);
   const auto list = low_rank_steps(steps);
-  if (list.all_low_rank() || (list.fits_tiles && sign == merging)) {
+  if (list.all_low_rank() && !list.all_rows) {
+    for (const auto& one : steps) check_step(operation, one, W.rows(), W.cols());
+    tally seen;
+    for (const auto& [rows, some] : cut_at_rows(list.steps, W.rows())) {
+      const std::vector<step<Acc>> own(some.begin(), some.end());
+      if (!own.empty() || Where == writing::nowhere)
+        seen += pass_over<Where, Acc, T, Order>(operation, sign, W.middle_rows(rows.first, rows.count), own);
+    }
+    return seen;
+  }
+  if (list.all_rows && (list.all_low_rank() || (list.fits_tiles && sign == merging))) {
     for (const auto& one : steps) check_step(operation, one, W.rows(), W.cols());
     workspace space;
     const rank_update<Acc, Order, columns_of<Acc, storage_t<T>>, has_dots<Acc, bfloat16>> update(
@@ -72,7 +84,7 @@ tally pass_over(const char* operation, double sign, const matrix_view<T, Order>&
 template <class Acc, class T>
 tally pass_over(const char* operation, double sign, const packed_weight<T>& source, packed_weight<T>& destination,
                 std::span<const step<Acc>> steps) {
-  if (const auto list = low_rank_steps(steps); list.all_low_rank()) {
+  if (const auto list = low_rank_steps(steps); list.all_low_rank() && list.all_rows) {
     workspace space;
     const panel_update<Acc, has_dots<Acc, bfloat16>> update(space, operation, each_low_rank(list.steps),
                                                             source.out_features(), source.in_features(), sign);
@@ -82,24 +94,37 @@ tally pass_over(const char* operation, double sign, const packed_weight<T>& sour
   return row_pass<Acc>(panel_rows<Acc, T>(source, &destination), change);
 }
 
+template <class Acc>
+bool scales_bias(const step<Acc>& one) {
+  const auto* gain = std::get_if<gain_step<Acc>>(&one);
+  return gain != nullptr && gain->scales_bias;
+}
+
 /// What steps do to a bias b: b := gain b + shift. Empty where they leave it as it is.
 struct bias_change {
   std::vector<double> gain, shift;
 
   bool empty() const { return gain.empty() && shift.empty(); }
 };
+/// Throws as row_change.
 template <class Acc>
-bias_change bias_change_of(std::span<const step<Acc>> steps) {
+bias_change bias_change_of(const char* operation, std::span<const step<Acc>> steps, index_t out_features,
+                           index_t in_features) {
   bias_change result;
+  const auto outputs = static_cast<std::size_t>(out_features);
   for (const auto& one : steps) {
+    check_step(operation, one, out_features, in_features);
     if (const auto* shift = std::get_if<shift_step>(&one)) {
-      result.shift.resize(shift->shift.size());
-      for (std::size_t i = 0; i < shift->shift.size(); ++i) result.shift[i] += shift->shift[i];
-    } else if (const auto* gain = std::get_if<gain_step<Acc>>(&one); gain != nullptr && gain->scales_bias) {
-      result.gain.resize(gain->gain.size(), 1.0);
+      const auto first = static_cast<std::size_t>(shift->rows.first);
+      result.shift.resize(outputs);
+      for (std::size_t i = 0; i < shift->shift.size(); ++i) result.shift[first + i] += shift->shift[i];
+    } else if (scales_bias(one)) {
+      const auto* gain = std::get_if<gain_step<Acc>>(&one);
+      const auto first = static_cast<std::size_t>(gain->rows.first);
+      result.gain.resize(outputs, 1.0);
       for (std::size_t i = 0; i < gain->gain.size(); ++i) {
-        result.gain[i] *= static_cast<double>(gain->gain[i]);
-        if (!result.shift.empty()) result.shift[i] *= static_cast<double>(gain->gain[i]);
+        result.gain[first + i] *= static_cast<double>(gain->gain[i]);
+        if (!result.shift.empty()) result.shift[first + i] *= static_cast<double>(gain->gain[i]);
       }
     }
   }

@@ -37,8 +37,8 @@ struct ready_parts {
 template <class Acc>
 class form_scratch {
  public:
-  form_scratch(const form_list<Acc>& list, index_t out_features, index_t in_features, index_t tokens)
-      : list_(list), out_(out_features), in_(in_features), tokens_(tokens) {
+  form_scratch(const form_list<Acc>& list, index_t in_features, index_t tokens)
+      : list_(list), in_(in_features), tokens_(tokens) {
     each_form([&](const form_state<Acc>& form, index_t first) {
       parts_ += static_cast<index_t>(form.parts().size());
       pairs_ = pairs_ && form.all_pairs();
@@ -47,7 +47,7 @@ class form_scratch {
       ++with_addends_;
       index_t users = 0;
       for (index_t t = 0; t < tokens_; ++t) users += uses(t, first) ? 1 : 0;
-      for (const form_part<Acc>& p : form.parts()) values_ += p.made.sort == part_sort::addend ? users * out_ : 0;
+      for (const form_part<Acc>& p : form.parts()) values_ += p.made.sort == part_sort::addend ? users * p.made.rows : 0;
     });
   }
 
@@ -137,7 +137,7 @@ class form_scratch {
         if (made.sort != part_sort::addend) continue;
         made.values = values;
         made.columns = added;
-        values += users * out_;
+        values += users * made.rows;
       }
       added += tokens_;
     });
@@ -169,7 +169,7 @@ class form_scratch {
         while (next < end && uses(token_[next], first)) ++next;
         // Values are not const to who makes them.
         if (next != c)
-          compute(space, p, x_ + c * in_, next - c, const_cast<Acc*>(made.values) + made.columns[token_[c]] * out_);
+          compute(space, p, x_ + c * in_, next - c, const_cast<Acc*>(made.values) + made.columns[token_[c]] * made.rows);
         c = next + 1;
       }
     }
@@ -182,15 +182,15 @@ class form_scratch {
         for (index_t k = 0; k < some.depth; ++k) destination[k * some.rows + i] = x[some.tokens[i] * in_ + some.first + k];
     };
     const auto write = [&](index_t first, index_t outputs, index_t token, const Acc* sums) {
-      std::copy_n(sums, outputs, y + token * out_ + first);
+      std::copy_n(sums, outputs, y + token * p.later.rows + first);
     };
     const ready_parts<Acc> one{&p.later, false};
-    mix<Acc>(space, out_, in_, count, weight_source<Acc, Acc>{}, one, token_parts{.parts = 1}, p.later.rank,
+    mix<Acc>(space, p.later.rows, in_, count, weight_source<Acc, Acc>{}, one, token_parts{.parts = 1}, p.later.rank,
              activation_source<Acc>{.widened = read}, write);
   }
 
   const form_list<Acc>& list_;
-  index_t out_, in_, tokens_, parts_ = 0, with_addends_ = 0, values_ = 0, columns_ = 0, mapped_ = 0;
+  index_t in_, tokens_, parts_ = 0, with_addends_ = 0, values_ = 0, columns_ = 0, mapped_ = 0;
   bool pairs_ = true, reads_x_ = false;
   layout::place<part<Acc>> parts_place_;
   layout::place<index_t> column_place_, token_place_, added_place_;
@@ -205,7 +205,7 @@ template <class Acc, class T>
 void mix_forms(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<Acc, T>& W,
                const form_list<Acc>& list, const activation_source<Acc>& X, const finish_function<Acc>& finish) {
   if (tokens == 0 || out_features == 0) return;
-  form_scratch<Acc> scratch(list, out_features, in_features, tokens);
+  form_scratch<Acc> scratch(list, in_features, tokens);
   layout places;
   scratch.claim(places);
   scratch.make(space.require_beside(places.size()), space, X);

@@ -93,7 +93,8 @@ class part_list {
     each_([&]<class L>(const L& l) {
       if (!is_read(l)) return;
       using F = typename panels_in_call<Acc, L>::type;
-      part<Acc> made{.rank = static_cast<index_t>(l.rank()),
+      part<Acc> made{.rows = out_,
+                     .rank = static_cast<index_t>(l.rank()),
                      .scale = static_cast<double>(l.scaling()),
                      .format = format_of_panels<Acc, F>()};
       if constexpr (packed_factors<L>) made.rounded_U = adapter_of(l).U_format() == U_format::factors;

@@ -131,7 +131,7 @@ constexpr bool refuse_adapter() {
                   "lora: this is a whole file, and an adapter belongs to one module: for (const auto& name : file.names()) "
                   "lora::merge(weight_of(name), file.at(name))");
   } else if constexpr (batch_like<L>) {
-    static_assert(never<L>, "lora: a batch goes to lora::forward, as its last argument and alone");
+    static_assert(never<L>, "lora: a batch goes to lora::forward or lora::apply, as its last argument and alone");
   } else if constexpr (low_rank<L>) {
     static_assert(V != verb::batch,
                   "lora::batch takes packed adapters, which stay where they are: make a vector of "

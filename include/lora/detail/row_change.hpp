@@ -32,6 +32,7 @@ void check_step(const char* operation, const step<Acc>& one, index_t out_feature
       raise_shape(operation, "a " + std::string(what) + " has " + std::to_string(length) + " values for " +
                                  std::to_string(out_features) + " outputs");
   };
+  out_features = std::visit([&](const auto& s) { return checked_rows(operation, s.rows, out_features); }, one).count;
   if (const auto* low = std::get_if<low_rank_step>(&one)) {
     check_low_rank<Acc>(operation, *low, out_features, in_features);
   } else if (const auto* gain = std::get_if<gain_step<Acc>>(&one))
@@ -57,10 +58,12 @@ class row_change {
     for (const auto& one : steps) check_step(operation, one, out_features, in_features);
     std::vector<low_rank_step> chain;  // neighbours share one chain of multiply-adds
     const auto close = [&] {
-      if (chain.empty()) return;
-      auto rows = std::make_unique<delta_rows<Acc>>(operation, std::span<const low_rank_step>(chain), out_features,
-                                                    in_features, sign);
-      if (rows->rank() != 0) parts_.push_back(std::move(rows));
+      for (const auto& [rows, some] : cut_at_rows(chain, out_features)) {
+        if (some.empty()) continue;
+        auto delta = std::make_unique<delta_rows<Acc>>(operation, std::span<const low_rank_step>(some), rows.count,
+                                                       in_features, sign);
+        if (delta->rank() != 0) parts_.push_back({rows, std::move(delta)});
+      }
       chain.clear();
     };
     const auto count = steps.size();
@@ -81,65 +84,79 @@ class row_change {
   bool empty() const { return parts_.empty(); }
   bool needs_scratch() const {
     return std::any_of(parts_.begin(), parts_.end(),
-                       [](const part& one) { return std::holds_alternative<const delta_step<Acc>*>(one); });
+                       [](const part& one) { return std::holds_alternative<const delta_step<Acc>*>(one.change); });
   }
   /// Whether a change needs whole rows, and not some of their columns.
   bool needs_rows() const {
     return needs_scratch() || std::any_of(parts_.begin(), parts_.end(), [](const part& one) {
-             return std::holds_alternative<const input_step<Acc>*>(one);
+             return std::holds_alternative<const input_step<Acc>*>(one.change);
            });
+  }
+  /// Whether any of these rows changes.
+  bool touches(index_t first, index_t count) const {
+    return std::any_of(parts_.begin(), parts_.end(), [&](const part& one) {
+      return one.rows.all() || (one.rows.first < first + count && first < one.rows.end());
+    });
   }
 
   /// Changes the rows in place. On the calling thread.
   void operator()(const row_block<Acc>& block) const {
-    for (const part& one : parts_) std::visit([&](const auto& p) { run(p, block); }, one);
+    for (const part& one : parts_) {
+      const row_block<Acc> some = within(block, one.rows);
+      if (some.count > 0) std::visit([&](const auto& p) { run(p, some, one.rows.first); }, one.change);
+    }
   }
 
  private:
   using chain_rows = std::unique_ptr<delta_rows<Acc>>;
-  using part = std::variant<chain_rows, const delta_step<Acc>*, const gain_step<Acc>*, const input_step<Acc>*>;
+  struct part {
+    row_range rows;
+    std::variant<chain_rows, const delta_step<Acc>*, const gain_step<Acc>*, const input_step<Acc>*> change;
+  };
 
   void add(const char* operation, const step<Acc>& one) {
     if (const auto* delta = std::get_if<delta_step<Acc>>(&one)) {
-      parts_.push_back(delta);
+      parts_.push_back({delta->rows, delta});
     } else if (const auto* gain = std::get_if<gain_step<Acc>>(&one)) {
       if (undoes_) refuse_lost_rows(operation, *gain);
-      parts_.push_back(gain);
+      parts_.push_back({gain->rows, gain});
     } else if (const auto* input = std::get_if<input_step<Acc>>(&one)) {
       if (undoes_) input->map->undo_rows(operation, nullptr, 0, in_features_);
-      parts_.push_back(input);
+      parts_.push_back({input->rows, input});
     }
   }
   static void refuse_lost_rows(const char* operation, const gain_step<Acc>& one) {
     for (std::size_t i = 0; i < one.gain.size(); ++i)
       if (is_zero(one.gain[i]))
-        raise_value(operation, "output " + std::to_string(i) + " has the magnitude 0, so its row of W is lost");
+        raise_value(operation, "output " + std::to_string(one.rows.first + static_cast<index_t>(i)) +
+                                   " has the magnitude 0, so its row of W is lost");
   }
 
-  void run(const chain_rows& rows, const row_block<Acc>& block) const {
-    rows->subtract(block.first, block.count, block.first_col, block.cols, block.rows, block.stride, block.ahead);
+  // Row `origin` of W is row 0 of what follows.
+  void run(const chain_rows& rows, const row_block<Acc>& block, index_t origin) const {
+    rows->subtract(block.first - origin, block.count, block.first_col, block.cols, block.rows, block.stride, block.ahead);
   }
   /// Where the delta is 0 an element keeps its sign.
-  void run(const delta_step<Acc>* delta, const row_block<Acc>& block) const {
+  void run(const delta_step<Acc>* delta, const row_block<Acc>& block, index_t origin) const {
     const Acc scale = static_cast<Acc>(undoes_ ? -delta->scale : delta->scale);
-    delta->source->rows(block.first, block.count, block.scratch, block.stride);
+    delta->source->rows(block.first - origin, block.count, block.scratch, block.stride);
     for (index_t i = 0; i < block.count; ++i) {
       Acc* const row = block.rows + i * block.stride;
       const Acc* const D = block.scratch + i * block.stride;
       for (index_t k = 0; k < block.cols; ++k) row[k] = is_zero(D[k]) ? row[k] : row[k] + scale * D[k];
     }
   }
-  void run(const gain_step<Acc>* gain, const row_block<Acc>& block) const {
+  void run(const gain_step<Acc>* gain, const row_block<Acc>& block, index_t origin) const {
     for (index_t i = 0; i < block.count; ++i) {
       Acc* const row = block.rows + i * block.stride;
-      const Acc g = gain->gain[static_cast<std::size_t>(block.first + i)];
+      const Acc g = gain->gain[static_cast<std::size_t>(block.first - origin + i)];
       if (undoes_)
         for (index_t k = 0; k < block.cols; ++k) row[k] = row[k] / g;
       else
         for (index_t k = 0; k < block.cols; ++k) row[k] = row[k] * g;
     }
   }
-  void run(const input_step<Acc>* input, const row_block<Acc>& block) const {
+  void run(const input_step<Acc>* input, const row_block<Acc>& block, index_t) const {
     if (undoes_)
       input->map->undo_rows("unmerge", block.rows, block.count, block.stride);
     else

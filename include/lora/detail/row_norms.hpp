@@ -129,8 +129,9 @@ template <class Acc>
 class square_source {
  public:
   virtual ~square_source() = default;
-  /// The squares of each row of W + delta, up to rounding.
-  virtual std::vector<double> squares(const char* operation, const low_rank_step& l) const = 0;
+  /// The squares of each of these rows of W + delta, up to rounding: the bits are those of a weight
+  /// of these rows alone. l is for the rows.
+  virtual std::vector<double> squares(const char* operation, const low_rank_step& l, const row_range& rows) const = 0;
 };
 
 /// The squares of a weight in memory. The sums of an output are added in an order that depends on the shape alone.
@@ -187,7 +188,8 @@ std::vector<double> squares_of_rows(const char* operation, const weight_rows<Acc
 template <class Acc>
 std::vector<scaled_norm> norms_of_rows(const char* operation, const weight_rows<Acc>& W, const low_rank_step& l) {
   const square_source<Acc>* const own = W.squares();
-  const std::vector<double> squares = own != nullptr ? own->squares(operation, l) : squares_of_rows(operation, W, l);
+  const std::vector<double> squares =
+      own != nullptr ? own->squares(operation, l, {0, W.out_features()}) : squares_of_rows(operation, W, l);
   std::vector<scaled_norm> norms;
   norms.reserve(squares.size());
   std::unique_ptr<delta_rows<Acc>> delta;
@@ -242,11 +244,36 @@ class matrix_reader final : public rows_reader<Acc, matrix_rows<Acc, S, Order>>,
   const square_source<Acc>* squares() const override { return this; }
 
  private:
-  std::vector<double> squares(const char* operation, const low_rank_step& l) const override {
-    return squares_of_rows<Acc>(operation, W_, l);
+  std::vector<double> squares(const char* operation, const low_rank_step& l, const row_range& rows) const override {
+    return squares_of_rows<Acc>(operation, W_.middle_rows(rows.first, rows.count), l);
   }
 
   matrix_view<S, Order> W_;
+};
+
+/// A block of rows of a weight, as a weight. Looks at it.
+template <class Acc>
+class block_reader final : public weight_rows<Acc>, private square_source<Acc> {
+ public:
+  block_reader(const weight_rows<Acc>& of, const row_range& rows) : of_(of), rows_(rows) {}
+  index_t out_features() const override { return rows_.count; }
+  index_t in_features() const override { return of_.in_features(); }
+  index_t granule() const override { return of_.granule(); }
+  void read(index_t first, index_t count, index_t first_col, index_t cols, Acc* to, index_t stride) const override {
+    of_.read(rows_.first + first, count, first_col, cols, to, stride);
+  }
+  memory_of_rows memory(index_t row, index_t col) const override {
+    return row < 0 ? memory_of_rows{} : of_.memory(rows_.first + row, col);
+  }
+  const square_source<Acc>* squares() const override { return of_.squares() == nullptr ? nullptr : this; }
+
+ private:
+  std::vector<double> squares(const char* operation, const low_rank_step& l, const row_range& rows) const override {
+    return of_.squares()->squares(operation, l, {rows_.first + rows.first, rows.count});
+  }
+
+  const weight_rows<Acc>& of_;
+  row_range rows_;
 };
 
 template <class Acc, class T, storage_order Order>

@@ -117,9 +117,10 @@ tally row_pass(const Rows& weight, const Change& change, index_t offset = 0) {
   const pass_options options{weight.granule(), change.needs_rows(), change.needs_scratch()};
   return each_block<Acc>(weight.out_features(), weight.in_features(), options,
                          [&](const row_block<Acc>& block, tally& seen) {
-                           weight.load(block);
                            row_block<Acc> some = block;
                            some.first += offset;
+                           if (weight.may_skip() && !change.touches(some.first, some.count)) return;
+                           weight.load(block);
                            some.ahead = weight.memory(block.next_first, block.next_col);
                            change(some);
                            weight.store(block, seen);

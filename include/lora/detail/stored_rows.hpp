@@ -120,6 +120,21 @@ struct row_block {
   memory_of_rows ahead = {};               ///< the stored weight there
 };
 
+/// The part of a block that lies in some rows; its count is 0 or less where none does.
+template <class Acc>
+row_block<Acc> within(const row_block<Acc>& block, const row_range& rows) {
+  if (rows.all()) return block;
+  row_block<Acc> part = block;
+  part.first = std::max(block.first, rows.first);
+  part.count = std::min(block.first + block.count, rows.end()) - part.first;
+  if (part.count <= 0) return part;
+  const index_t skipped = part.first - block.first;
+  part.rows += skipped * block.stride;
+  if (block.scratch != nullptr) part.scratch += skipped * block.stride;
+  part.ahead = moved(block.ahead, skipped, 0);
+  return part;
+}
+
 /// A weight in memory, read and written as blocks of accumulators. Different rows may be handled by different threads. Without
 /// Writes a store only counts.
 template <class Acc, class S, storage_order Order, bool Writes = true>
@@ -132,6 +147,8 @@ class matrix_rows {
   index_t in_features() const { return W_.cols(); }
   /// Rows that are handled together: whole lines of a column-major weight.
   static constexpr index_t granule() { return is_row_major ? 1 : most_rows; }
+  /// Whether rows that do not change need no pass.
+  static constexpr bool may_skip() { return Writes; }
 
   /// Where an element lies, if a tile of rows from there on may be fetched.
   memory_of_rows memory(index_t row, index_t col) const {
@@ -200,6 +217,7 @@ class panel_rows {
   index_t out_features() const { return source_.out_features(); }
   index_t in_features() const { return source_.in_features(); }
   static constexpr index_t granule() { return width; }
+  bool may_skip() const { return destination_ == &source_; }
   memory_of_rows memory(index_t, index_t) const { return {}; }
 
   void load(const row_block<Acc>& b) const {

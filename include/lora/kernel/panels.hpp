@@ -104,12 +104,13 @@ void pack(T* panel, index_t width, index_t first_row, const matrix_view<S, Order
   }
 }
 
-/// A panel of T, `width` rows of which `rows` are used, from a block of a matrix; the rest becomes zero.
+/// A panel of T, `width` rows of which those from first_row on are a block of a matrix; the rest
+/// becomes zero.
 template <class T, class S, storage_order Order>
-void pack_padded(T* panel, index_t width, const matrix_view<S, Order>& block) {
+void pack_padded(T* panel, index_t width, const matrix_view<S, Order>& block, index_t first_row = 0) {
   if (block.rows() < width || block.cols() % depth_group<T> != 0)
     std::fill_n(panel, panel_size<T>(block.cols(), width), T(0));
-  pack(panel, width, 0, block);
+  pack(panel, width, first_row, block);
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail

@@ -77,6 +77,17 @@ LORA_DETAIL_INLINE void read_panel(const T* right, index_t next_panel, typename 
   }
 }
 
+/// sum[i][j] += left[i] * right[j].
+template <class M, int Rows, int Vectors, class Acc>
+LORA_DETAIL_INLINE void multiply_step(typename simd<Acc>::vector (&sum)[Rows][Vectors], const Acc* left,
+                                      const typename simd<Acc>::vector (&right)[Vectors]) {
+  LORA_DETAIL_UNROLL
+  for (int i = 0; i < Rows; ++i) {
+    const auto one = simd<Acc>::broadcast(left[i]);
+    LORA_DETAIL_UNROLL
+    for (int j = 0; j < Vectors; ++j) sum[i][j] = M::step(one, right[j], sum[i][j]);
+  }
+}
 /// One step: sum[i][j] += left[i] * (vector j of the panel). Keep: the panel's elements, widened, are
 /// written to `widened`.
 template <class M, bool Odd, bool Keep, int Rows, int Vectors, class Acc, class T>
@@ -89,12 +100,7 @@ LORA_DETAIL_INLINE void advance_once(typename simd<Acc>::vector (&sum)[Rows][Vec
     LORA_DETAIL_UNROLL
     for (int j = 0; j < Vectors; ++j) v::store(widened + j * v::width, values[j]);
   }
-  LORA_DETAIL_UNROLL
-  for (int i = 0; i < Rows; ++i) {
-    const auto one = v::broadcast(left[i]);
-    LORA_DETAIL_UNROLL
-    for (int j = 0; j < Vectors; ++j) sum[i][j] = M::step(one, values[j], sum[i][j]);
-  }
+  multiply_step<M, Rows, Vectors, Acc>(sum, left, values);
 }
 
 /// sum[i][j] continued by `depth` depths. Vectors: 1 for a panel of half width, 2 for a panel, 4 for

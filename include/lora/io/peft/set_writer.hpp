@@ -39,6 +39,8 @@ inline encoded_module encoded(const module_adapter& l) {
   if (l.target().weight != name + ".weight")
     refuse_written(name, "is for the weight " + io_detail::in_quotes(l.target().weight) +
                              ": PEFT adapts <module>.weight alone");
+  if (l.target().weight_rows != 0)
+    refuse_written(name, "is for some rows of a fused weight: PEFT adapts all rows of one");
   for (const auto& kind : io_detail::adapter_kinds)
     if (auto parts = kind.encode(l.expert(0))) return {&kind, std::move(*parts)};
   refuse_written(name, "is no adapter of " + io_detail::listed(io_detail::other_peft_types) +

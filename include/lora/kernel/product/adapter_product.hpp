@@ -92,8 +92,13 @@ class rank_product {
         if (panel.fetched == last_fetched(tiles)) return;
         const index_t run = panel.fetched++;
         if (!is_fetched(tiles, run)) continue;
-        panel.line = B_at(run, panel.p);
-        panel.end = panel.line + static_cast<std::uintptr_t>(std::min(panel.count * bytes_of_B(run), most));
+        const part<Acc>& l = tokens_.part_of(tokens_.run_at(run));
+        index_t begin = panel.p, end = panel.p + panel.count;
+        while (begin < end && !l.meets(begin)) ++begin;
+        while (begin < end && !l.meets(end - 1)) --end;
+        if (begin == end) continue;
+        panel.line = B_at(run, begin);
+        panel.end = panel.line + static_cast<std::uintptr_t>(std::min((end - begin) * bytes_of_B(run), most));
       }
       prefetch(reinterpret_cast<const void*>(panel.line));
       panel.line += static_cast<std::uintptr_t>(cache_line);
@@ -108,10 +113,11 @@ class rank_product {
       const bool together = expand_together(r, tokens_.first_run(tile + 1));
       for (index_t c = 0; c < panel.count; ++c) {
         Acc* const of_panel = X_.sums_of(tiles, tile, panel.count, panel.sums) + c * width;
-        if (together)
+        if (together && tokens_.part_of(tokens_.run_at(r)).fills(panel.p + c, out_))
           expand_singles(r, panel.p + c, of_panel, stride);
         else
-          expand_run(tokens_.run_at(r), panel.p + c, of_panel, stride);
+          for (index_t n = 0; n < (together ? singles : 1); ++n)
+            expand_run(tokens_.run_at(r + n), panel.p + c, of_panel, stride);
       }
       panel.run += together ? singles : 1;
     }
@@ -288,20 +294,21 @@ class rank_product {
   }
   std::uintptr_t B_at(index_t run, index_t p) const {
     return reinterpret_cast<std::uintptr_t>(tokens_.part_of(tokens_.run_at(run)).B) +
-           static_cast<std::uintptr_t>(p * bytes_of_B(run));
+           static_cast<std::uintptr_t>(tokens_.part_of(tokens_.run_at(run)).own_panel(p) * bytes_of_B(run));
   }
 
   /// A part of all tokens, chunk by chunk as W.
   void expand_chunks(const tile_block& tiles, index_t q, index_t p, Acc* sums) const {
     const part<Acc>& l = tokens_.parts()[q];
-    if (l.sort != part_sort::factors) {
+    if (!l.meets(p)) return;
+    if (l.sort != part_sort::factors || !l.fills(p, out_)) {
       for (index_t t = tiles.begin; t < tiles.end; ++t)
-        change_sums(tokens_.run_at(tokens_.first_run(t) + q), l, p, X_.sums_of(tiles, t, 1, sums), width);
+        expand_run(tokens_.run_at(tokens_.first_run(t) + q), p, X_.sums_of(tiles, t, 1, sums), width);
       return;
     }
     const index_t step = X_.chunk_of(tiles);
     with_B(l, [&]<class F, class M>(const F* panels, M) {
-      const F* const panel = panels + p * factor_layout<Acc, F>{out_, in_, l.rank}.B_panel();
+      const F* const panel = panels + l.own_panel(p) * factor_layout<Acc, F>{out_, in_, l.rank}.B_panel();
       for (index_t k = 0; k < l.rank; k += step) {
         const F* const right = panel + panel_offset<F>(0, k, width);
         const index_t depth = std::min(step, l.rank - k);
@@ -318,47 +325,70 @@ class rank_product {
   }
   void expand_run(const detail::run& rows, index_t p, Acc* sums, index_t stride) const {
     const part<Acc>& l = tokens_.part_of(rows);
+    if (!l.meets(p)) return;
     if (l.sort != part_sort::factors) return change_sums(rows, l, p, sums, stride);
-    with_B(l, [&]<class F, class M>(const F* panels, M) {
-      const F* const right = panels + p * factor_layout<Acc, F>{out_, in_, l.rank}.B_panel();
-      multiply<M, true, 2>(static_cast<int>(rows.rows),
-                           tile_job<Acc, F>{sums + rows.first_row * stride, stride, U_ + rows.U, rows.rows, right, 0, l.rank,
-                                            ahead_of<2, Acc>(right)});
-    });
+    Acc* const to = sums + rows.first_row * stride;
+    const auto work = [&] {
+      with_B(l, [&]<class F, class M>(const F* panels, M) {
+        const F* const right = panels + l.own_panel(p) * factor_layout<Acc, F>{out_, in_, l.rank}.B_panel();
+        multiply<M, true, 2>(static_cast<int>(rows.rows), tile_job<Acc, F>{to, stride, U_ + rows.U, rows.rows, right, 0,
+                                                                           l.rank, ahead_of<2, Acc>(right)});
+      });
+    };
+    if (l.fills(p, out_)) return work();
+    keep_others(l, p, rows.rows, to, stride, work);
+  }
+  /// work() on some rows of sums of panel p, which lies in the part's rows partly: the other
+  /// outputs keep their bits, whatever U is.
+  template <class Work>
+  LORA_DETAIL_APART void keep_others(const part<Acc>& l, index_t p, index_t rows, Acc* sums, index_t stride,
+                                     const Work& work) const {
+    Acc before[tile_rows * width];
+    for (index_t i = 0; i < rows; ++i) std::copy_n(sums + i * stride, width, before + i * width);
+    work();
+    const index_t begin = std::max<index_t>(0, l.first_row - p * width);
+    const index_t end = std::min(width, l.first_row + l.rows - p * width);
+    for (index_t i = 0; i < rows; ++i) {
+      std::copy_n(before + i * width, begin, sums + i * stride);
+      std::copy_n(before + i * width + end, width - end, sums + i * stride + end);
+    }
   }
   /// A gain or an addend of some rows of a tile.
   void change_sums(const detail::run& rows, const part<Acc>& l, index_t p, Acc* sums, index_t stride) const {
     Acc* row = sums + rows.first_row * stride;
     if (l.sort == part_sort::mark) return;
-    if (l.sort == part_sort::gain) return multiply_by_gain(row, rows.rows, stride, l.values + p * width);
-    const index_t first = tokens_.first(rows.tile) + rows.first_row, count = std::min(width, out_ - p * width);
+    if (l.sort == part_sort::gain) return multiply_by_gain(row, rows.rows, stride, l.values + l.own_panel(p) * width);
+    const index_t first = tokens_.first(rows.tile) + rows.first_row;
+    const index_t begin = std::max(p * width, l.first_row), end = std::min((p + 1) * width, l.first_row + l.rows);
     for (index_t i = 0; i < rows.rows; ++i, row += stride) {
       const index_t token = tokens_.token(first + i), column = l.columns == nullptr ? token : l.columns[token];
-      add_scaled(row, count, static_cast<Acc>(tokens_.scales(rows)[i]), l.values + column * out_ + p * width);
+      add_scaled(row + (begin - p * width), end - begin, static_cast<Acc>(tokens_.scales(rows)[i]),
+                 l.values + column * l.rows + (begin - l.first_row));
     }
   }
-  /// The next runs of a tile: different rows, adapters of one rank and kind.
+  /// The next runs of a tile: different rows, adapters of one rank and kind for the same outputs.
   bool expand_together(index_t r, index_t end) const {
     const auto run_at = [&](index_t k) -> const detail::run& { return tokens_.run_at(k); };
     return are_singles(run_at, r, end, [&](index_t n) {
       const part<Acc>&l = tokens_.part_of(run_at(r + n)), &first = tokens_.part_of(run_at(r));
       const bool apart = n == 0 || run_at(r + n).first_row > run_at(r + n - 1).first_row;  // no row twice
-      return apart && l.rank != 0 && l.rank == first.rank && l.format == first.format && l.rounded_U == first.rounded_U;
+      return apart && l.rank != 0 && l.rank == first.rank && l.format == first.format && l.rounded_U == first.rounded_U &&
+             l.same_rows(first);
     });
   }
   /// The next runs' panels are fetched meanwhile, if they are alike; else these, which are near.
   void expand_singles(index_t begin, index_t p, Acc* sums, index_t stride) const {
     const part<Acc>& l = tokens_.part_of(tokens_.run_at(begin));
     with_B(l, [&]<class F, class M>(const F*, M) {
-      const index_t panel = factor_layout<Acc, F>{out_, in_, l.rank}.B_panel();
-      const index_t bytes = p * panel * static_cast<index_t>(sizeof(F));
+      const index_t panel = factor_layout<Acc, F>{out_, in_, l.rank}.B_panel(), at = l.own_panel(p) * panel;
+      const index_t bytes = at * static_cast<index_t>(sizeof(F));
       single<Acc, F> rows[singles];
       for (index_t n = 0; n < singles; ++n) {
         const detail::run& r = tokens_.run_at(begin + n);
         const part<Acc>& one = tokens_.part_of(r);
         const part<Acc>& next = tokens_.part_of(tokens_.run_at(std::min(begin + n + singles, tokens_.runs() - 1)));
-        const bool alike = next.rank == l.rank && next.format == l.format;
-        rows[n] = {U_ + r.U, 1, static_cast<const F*>(one.B) + p * panel, sums + r.first_row * stride,
+        const bool alike = next.rank == l.rank && next.format == l.format && next.same_rows(l);
+        rows[n] = {U_ + r.U, 1, static_cast<const F*>(one.B) + at, sums + r.first_row * stride,
                    reinterpret_cast<std::uintptr_t>(alike ? next.B : one.B) + static_cast<std::uintptr_t>(bytes)};
       }
       multiply_singles<M, 2>(rows, l.rank);

@@ -65,7 +65,7 @@ class mode_product {
         if constexpr (!Whole) std::copy_n(right, count, some);
         const Acc* const values = Whole ? right : some;
         const typename v::vector columns[2] = {v::load(values), v::load(values + v::width)};
-        advance_once<tile_rows, 2, Acc>(sum, left, columns);
+        multiply_step<mul_add<Acc>, tile_rows, 2, Acc>(sum, left, columns);
       }
       Acc results[tile_rows][width];
       const index_t rows = std::min<index_t>(tile_rows, rows_ - row);

@@ -23,9 +23,10 @@ enum class part_sort { factors, gain, addend, mark };
 
 /// lora_A (rank x in_features) lies in panels of tile_cols ranks, the last one of half that width if that holds its ranks;
 /// lora_B (out_features x rank) in panels of tile_cols outputs. Looks at memory of others. Gains and
-/// addends have rank 0.
+/// addends have rank 0. A part of a block of rows has the panels alone in which these lie.
 template <class Acc>
 struct part {
+  index_t first_row = 0, rows = 0;  ///< the outputs that it changes
   index_t rank = 0;
   double scale = 1;
   const void* A = nullptr;
@@ -33,9 +34,18 @@ struct part {
   panel_format format = panel_format::accumulator;
   bool rounded_U = false;  ///< U is rounded to bfloat16 before lora_B multiplies it
   part_sort sort = part_sort::factors;
-  /// gain: one number for each output, padded to whole panels. addend: columns of out_features.
+  /// gain: one number for each output, padded to whole panels. addend: columns of `rows` outputs.
   const Acc* values = nullptr;
   const index_t* columns = nullptr;  ///< addend: the column of each token; null: column t for token t
+
+  /// Whether it changes outputs of panel p of W, and whether all out_features of them.
+  bool meets(index_t p) const { return first_row < (p + 1) * tile_cols<Acc> && p * tile_cols<Acc> < first_row + rows; }
+  bool fills(index_t p, index_t out_features) const {
+    return first_row <= p * tile_cols<Acc> && std::min((p + 1) * tile_cols<Acc>, out_features) <= first_row + rows;
+  }
+  /// The number of panel p of W among the part's own panels.
+  index_t own_panel(index_t p) const { return p - first_row / tile_cols<Acc>; }
+  bool same_rows(const part& other) const { return first_row == other.first_row && rows == other.rows; }
 };
 
 /// Ranks in the last, narrower panel of lora_A; 0 where all are whole.
@@ -68,8 +78,10 @@ struct factor_layout {
 };
 
 /// Packs both factors. F may be narrower than the factors' scalars: then each element rounds once.
+/// lora_B begins with row `skipped` of the first panel of outputs: where.out_features counts these
+/// rows, too.
 template <class Acc, class F, low_rank L>
-void pack_factors(const factor_layout<Acc, F>& where, const L& l, F* A, F* B) {
+void pack_factors(const factor_layout<Acc, F>& where, const L& l, F* A, F* B, index_t skipped = 0) {
   if (where.rank == 0) return;  // whatever the sizes of the weight
   const auto& lora_A = l.lora_A();
   const auto& lora_B = l.lora_B();
@@ -79,8 +91,10 @@ void pack_factors(const factor_layout<Acc, F>& where, const L& l, F* A, F* B) {
   for (index_t p = 0; p < pieces(where.rank, width); ++p)
     pack_padded(A + p * where.A_panel(), where.A_width(p),
                 a.middle_rows(p * width, std::min(width, where.rank - p * width)));
-  for (index_t p = 0; p < pieces(where.out_features, width); ++p)
-    pack_padded(B + p * where.B_panel(), width, b.middle_rows(p * width, std::min(width, where.out_features - p * width)));
+  for (index_t p = 0; p < pieces(where.out_features, width); ++p) {
+    const index_t begin = std::max(p * width, skipped), end = std::min((p + 1) * width, where.out_features);
+    pack_padded(B + p * where.B_panel(), width, b.middle_rows(begin - skipped, end - begin), begin - p * width);
+  }
 }
 
 template <class Acc, class F>
