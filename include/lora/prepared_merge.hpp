@@ -39,6 +39,12 @@ class prepared_merge {
     requires(detail::any_adapters<L> && ...)
   explicit prepared_merge(const weight_rows<Acc>& W, const L&... l)
       : prepared_merge(W.out_features(), W.in_features(), &W, l...) {}
+  /// What is no adapter gets a sentence.
+  template <class... L>
+    requires(detail::mistaken_on_adapters<L...> && !(detail::any_adapters<L> && ...))
+  prepared_merge(index_t, index_t, const L&...) {
+    static_assert(detail::refuse_on_adapters<detail::verb::merge, L...>());
+  }
   prepared_merge(const prepared_merge&) = delete;
   prepared_merge& operator=(const prepared_merge&) = delete;
 

@@ -258,7 +258,8 @@ TEMPLATE_TEST_CASE("forms with gains stay within their bounds where the norm can
                    lora::bfloat16) {
   std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
   test::random g(seed);
-  for (int k = 0; k < 150; ++k) check<TestType, std::conditional_t<std::is_same_v<TestType, double>, double, float>>(g);
+  // Each round has every list, and a rounding that is not counted shows in each.
+  for (int k = 0; k < 50; ++k) check<TestType, std::conditional_t<std::is_same_v<TestType, double>, double, float>>(g);
 }
 
 TEST_CASE("a form of plain adapters has their bounds", "[bound]") {

@@ -95,7 +95,7 @@ concept derived_from_ours = ours_or_derived<A> && !exactly_ours<A>;
 
 /// What a verb takes as an adapter, or is given instead of one.
 template <class A>
-concept adapter_like = !derived_from_ours<A> && (factors_like<A> || entry_like<A> || dora_like<A> || form_like<A> ||
+concept adapter_like = !derived_from_ours<A> && (factors_like<A> || says_steps<A> || form_like<A> ||
                                                  packed_adapter_like<A> || file_like<A> || batch_like<A>);
 template <class A>
 concept pointer_to_adapter = pointer_like<A> && adapter_like<bare<decltype(*std::declval<const bare<A>&>())>>;
