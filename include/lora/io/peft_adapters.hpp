@@ -13,7 +13,7 @@
 //             double where one is F64, else float. Of other kinds that of each module. No value
 //             rounds.
 //   memory    values are read from disk to where they are kept: once, and nothing of the file's
-//             size beside them (docs/formats.md has two exceptions, of the size of a module).
+//             size beside them (docs/formats.md has exceptions of the size of a module).
 //   replaced  modules_to_save, trained biases and embeddings are in adapter_set::replaced(),
 //             trained rows in rows(). Integers there are refused: peft::read<T> gives their bytes.
 //   notes     settings without effect, and what read_options::lenient let pass.
