@@ -132,7 +132,9 @@ target_sources(lora_io INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DI
   include/lora/io/detail/peft_modules.hpp
   include/lora/io/detail/peft_name_meanings.hpp
   include/lora/io/detail/peft_version.hpp
+  include/lora/io/detail/posix.hpp
   include/lora/io/detail/safetensors_header.hpp
+  include/lora/io/detail/tensor_rows.hpp
   include/lora/io/detail/text.hpp
   include/lora/io/detail/wrapper_names.hpp
   include/lora/io/dtype.hpp
@@ -176,4 +178,5 @@ target_sources(lora_io INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_DI
   include/lora/io/peft_write.hpp
   include/lora/io/peft_write_adapters.hpp
   include/lora/io/safetensors.hpp
+  include/lora/io/safetensors_index.hpp
   include/lora/io/safetensors_write.hpp)

@@ -44,6 +44,15 @@ row_major_matrix<T> exact_copy(const M& source) {
   }
 }
 
+/// A row-major matrix that is moved in, or an exact copy of any other.
+template <class T, class M>
+row_major_matrix<T> taken(M&& source) {
+  if constexpr (std::is_same_v<M, row_major_matrix<T>>)
+    return std::move(source);
+  else
+    return exact_copy<T>(source);
+}
+
 template <class MatA, class MatB>
 index_t checked_rank(const MatA& a, const MatB& b) {
   const auto [rank, columns] = std::pair<index_t, index_t>(a.rows(), b.cols());
@@ -107,6 +116,11 @@ class [[nodiscard]] adapter : public basic_adapter<detail::row_major_matrix<T>, 
   template <matrix_like A, matrix_like B>
   adapter(const A& lora_A, const B& lora_B, const lora::scaling& scale)
       : base(detail::exact_copy<T>(lora_A), detail::exact_copy<T>(lora_B), scale) {}
+
+  /// Takes row-major factors in T that are moved in, without a copy. Throws as basic_adapter.
+  adapter(std::type_identity_t<detail::row_major_matrix<T>>&& lora_A,
+          std::type_identity_t<detail::row_major_matrix<T>>&& lora_B, const lora::scaling& scale)
+      : base(std::move(lora_A), std::move(lora_B), scale) {}
 
   /// A copy of any adapter, with its scaling as it stands.
   template <low_rank L>

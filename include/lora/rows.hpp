@@ -80,8 +80,9 @@ class replaced_rows {
  public:
   /// values holds ids.size() x features, row k for ids[k]. Throws shape_error, value_error for an id twice or negative.
   template <class M>
-    requires matrix_like<M>
-  replaced_rows(std::vector<index_t> ids, const M& values) : ids_(std::move(ids)), values_(detail::exact_copy<T>(values)) {
+    requires matrix_like<std::remove_cvref_t<M>>
+  replaced_rows(std::vector<index_t> ids, M&& values)
+      : ids_(std::move(ids)), values_(detail::taken<T>(std::forward<M>(values))) {
     if (static_cast<index_t>(ids_.size()) != values_.rows())
       detail::raise_shape("replaced_rows",
                           std::to_string(ids_.size()) + " ids and " + std::to_string(values_.rows()) + " rows of values");

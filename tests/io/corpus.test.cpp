@@ -137,6 +137,7 @@ TEST_CASE("corpus: every file gets its verdict and every refusal its words", "[c
     const auto read = refusal([&] { (void)st::read(path); });
     CHECK(read.empty() == v.accepted);
     CHECK(build::has(read, v.says));
+    CHECK(refusal([&] { (void)st::open(path); }) == read);
     const auto bytes = build::to_bytes(slurp(path));
     const auto parsed = refusal([&] { (void)st::parse(bytes, v.name + ".safetensors"); });
     CHECK(build::has(parsed, v.says));

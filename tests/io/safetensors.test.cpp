@@ -118,7 +118,7 @@ TEST_CASE("a missing tensor is named with its neighbours", "[safetensors]") {
   }
   // Each way of asking for it.
   const auto missing = [](const auto& ask) { return test::refusal<lora::value_error>(ask); };
-  const std::initializer_list<const char*> says{"safetensors::file::at", "test.safetensors", "\"x\""};
+  const std::initializer_list<const char*> says{"safetensors::at", "test.safetensors", "\"x\""};
   CHECK(mentions(missing([&] { (void)p.file.tensor<float, 2>("x"); }), says));
   CHECK(mentions(missing([&] { (void)p.file.copy<float>("x"); }), says));
   CHECK(mentions(missing([&] { (void)p.file.copy<std::uint8_t>(""); }), {"no tensor \"\""}));

@@ -17,6 +17,7 @@
 // beyond the files, and `lenient`, which follows PEFT and lists what it let pass. Values are not looked at: NaN passes, and
 // merge_checked finds it.
 //
+//   memory   values are read from disk to where they are kept, as by peft::adapters.
 //   throws   format_error naming the file and the tensor or key; std::bad_alloc.
 #pragma once
 
@@ -39,7 +40,8 @@ namespace lora::inline LORA_DETAIL_ABI::peft {
 
 /// The adapters that a config and the tensors beside it describe; for parts that did not come from one directory.
 template <scalar T = float>
-adapter_file<T> assemble(const config& c, const safetensors::file& tensors, const read_options& options = {}) {
+adapter_file<T> assemble(const config& c, const safetensors::index& tensors,
+                         const read_options& options = {}) {
   return read_detail::assembler<T>(c, tensors, options).run({});
 }
 
@@ -47,7 +49,8 @@ namespace read_detail {
 
 /// The adapters of a file whose metadata holds the one config that it needs. Throws format_error where it does not.
 template <scalar T>
-adapter_file<T> by_metadata(const safetensors::file& tensors, const read_options& options, std::vector<std::string> notes) {
+adapter_file<T> by_metadata(const safetensors::index& tensors, const read_options& options,
+                            std::vector<std::string> notes) {
   const auto found = io_detail::configs_in_metadata(tensors);
   if (found.size() != 1)
     io_detail::refuse(
@@ -70,18 +73,18 @@ template <scalar T = float>
 adapter_file<T> read(const std::filesystem::path& path, const read_options& options = {}) {
   std::error_code failure;
   if (std::filesystem::is_regular_file(path, failure))
-    return read_detail::by_metadata<T>(safetensors::read(path), options, {});
+    return read_detail::by_metadata<T>(safetensors::open(path), options, {});
   const io_detail::peft_directory directory(path);
   if (!directory.has_config()) {
     if (!directory.has_weights()) directory.refuse_config();
-    const auto tensors = safetensors::read(directory.weights());
+    const auto tensors = safetensors::open(directory.weights());
     if (io_detail::configs_in_metadata(tensors).empty()) directory.refuse_config();
     return read_detail::by_metadata<T>(tensors, options, directory.trained_files());
   }
   // The config first: it says why a file of another kind is refused, also where its weights are missing.
   const auto c = read_config(directory.config(), options);
   if (!directory.has_weights()) directory.refuse_weights();
-  const auto tensors = safetensors::read(directory.weights());
+  const auto tensors = safetensors::open(directory.weights());
   return read_detail::assembler<T>(c, tensors, options).run(directory.trained_files());
 }
 

@@ -12,7 +12,8 @@
 //   format    T of a LORA is that of all adapter tensors of its file: BF16 or F16 where all are,
 //             double where one is F64, else float. Of other kinds that of each module. No value
 //             rounds.
-//   memory    factors are kept once; the bytes of the file are not kept.
+//   memory    values are read from disk to where they are kept: once, and nothing of the file's
+//             size beside them (docs/formats.md has exceptions of the size of a module).
 //   replaced  modules_to_save, trained biases and embeddings are in adapter_set::replaced(),
 //             trained rows in rows(). Integers there are refused: peft::read<T> gives their bytes.
 //   notes     settings without effect, and what read_options::lenient let pass.
@@ -35,12 +36,13 @@ inline adapter_set adapters(const std::filesystem::path& path, const read_option
   using adapters_detail::assembled;
   using adapters_detail::by_metadata;
   std::error_code failure;
-  if (std::filesystem::is_regular_file(path, failure)) return by_metadata(safetensors::read(path), options, {});
+  if (std::filesystem::is_regular_file(path, failure))
+    return by_metadata(safetensors::open(path), options, {});
   const io_detail::peft_directory directory(path);
   const auto weights = directory.weights();
   if (!directory.has_config()) {
     if (!directory.has_weights()) directory.refuse_config();
-    const auto tensors = safetensors::read(weights);
+    const auto tensors = safetensors::open(weights);
     if (io_detail::configs_in_metadata(tensors).empty()) directory.refuse_config();
     return by_metadata(tensors, options, directory.trained_files());
   }
@@ -51,7 +53,7 @@ inline adapter_set adapters(const std::filesystem::path& path, const read_option
     io_detail::refuse({.path = weights.string()}, wanted, "no such file",
                       "adapter_config.json is there alone: fetch or save both");
   }
-  return assembled(c, safetensors::read(weights), options, directory.trained_files());
+  return assembled(c, safetensors::open(weights), options, directory.trained_files());
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::peft

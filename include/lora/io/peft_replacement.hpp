@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "lora/io/dtype.hpp"
-#include "lora/io/safetensors.hpp"
+#include "lora/io/safetensors_index.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::peft {
 

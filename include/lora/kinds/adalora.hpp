@@ -25,6 +25,7 @@
 
 #include <memory>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -53,11 +54,14 @@ class [[nodiscard]] adalora_adapter {
  public:
   using value_type = T;
 
-  /// Copies the factors. A narrower scalar is widened exactly; a wider one is refused at compile
-  /// time.
-  template <matrix_like A, matrix_like B>
-  adalora_adapter(const A& lora_A, const B& lora_B, std::vector<T> lora_E, const adalora_scaling& scale)
-      : factors_(lora_A, lora_B, resolved(scale, static_cast<index_t>(lora_E.size()))), lora_E_(std::move(lora_E)) {
+  /// Copies the factors, or takes row-major ones in T that are moved in. A narrower scalar is
+  /// widened exactly; a wider one is refused at compile time.
+  template <class A, class B>
+    requires matrix_like<std::remove_cvref_t<A>> && matrix_like<std::remove_cvref_t<B>>
+  adalora_adapter(A&& lora_A, B&& lora_B, std::vector<T> lora_E, const adalora_scaling& scale)
+      : factors_(std::forward<A>(lora_A), std::forward<B>(lora_B),
+                 resolved(scale, static_cast<index_t>(lora_E.size()))),
+        lora_E_(std::move(lora_E)) {
     if (static_cast<index_t>(lora_E_.size()) != rank())
       detail::raise_shape("adalora_adapter", "lora_E has " + std::to_string(lora_E_.size()) + " values and the rank is " +
                                                  std::to_string(rank()));

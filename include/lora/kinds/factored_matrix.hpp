@@ -21,6 +21,7 @@
 #include <optional>
 #include <span>
 #include <string>
+#include <type_traits>
 #include <utility>
 
 #include "lora/adapter.hpp"
@@ -67,14 +68,19 @@ class factored_matrix {
  public:
   using value_type = T;
 
-  /// Each copies; a narrower scalar is widened exactly, a wider one is refused at compile time.
-  template <matrix_like M>
-  factored_matrix(const M& W)  // NOLINT(google-explicit-constructor): written as {W}, {left, right}
-      : parts_{nullptr, nullptr, share(W)}, rows_(parts_.right->rows()), cols_(parts_.right->cols()) {}
+  /// Each copies, or takes a row-major matrix in T that is moved in; a narrower scalar is widened
+  /// exactly, a wider one is refused at compile time.
+  template <class M>
+    requires matrix_like<std::remove_cvref_t<M>>
+  factored_matrix(M&& W)  // NOLINT(google-explicit-constructor): written as {W}, {left, right}
+      : parts_{nullptr, nullptr, share(std::forward<M>(W))},
+        rows_(parts_.right->rows()),
+        cols_(parts_.right->cols()) {}
   /// Throws shape_error when left has not as many columns as right has rows, or none.
-  template <matrix_like L, matrix_like R>
-  factored_matrix(const L& left, const R& right)
-      : parts_{nullptr, share(left), share(right)},
+  template <class L, class R>
+    requires matrix_like<std::remove_cvref_t<L>> && matrix_like<std::remove_cvref_t<R>>
+  factored_matrix(L&& left, R&& right)
+      : parts_{nullptr, share(std::forward<L>(left)), share(std::forward<R>(right))},
         rows_(parts_.left->rows()),
         cols_(parts_.right->cols()),
         rank_(parts_.right->rows()) {
@@ -82,9 +88,14 @@ class factored_matrix {
   }
   /// Throws shape_error when left has not as many rows as the core, or the core's columns are no
   /// multiple of right's rows.
-  template <matrix_like C, matrix_like L, matrix_like R>
-  factored_matrix(const C& core, const L& left, const R& right)
-      : parts_{share(core), share(left), share(right)}, rows_(parts_.left->cols()), rank_(parts_.core->rows()) {
+  template <class C, class L, class R>
+    requires matrix_like<std::remove_cvref_t<C>> && matrix_like<std::remove_cvref_t<L>> &&
+                 matrix_like<std::remove_cvref_t<R>>
+  factored_matrix(C&& core, L&& left, R&& right)
+      : parts_{share(std::forward<C>(core)), share(std::forward<L>(left)),
+               share(std::forward<R>(right))},
+        rows_(parts_.left->cols()),
+        rank_(parts_.core->rows()) {
     const index_t q = parts_.right->rows();
     if (parts_.left->rows() != rank_ || rank_ == 0 || q == 0 || parts_.core->cols() % q != 0)
       raise_shapes("the core must be r x (q * kernel), left r x rows and right q x channels");
@@ -148,8 +159,8 @@ class factored_matrix {
     std::shared_ptr<const matrix> core, left, right;
   };
   template <class M>
-  static std::shared_ptr<const matrix> share(const M& m) {
-    return std::make_shared<const matrix>(detail::exact_copy<T>(m));
+  static std::shared_ptr<const matrix> share(M&& m) {
+    return std::make_shared<const matrix>(detail::taken<T>(std::forward<M>(m)));
   }
   [[noreturn]] void raise_shapes(const std::string& wanted) const {
     const auto text = [](const auto& m) { return detail::shape_text<index_t>(m->rows(), m->cols()); };

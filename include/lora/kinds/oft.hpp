@@ -40,6 +40,7 @@
 #include <memory>
 #include <optional>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
@@ -178,11 +179,14 @@ class [[nodiscard]] oft_adapter {
  public:
   using value_type = T;
 
-  /// Copies the blocks. A narrower scalar is widened exactly; a wider one is refused at compile
-  /// time.
-  template <matrix_like M>
-  oft_adapter(const M& blocks, const oft_settings& settings)
-      : blocks_(detail::exact_copy<T>(blocks)), settings_(settings), block_size_(checked_size()) {
+  /// Copies the blocks, or takes a row-major matrix in T that is moved in. A narrower scalar is
+  /// widened exactly; a wider one is refused at compile time.
+  template <class M>
+    requires matrix_like<std::remove_cvref_t<M>>
+  oft_adapter(M&& blocks, const oft_settings& settings)
+      : blocks_(detail::taken<T>(std::forward<M>(blocks))),
+        settings_(settings),
+        block_size_(checked_size()) {
     if (settings.neumann_terms < 1 || settings.neumann_terms > 1000)
       detail::raise_value("oft_adapter",
                           std::to_string(settings.neumann_terms) + " terms of the Neumann series; from 1 to 1000 are taken");

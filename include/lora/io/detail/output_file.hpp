@@ -18,16 +18,8 @@
 #include <system_error>
 #include <utility>
 
+#include "lora/io/detail/posix.hpp"
 #include "lora/io/format_error.hpp"
-
-#if defined(__unix__) || defined(__APPLE__)
-#define LORA_IO_DETAIL_POSIX 1
-#include <fcntl.h>
-#include <sys/stat.h>
-#include <unistd.h>
-#else
-#define LORA_IO_DETAIL_POSIX 0
-#endif
 
 namespace lora::inline LORA_DETAIL_ABI {
 namespace safetensors {

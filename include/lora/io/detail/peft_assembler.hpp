@@ -17,11 +17,12 @@
 #include "lora/io/detail/peft_metadata.hpp"
 #include "lora/io/detail/peft_modules.hpp"
 #include "lora/io/detail/peft_version.hpp"
+#include "lora/io/detail/tensor_rows.hpp"
 #include "lora/io/format_error.hpp"
 #include "lora/io/peft_config.hpp"
 #include "lora/io/peft_entry.hpp"
 #include "lora/io/peft_file.hpp"
-#include "lora/io/safetensors.hpp"
+#include "lora/io/safetensors_index.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::peft {
 namespace read_detail {
@@ -29,17 +30,25 @@ namespace read_detail {
 using io_detail::in_quotes;
 using io_detail::sentence;
 
+/// Whether replacements() get their bytes.
+enum class replaced_values { read, left_in_file };
+
 /// From checked tensors and a config to entries.
 template <scalar T>
 class assembler {
  public:
-  assembler(const config& c, const safetensors::file& tensors, const read_options& options)
-      : config_(c), tensors_(tensors), options_(options), keys_(c, tensors, options), modules_(c, keys_, tensors, options) {}
+  assembler(const config& c, const safetensors::index& tensors, const read_options& options)
+      : config_(c),
+        tensors_(tensors),
+        options_(options),
+        keys_(c, tensors, options),
+        modules_(c, keys_, tensors, options) {}
 
   /// `notes` is what the caller knows beyond the tensors.
-  adapter_file<T> run(std::vector<std::string> notes) {
+  adapter_file<T> run(std::vector<std::string> notes,
+                      replaced_values replaced = replaced_values::read) {
     add_modules();
-    for (const auto& each : keys_.replacing()) add_replacement(each);
+    for (const auto& each : keys_.replacing()) add_replacement(each, replaced);
     for (const auto& [module, t] : keys_.token_rows()) add_rows(module, *t);
     more_.left_out = keys_.left_out();
     more_.passed_over.insert(more_.passed_over.begin(), keys_.passed_over().begin(), keys_.passed_over().end());
@@ -56,6 +65,9 @@ class assembler {
     more_.options = options_;
     return {config_, std::move(entries_), std::move(more_)};
   }
+
+  /// The tensors of the file's replacements(), in their order.
+  const std::vector<io_detail::replacing_tensor>& replacing() const { return keys_.replacing(); }
 
  private:
   using matrix = lora::detail::row_major_matrix<T>;
@@ -92,7 +104,8 @@ class assembler {
     for (const auto& each : all) add(each);
   }
   /// PEFT stops where target_modules selects nothing.
-  [[noreturn]] void refuse_selection(const safetensors::entry& first, std::size_t count) const {
+  [[noreturn]] void refuse_selection(const safetensors::tensor_info& first,
+                                     std::size_t count) const {
     std::string others;
     const auto add = [&](bool there, const std::string& text) {
       if (there) others += (others.empty() ? " with " : ", ") + text;
@@ -140,10 +153,11 @@ class assembler {
   }
   /// Empty factors in one module while others are whole. A sharded save leaves all of them empty.
   void check_no_placeholder(const io_detail::module_tensors& t) const {
-    if (!t.A->bytes.empty() || !t.B->bytes.empty()) return;
+    if (!t.A->empty() || !t.B->empty()) return;
     const auto& all = keys_.modules();
-    const bool others = std::any_of(
-        all.begin(), all.end(), [](const auto& each) { return each.second.A != nullptr && !each.second.A->bytes.empty(); });
+    const bool others = std::any_of(all.begin(), all.end(), [](const auto& each) {
+      return each.second.A != nullptr && !each.second.A->empty();
+    });
     if (others)
       refuse(*t.A, "values", t.A->text(),
              "an empty placeholder, where other modules have their factors: the writer saved nothing for this one (it fused "
@@ -180,10 +194,13 @@ class assembler {
     return parts;
   }
 
+  /// Takes a matrix that is moved in without a copy.
   template <class M, class N>
-  lora::adapter<T> adapter_of(const entry_parts<T>& parts, const M& A, const N& B, index_t rank) const {
+  lora::adapter<T> adapter_of(const entry_parts<T>& parts, M&& A, N&& B, index_t rank) const {
     const double s = resolve(parts.scale, rank);
-    return {A, B, {.alpha = parts.twice ? 2 * s : s, .rule = scaling_rule::fixed}};
+    return {std::forward<M>(A),
+            std::forward<N>(B),
+            {.alpha = parts.twice ? 2 * s : s, .rule = scaling_rule::fixed}};
   }
 
   void matrices(entry_parts<T>& parts, const io_detail::module_tensors& t, index_t rank) {
@@ -202,12 +219,12 @@ class assembler {
         refuse(packed, sentence({"rows and a rank that ", std::to_string(blocks), " blocks divide"}), packed.text());
       (packed_B ? B : A) = spread(packed, packed_B ? B : A, parts.blocks);
     }
-    parts.experts.push_back(adapter_of(parts, A, B, rank));
+    parts.experts.push_back(adapter_of(parts, std::move(A), std::move(B), rank));
   }
 
   /// The blocks below each other in `packed`, on the diagonal. The result has the elements of the tensor times the blocks, so
   /// that a small file could ask for any memory: a large result must not be mostly zeros.
-  matrix spread(const safetensors::entry& t, const matrix& packed, index_t blocks) const {
+  matrix spread(const safetensors::tensor_info& t, const matrix& packed, index_t blocks) const {
     constexpr index_t most_blocks = 256, most_elements = (index_t{64} << 20) / static_cast<index_t>(sizeof(T));
     if (blocks > most_blocks && packed.size() > most_elements / blocks)
       refuse(t,
@@ -223,7 +240,7 @@ class assembler {
     return result;
   }
 
-  void choose_packing(entry_parts<T>& parts, const safetensors::entry& t) const {
+  void choose_packing(entry_parts<T>& parts, const safetensors::tensor_info& t) const {
     if (!config_.bd || parts.kind != entry_kind::linear) return;
     const auto last = io_detail::last_segment(parts.name);
     const auto in = [&](const std::vector<std::string>& names) {
@@ -261,10 +278,9 @@ class assembler {
       refuse(*t.B, sentence({"outputs that the ", std::to_string(parts.groups), " groups divide"}), t.B->text());
     parts.in_channels = static_cast<index_t>(A[1]);
     for (std::size_t k = 2; k < A.size(); ++k) parts.kernel.push_back(static_cast<index_t>(A[k]));
-    const matrix lora_A = widened(*t.A);
-    const matrix lora_B = widened(*t.B);
-    parts.experts.push_back(
-        adapter_of(parts, lora_A, parts.groups == 1 ? lora_B : spread(*t.B, lora_B, parts.groups), rank));
+    matrix lora_A = widened(*t.A), lora_B = widened(*t.B);
+    if (parts.groups != 1) lora_B = spread(*t.B, lora_B, parts.groups);
+    parts.experts.push_back(adapter_of(parts, std::move(lora_A), std::move(lora_B), rank));
   }
 
   /// A has the ranks of the experts one after the other, expert by expert; B the experts of each rank, rank by rank, or as the
@@ -280,17 +296,37 @@ class assembler {
     const auto count = static_cast<index_t>(t.A->shape[0] / r);
     choose_orientation(parts, t, count);
     const bool grouped = columns_of(parts, t, count) == expert_columns::grouped_by_expert;
-    const matrix A = widened(*t.A), B = widened(*t.B);
+    check_holds(*t.A);
+    check_holds(*t.B);
+    auto all_B = columns_by_expert(*t.B, rank, count, grouped);
     parts.experts.reserve(static_cast<std::size_t>(count));
     for (index_t e = 0; e < count; ++e) {
-      matrix of_expert(B.rows(), rank);
-      for (index_t k = 0; k < rank; ++k) of_expert.col(k) = B.col(grouped ? e * rank + k : k * count + e);
-      const auto rows = A.middleRows(e * rank, rank);
+      matrix A = widened_rows(*t.A, e * rank, rank);
+      matrix& B = all_B[static_cast<std::size_t>(e)];
       if (parts.stored_transposed)
-        parts.experts.push_back(adapter_of(parts, of_expert.transpose(), rows.transpose(), rank));
+        parts.experts.push_back(
+            adapter_of(parts, matrix(B.transpose()), matrix(A.transpose()), rank));
       else
-        parts.experts.push_back(adapter_of(parts, rows, of_expert, rank));
+        parts.experts.push_back(adapter_of(parts, std::move(A), std::move(B), rank));
     }
+  }
+
+  /// The columns of each expert, of a tensor that is read in blocks of at most 1 MiB, or a row.
+  std::vector<matrix> columns_by_expert(const safetensors::tensor_info& t, index_t rank,
+                                        index_t count, bool grouped) const {
+    const auto rows = static_cast<index_t>(t.shape[0]);
+    std::vector<matrix> result(static_cast<std::size_t>(count));
+    for (matrix& B : result) B.resize(rows, rank);
+    const index_t row_bytes = count * rank * static_cast<index_t>(sizeof(T));
+    const index_t most = std::max<index_t>(1, (index_t{1} << 20) / row_bytes);
+    for (index_t first = 0; first < rows; first += most) {
+      const matrix some = widened_rows(t, first, std::min(most, rows - first));
+      for (index_t e = 0; e < count; ++e)
+        for (index_t k = 0; k < rank; ++k)
+          result[static_cast<std::size_t>(e)].col(k).segment(first, some.rows()) =
+              some.col(grouped ? e * rank + k : k * count + e);
+    }
+    return result;
   }
 
   /// Whether slices take B A or its transpose: what the caller says, else B A. Files of PEFT before 0.19.1 have the transpose,
@@ -392,7 +428,7 @@ class assembler {
   }
 
   /// Throws when the config asks for what this kind cannot have: PEFT refuses it, or it is more than the entry could say.
-  void check_kind(const entry_parts<T>& parts, const safetensors::entry& t) const {
+  void check_kind(const entry_parts<T>& parts, const safetensors::tensor_info& t) const {
     const bool parameter = parts.kind == entry_kind::parameter;
     const bool attention = is_attention(parts.kind);
     const auto refuse_key = [&](const std::string& key, const std::string& why) {
@@ -413,8 +449,8 @@ class assembler {
   }
 
   void extra(std::vector<T>& values, safetensors::dtype& dtype, const io_detail::module_tensors& t,
-             const safetensors::entry* tensor, bool asked_for, const char* key, const char* suffix, std::uint64_t size,
-             const std::string& module) {
+             const safetensors::tensor_info* tensor, bool asked_for, const char* key,
+             const char* suffix, std::uint64_t size, const std::string& module) {
     if (tensor == nullptr && !asked_for) return;
     if (tensor == nullptr)
       refuse(*t.A, sentence({"a tensor ", module, suffix, " beside it, for ", key}), "none", "the file is incomplete");
@@ -434,20 +470,21 @@ class assembler {
     dtype = tensor->dtype;
   }
 
-  void add_replacement(const io_detail::replacing_tensor& each) {
+  void add_replacement(const io_detail::replacing_tensor& each, replaced_values values) {
     const auto& t = *each.tensor;
     const auto base = modules_.in_base(each.name, t);
-    more_.replacements.push_back({base.name,
-                                  std::string(keys_.bare(t)),
-                                  each.why,
-                                  t.dtype,
-                                  {t.shape.begin(), t.shape.end()},
-                                  {t.bytes.begin(), t.bytes.end()},
-                                  base.shared});
+    more_.replacements.push_back(
+        {base.name,
+         std::string(keys_.bare(t)),
+         each.why,
+         t.dtype,
+         {t.shape.begin(), t.shape.end()},
+         values == replaced_values::read ? tensors_.copy_bytes(t) : std::vector<std::byte>(),
+         base.shared});
   }
 
   /// Rows of no token are no values, and right.
-  void add_rows(const std::string& module, const safetensors::entry& t) {
+  void add_rows(const std::string& module, const safetensors::tensor_info& t) {
     if (t.shape.size() != 2 || t.shape[0] != 0) check_matrix(t);
     const std::vector<index_t>* ids = nullptr;
     for (const auto& [name, numbers] : config_.trainable_tokens) {
@@ -489,14 +526,14 @@ class assembler {
   }
 
   // ---- tensors
-  void check_not_empty(const safetensors::entry& t) const {
-    if (t.bytes.empty()) io_detail::refuse_empty(tensors_, t);
+  void check_not_empty(const safetensors::tensor_info& t) const {
+    if (t.empty()) io_detail::refuse_empty(tensors_, t);
   }
-  void check_matrix(const safetensors::entry& t) const {
+  void check_matrix(const safetensors::tensor_info& t) const {
     check_not_empty(t);
     if (t.shape.size() != 2) refuse(t, "two dimensions", t.text());
   }
-  void check_holds(const safetensors::entry& t) const {
+  void check_holds(const safetensors::tensor_info& t) const {
     if (!safetensors::holds_exactly<T>(t.dtype))
       refuse(t, sentence({name_of(safetensors::dtype_of<T>()), " or a type whose every value it holds"}), t.text(),
              t.dtype == safetensors::dtype::f64   ? "read<double>() keeps every value"
@@ -504,29 +541,32 @@ class assembler {
                                                   : "");
   }
   /// First dimension x product of the others.
-  matrix widened(const safetensors::entry& t) const {
-    check_holds(t);
-    const auto values = tensors_.template copy<T>(t.name);
+  matrix widened(const safetensors::tensor_info& t) const {
     const auto rows = static_cast<index_t>(t.shape[0]);
     if (rows == 0) return matrix(0, static_cast<index_t>(t.shape.back()));
-    return Eigen::Map<const matrix>(values.data(), rows, static_cast<index_t>(values.size()) / rows);
+    return widened_rows(t, 0, rows);
+  }
+  /// Some rows of it, read straight into the matrix.
+  matrix widened_rows(const safetensors::tensor_info& t, index_t first, index_t count) const {
+    check_holds(t);
+    return io_detail::read_rows<T>(tensors_, t, first, count);
   }
 
-  [[noreturn]] void refuse_rank(const safetensors::entry& t, index_t rank, std::string_view dimension,
-                                std::string_view hint = {}) const {
+  [[noreturn]] void refuse_rank(const safetensors::tensor_info& t, index_t rank,
+                                std::string_view dimension, std::string_view hint = {}) const {
     refuse(
         t,
         sentence({"rank ", std::to_string(rank), ", as the config says for this module, as its ", dimension, " dimension"}),
         t.text(),
         hint.empty() ? "the config and the tensors do not belong together, or rank_pattern lacks this module" : hint);
   }
-  [[noreturn]] void refuse(const safetensors::entry& t, std::string_view expected, std::string_view found,
-                           std::string_view hint = {}) const {
+  [[noreturn]] void refuse(const safetensors::tensor_info& t, std::string_view expected,
+                           std::string_view found, std::string_view hint = {}) const {
     io_detail::refuse_tensor(tensors_, t, expected, found, hint);
   }
 
   const config& config_;
-  const safetensors::file& tensors_;
+  const safetensors::index& tensors_;
   const read_options& options_;
   io_detail::peft_keys keys_;
   io_detail::peft_modules modules_;

@@ -20,20 +20,20 @@
 #include "lora/io/format_error.hpp"
 #include "lora/io/peft_config.hpp"
 #include "lora/io/peft_replacement.hpp"
-#include "lora/io/safetensors.hpp"
+#include "lora/io/safetensors_index.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
 /// The tensors of one adapted module (or of one wrapper of it), each null when it is not there.
 struct module_tensors {
-  const safetensors::entry* A = nullptr;
-  const safetensors::entry* B = nullptr;
-  const safetensors::entry* bias = nullptr;
-  const safetensors::entry* magnitude = nullptr;
-  const safetensors::entry* diagonal = nullptr;
+  const safetensors::tensor_info* A = nullptr;
+  const safetensors::tensor_info* B = nullptr;
+  const safetensors::tensor_info* bias = nullptr;
+  const safetensors::tensor_info* magnitude = nullptr;
+  const safetensors::tensor_info* diagonal = nullptr;
   bool embedding = false;
 
-  const safetensors::entry* any() const {
+  const safetensors::tensor_info* any() const {
     for (const auto* t : {A, B, bias, magnitude, diagonal})
       if (t != nullptr) return t;
     return nullptr;
@@ -42,19 +42,21 @@ struct module_tensors {
 
 /// A tensor that replaces one of the base, under its name there.
 struct replacing_tensor {
-  const safetensors::entry* tensor;
+  const safetensors::tensor_info* tensor;
   std::string name;
   peft::replacement::reason why;
 };
 
 /// Throws format_error about one tensor of a file.
-[[noreturn]] inline void refuse_tensor(const safetensors::file& tensors, const safetensors::entry& t,
-                                       std::string_view expected, std::string_view found, std::string_view hint = {}) {
+[[noreturn]] inline void refuse_tensor(const safetensors::index& tensors,
+                                       const safetensors::tensor_info& t, std::string_view expected,
+                                       std::string_view found, std::string_view hint = {}) {
   io_detail::refuse({.path = tensors.name(), .item = t.name, .offset = t.offset}, expected, found, hint);
 }
 
 /// Throws format_error about a tensor without elements.
-[[noreturn]] inline void refuse_empty(const safetensors::file& tensors, const safetensors::entry& t) {
+[[noreturn]] inline void refuse_empty(const safetensors::index& tensors,
+                                      const safetensors::tensor_info& t) {
   refuse_tensor(tensors, t, "values", t.text(),
                 "an empty tensor: saved from a sharded model (DeepSpeed ZeRO-3, FSDP) without gathering its parts");
 }
@@ -74,8 +76,12 @@ class peft_keys {
  public:
   /// Throws format_error for the first tensor, in byte order of the names, that nothing explains; with lenient they are
   /// listed by passed_over() instead.
-  peft_keys(const peft::config& config, const safetensors::file& tensors, const peft::read_options& options)
-      : config_(config), tensors_(tensors), options_(options), saved_modules_(config.saved_modules()) {
+  peft_keys(const peft::config& config, const safetensors::index& tensors,
+            const peft::read_options& options)
+      : config_(config),
+        tensors_(tensors),
+        options_(options),
+        saved_modules_(config.saved_modules()) {
     unwrap();
     for (const auto name : tensors.names()) place(tensors.at(name));
     double steps = 0;
@@ -91,7 +97,9 @@ class peft_keys {
   /// By PEFT's path: the module's name, with base_layer where wrappers are nested.
   const std::map<std::string, module_tensors, std::less<>>& modules() const { return modules_; }
   /// Trained rows by the embedding's name.
-  const std::map<std::string, const safetensors::entry*, std::less<>>& token_rows() const { return token_rows_; }
+  const std::map<std::string, const safetensors::tensor_info*, std::less<>>& token_rows() const {
+    return token_rows_;
+  }
   const std::vector<replacing_tensor>& replacing() const { return replacing_; }
   const std::vector<std::string>& left_out() const { return left_out_; }
   const std::vector<std::string>& passed_over() const { return passed_over_; }
@@ -116,7 +124,7 @@ class peft_keys {
     return joined(own_parts);
   }
   /// A tensor's name without wrappers and base_model.model.
-  std::string_view bare(const safetensors::entry& t) const {
+  std::string_view bare(const safetensors::tensor_info& t) const {
     const std::string_view name = whole(t);
     return prefixed() ? name.substr(std::min(prefix.size(), name.size())) : name;
   }
@@ -127,7 +135,7 @@ class peft_keys {
   using reason = peft::replacement::reason;
   struct part {
     std::string_view suffix;
-    const safetensors::entry* module_tensors::*where;
+    const safetensors::tensor_info* module_tensors::*where;
     bool embedding;
   };
   static constexpr std::array<part, 8> parts{{{".lora_A.weight", &module_tensors::A, false},
@@ -140,7 +148,7 @@ class peft_keys {
                                               {".lora_diag", &module_tensors::diagonal, false}}};
   static constexpr std::string_view token_suffix = ".token_adapter.trainable_tokens_delta";
 
-  std::string_view whole(const safetensors::entry& t) const {
+  std::string_view whole(const safetensors::tensor_info& t) const {
     const auto found = unwrapped_.find(&t);
     return found == unwrapped_.end() ? t.name : std::string_view(found->second);
   }
@@ -149,7 +157,8 @@ class peft_keys {
   void unwrap() {
     if (!config_.component.empty()) return take_off_component();
     if (options_.wrappers == peft::wrapper_names::keep) return;
-    const safetensors::entry *nested = nullptr, *single = nullptr, *wrapped = nullptr, *first = nullptr;
+    const safetensors::tensor_info *nested = nullptr, *single = nullptr, *wrapped = nullptr,
+                                   *first = nullptr;
     std::string front;
     for (const auto name : tensors_.names()) {
       const auto& t = tensors_.at(name);
@@ -175,7 +184,8 @@ class peft_keys {
     notes_.push_back(in_quotes(bare.part()) + " of " + bare.who() + " was taken off " + std::to_string(unwrapped_.size()) +
                      " names; PEFT loads none of these tensors");
   }
-  [[noreturn]] void refuse_wrapper(const safetensors::entry& t, const unwrapped_name& bare) const {
+  [[noreturn]] void refuse_wrapper(const safetensors::tensor_info& t,
+                                   const unwrapped_name& bare) const {
     refuse_tensor(tensors_, t, "a name of the base's modules",
                   sentence({in_quotes(bare.part()), " in it, left by ", bare.who()}),
                   sentence({"a base has no weight of this name: save the unwrapped model, or read the tensor as ",
@@ -195,7 +205,7 @@ class peft_keys {
     }
   }
 
-  void place(const safetensors::entry& t) {
+  void place(const safetensors::tensor_info& t) {
     const bool prefixed = whole(t).starts_with(prefix);
     if (prefixed_.value_or(prefixed) != prefixed)
       refuse_tensor(tensors_, t, "all names with the prefix base_model.model., or none",
@@ -235,7 +245,7 @@ class peft_keys {
     });
   }
   /// The path in the file, behind the first base_model.model. or the component, with the wrappers that are inside it.
-  std::string own_path(const safetensors::entry& t, std::size_t suffix) const {
+  std::string own_path(const safetensors::tensor_info& t, std::size_t suffix) const {
     std::string_view path = t.name.substr(0, t.name.size() - suffix);
     if (!config_.component.empty()) return std::string(path.substr(config_.component.size() + 1));
     if (const auto at = path.find(prefix); at != std::string_view::npos) path.remove_prefix(at + prefix.size());
@@ -243,7 +253,7 @@ class peft_keys {
   }
 
   /// Tensors that are no part of an adapter. All adapters are known by now.
-  void place_other(const safetensors::entry& t) {
+  void place_other(const safetensors::tensor_info& t) {
     const std::string_view name = bare(t);
     const auto leaf = last_segment(name);
     const auto module = without_last_segment(name);
@@ -272,7 +282,7 @@ class peft_keys {
 
   /// PEFT loads what has the name of a tensor in its model, whatever the config says. There an adapted module's own weight
   /// lies under base_layer, and under no other name.
-  void place_unasked(const safetensors::entry& t, std::string_view name) {
+  void place_unasked(const safetensors::tensor_info& t, std::string_view name) {
     if (name.empty() || !meaning_of(tensors_, t).empty()) return options_.lenient ? pass_over(t) : refuse_unknown(t, name);
     const std::string bare = without_peft_layers(name);
     const auto module = without_last_segment(bare);
@@ -293,12 +303,12 @@ class peft_keys {
 
   /// Two values for one tensor of the base: which is meant is not known.
   void check_replacing_once() const {
-    std::map<std::string_view, const safetensors::entry*> seen;
+    std::map<std::string_view, const safetensors::tensor_info*> seen;
     for (const auto& each : replacing_) {
       if (each.why == reason::unused_copy) continue;
       const auto [other, first] = seen.emplace(each.name, each.tensor);
       const auto &a = *other->second, &b = *each.tensor;
-      if (!first && !std::equal(a.bytes.begin(), a.bytes.end(), b.bytes.begin(), b.bytes.end()))
+      if (!first && !tensors_.same_bytes(a, b))
         refuse_tensor(tensors_, b, sentence({"one tensor for ", in_quotes(each.name)}),
                       sentence({"another in ", in_quotes(a.name)}), "remove the one that is not meant");
     }
@@ -318,7 +328,7 @@ class peft_keys {
     std::erase_if(all, [](auto part) { return part == "base_layer" || part == "token_adapter"; });
     return joined(all);
   }
-  void pass_over(const safetensors::entry& t) {
+  void pass_over(const safetensors::tensor_info& t) {
     const auto meaning = meaning_of(tensors_, t);
     passed_over_.push_back("tensor " + in_quotes(t.name) + ": " +
                            (meaning.empty() ? "not a part of a LoRA adapter" : std::string(meaning)));
@@ -340,19 +350,19 @@ class peft_keys {
     return is_embedding_name(module);
   }
   /// No trained tensor is empty.
-  void add_replacing(const safetensors::entry& t, std::string name, reason why) {
-    if (t.bytes.empty()) refuse_empty(tensors_, t);
+  void add_replacing(const safetensors::tensor_info& t, std::string name, reason why) {
+    if (t.empty()) refuse_empty(tensors_, t);
     replacing_.push_back({&t, std::move(name), why});
   }
 
   /// PEFT writes some tensors of saved modules also as x.modules_to_save.bias, a copy of x.bias, and x.original_module.bias, the
   /// base's.
   struct copy {
-    const safetensors::entry* tensor;
+    const safetensors::tensor_info* tensor;
     std::string_view module, rest;
     bool trained;
   };
-  std::optional<copy> as_copy(const safetensors::entry& t) const {
+  std::optional<copy> as_copy(const safetensors::tensor_info& t) const {
     const std::string_view name = bare(t);
     for (const std::string_view wrapper : {".modules_to_save.", ".original_module."}) {
       const auto at = name.find(wrapper);
@@ -378,14 +388,13 @@ class peft_keys {
                     "none", "the file is incomplete; read_options::lenient passes over this tensor");
     }
     const auto& other = *saved->second;
-    if (of.trained &&
-        (t.dtype != other.dtype || !std::equal(t.bytes.begin(), t.bytes.end(), other.bytes.begin(), other.bytes.end())))
+    if (of.trained && (t.dtype != other.dtype || !tensors_.same_bytes(t, other)))
       refuse_tensor(tensors_, t, sentence({"the values of ", in_quotes(other.name), ", of which it is a copy"}), "others",
                     sentence({"PEFT reads ", in_quotes(other.name), ": remove the copy if that is the one that is meant"}));
     add_replacing(t, saved->first, reason::unused_copy);
   }
 
-  [[noreturn]] void refuse_unknown(const safetensors::entry& t, std::string_view name) const {
+  [[noreturn]] void refuse_unknown(const safetensors::tensor_info& t, std::string_view name) const {
     const std::string expected = "a name that ends in lora_A.weight or lora_B.weight";
     // The first unknown name may say little where a later one tells what the file is. An alpha says the least.
     const auto own = meaning_of(tensors_, t);
@@ -410,17 +419,19 @@ class peft_keys {
   }
 
   const peft::config& config_;
-  const safetensors::file& tensors_;
+  const safetensors::index& tensors_;
   const peft::read_options& options_;
   std::vector<std::string> saved_modules_;
-  std::map<const safetensors::entry*, std::string> unwrapped_;  // names that carried a wrapper
+  std::map<const safetensors::tensor_info*, std::string>
+      unwrapped_;                                               // names that carried a wrapper
   std::map<std::string, std::string, std::less<>> own_paths_;   // of modules whose names carried one
   std::optional<bool> prefixed_;
   std::map<std::string, module_tensors, std::less<>> modules_;
-  std::map<std::string, const safetensors::entry*, std::less<>> token_rows_;
-  std::vector<const safetensors::entry*> other_;
+  std::map<std::string, const safetensors::tensor_info*, std::less<>> token_rows_;
+  std::vector<const safetensors::tensor_info*> other_;
   std::vector<copy> copies_;
-  std::map<std::string, const safetensors::entry*, std::less<>> saved_;  // by name, also those that are left out
+  std::map<std::string, const safetensors::tensor_info*, std::less<>>
+      saved_;  // by name, also those that are left out
   std::vector<replacing_tensor> replacing_;
   std::vector<std::string> left_out_, passed_over_, notes_;
 };

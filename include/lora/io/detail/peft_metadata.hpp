@@ -17,7 +17,7 @@
 #include "lora/io/detail/json_tree.hpp"
 #include "lora/io/detail/number_text.hpp"
 #include "lora/io/peft_config.hpp"
-#include "lora/io/safetensors.hpp"
+#include "lora/io/safetensors_index.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
@@ -51,7 +51,7 @@ struct config_in_metadata {
 };
 
 /// The whole configs in the metadata: objects with peft_type, perhaps behind a component's name. The same one twice is one.
-inline std::vector<config_in_metadata> configs_in_metadata(const safetensors::file& tensors) {
+inline std::vector<config_in_metadata> configs_in_metadata(const safetensors::index& tensors) {
   std::vector<config_in_metadata> result;
   for (const auto& [name, text] : tensors.metadata()) {
     const auto object = json_object_in(text);
@@ -86,7 +86,8 @@ inline std::string number_text(double value) {
 }
 
 /// Where the metadata states another alpha or rank than the config, in sentences.
-inline std::vector<std::string> differences_of_metadata(const peft::config& c, const safetensors::file& tensors) {
+inline std::vector<std::string> differences_of_metadata(const peft::config& c,
+                                                        const safetensors::index& tensors) {
   constexpr std::size_t most = 16;
   std::vector<std::string> result;
   const auto compare = [&](const std::string& where, std::string_view key, std::optional<double> value) {

@@ -38,7 +38,7 @@ struct base_name {
 class peft_modules {
  public:
   /// Throws format_error when looking up all modules would take too long.
-  peft_modules(const peft::config& config, const peft_keys& keys, const safetensors::file& tensors,
+  peft_modules(const peft::config& config, const peft_keys& keys, const safetensors::index& tensors,
                const peft::read_options& options)
       : config_(config), keys_(keys), tensors_(tensors), options_(options), rule_(config) {
     check_work(config, work());
@@ -67,7 +67,7 @@ class peft_modules {
   }
 
   /// Throws format_error for a layer that layer_replication does not make.
-  base_name in_base(const std::string& name, const safetensors::entry& t) const {
+  base_name in_base(const std::string& name, const safetensors::tensor_info& t) const {
     const auto number = replicated_layer(name);
     if (number.empty()) return {name};
     std::uint64_t layer = 0;
@@ -212,7 +212,7 @@ class peft_modules {
 
   const peft::config& config_;
   const peft_keys& keys_;
-  const safetensors::file& tensors_;
+  const safetensors::index& tensors_;
   const peft::read_options& options_;
   target_rule rule_;
   std::vector<std::uint64_t> origins_;           // of the layers that layer_replication makes

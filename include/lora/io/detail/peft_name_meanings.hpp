@@ -9,7 +9,7 @@
 #include <string_view>
 
 #include "lora/io/detail/module_path.hpp"
-#include "lora/io/safetensors.hpp"
+#include "lora/io/safetensors_index.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
@@ -60,7 +60,7 @@ inline bool is_routed_factor(std::string_view segment) {
 
 /// PEFT before 0.18 cut an adapter's name out of the whole key, so that an adapter called "lora", or a beginning of that,
 /// took a part of ".lora_A.weight" with it: q_proj_A.weight. Such names come in pairs, whose shapes share the rank.
-inline bool is_cut_factor(const safetensors::file& tensors, const safetensors::entry& t) {
+inline bool is_cut_factor(const safetensors::index& tensors, const safetensors::tensor_info& t) {
   constexpr std::string_view end = ".weight";
   if (!t.name.ends_with(end) || t.shape.size() != 2) return false;
   const auto stem = t.name.substr(0, t.name.size() - end.size());
@@ -79,7 +79,8 @@ inline bool is_cut_factor(const safetensors::file& tensors, const safetensors::e
 }
 
 /// What a name means that is no part of an adapter; empty when it may be a tensor of the base.
-inline std::string_view meaning_of(const safetensors::file& tensors, const safetensors::entry& t) {
+inline std::string_view meaning_of(const safetensors::index& tensors,
+                                   const safetensors::tensor_info& t) {
   const auto parts = segments(t.name);
   if (std::any_of(parts.begin(), parts.end(), is_routed_factor))
     return "one of several factors of a module, of which a route chooses (HydraLoRA and its like): no single low-rank "

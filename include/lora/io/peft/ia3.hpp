@@ -59,7 +59,7 @@ inline std::optional<bool> is_feedforward(const kind_module& m) {
 
 inline any_kind decode_ia3(const kind_module& m) {
   const auto& t = m.at(".ia3_l");
-  if (t.bytes.empty()) m.refuse(t, "values", t.text(), "the file is incomplete");
+  if (t.empty()) m.refuse(t, "values", t.text(), "the file is incomplete");
   const auto& shape = t.shape;
   const auto ones_from = [&](std::size_t k) {
     return std::all_of(shape.begin() + static_cast<std::ptrdiff_t>(std::min(k, shape.size())),

@@ -19,14 +19,14 @@
 #include "lora/io/detail/wrapper_names.hpp"
 #include "lora/io/peft/kind_module.hpp"
 #include "lora/io/peft/target_rule.hpp"
-#include "lora/io/safetensors.hpp"
+#include "lora/io/safetensors_index.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
 /// A tensor that replaces one of the base, in its format. Throws format_error for one that is none
 /// of the four.
-inline replaced_tensor replaced_of(const safetensors::file& tensors, const safetensors::entry& t,
-                                   std::string name) {
+inline replaced_tensor replaced_of(const safetensors::index& tensors,
+                                   const safetensors::tensor_info& t, std::string name) {
   if (!common_format({t.dtype}))
     refuse_tensor(tensors, t, "F64, F32, F16 or BF16", t.text(),
                   "an adapter_set holds no other values: lora::peft::read<T> gives the bytes of "
@@ -42,7 +42,7 @@ inline replaced_tensor replaced_of(const safetensors::file& tensors, const safet
 /// Reads the modules of one file.
 class kind_file {
  public:
-  kind_file(const peft_kind& kind, const peft::config& c, const safetensors::file& tensors,
+  kind_file(const peft_kind& kind, const peft::config& c, const safetensors::index& tensors,
             const peft::read_options& options)
       : kind_(kind),
         config_(c),
@@ -83,7 +83,7 @@ class kind_file {
 
  private:
   /// A tensor's name without base_model.model., a component or wrappers.
-  std::string bare_name(const safetensors::entry& t) {
+  std::string bare_name(const safetensors::tensor_info& t) {
     std::string name(t.name);
     if (!config_.component.empty()) {
       const std::string front = config_.component + ".";
@@ -111,7 +111,7 @@ class kind_file {
     return name;
   }
 
-  void place(const safetensors::entry& t) {
+  void place(const safetensors::tensor_info& t) {
     for (const auto name : kind_.shared)
       if (t.name == name) {
         shared_.parts.emplace(name, &t);
@@ -129,7 +129,7 @@ class kind_file {
   }
 
   /// A tensor of the base that the config says was trained, or that PEFT saves with embeddings.
-  void place_other(const std::string& name, const safetensors::entry& t) {
+  void place_other(const std::string& name, const safetensors::tensor_info& t) {
     const auto module = without_last_segment(name);
     const bool bias = last_segment(name) == "bias" &&
                       (config_.bias == peft::trained_biases::all ||
@@ -146,12 +146,12 @@ class kind_file {
     const bool embedding =
         last_segment(name) == "weight" && is_embedding_name(without_base_layer(module));
     if (!bias && !saved && !embedding) return refuse_other(name, t);
-    if (t.bytes.empty()) refuse_empty(tensors_, t);
+    if (t.empty()) refuse_empty(tensors_, t);
     const auto wrapped = saved ? std::string_view(module) : without_base_layer(module);
     replaced_.push_back(
         replaced_of(tensors_, t, std::string(wrapped) + "." + std::string(last_segment(name))));
   }
-  void refuse_other(const std::string& name, const safetensors::entry& t) {
+  void refuse_other(const std::string& name, const safetensors::tensor_info& t) {
     if (!options_.lenient)
       refuse(t, expected(), "another",
              "PEFT loads it only where the base has a tensor of this name, and nothing in the "
@@ -175,7 +175,7 @@ class kind_file {
                         *config_.exclude_modules.expression, "list the modules' names");
     return answer.selected.value_or(true);
   }
-  void pass_unselected(const std::string& name, const safetensors::entry& t, bool none) {
+  void pass_unselected(const std::string& name, const safetensors::tensor_info& t, bool none) {
     if (none)
       refuse(t, "an adapter of a module that target_modules selects",
              sentence({"target_modules ", config_.target_modules.text(), ", which selects none of ",
@@ -192,21 +192,21 @@ class kind_file {
     return sentence({"a tensor of ", kind_.keys.peft_type, ", whose name ends in one of ",
                      listed(kind_.suffixes)});
   }
-  [[noreturn]] void refuse(const safetensors::entry& t, std::string_view expected,
+  [[noreturn]] void refuse(const safetensors::tensor_info& t, std::string_view expected,
                            std::string_view found, std::string_view hint = {}) const {
     refuse_tensor(tensors_, t, expected, found, hint);
   }
 
   const peft_kind& kind_;
   const peft::config& config_;
-  const safetensors::file& tensors_;
+  const safetensors::index& tensors_;
   const peft::read_options& options_;
   target_rule rule_;
   std::vector<std::string> saved_;
   std::optional<bool> prefixed_;
   std::map<std::string, part_map> modules_;
   shared_tensors shared_;
-  std::vector<std::pair<std::string, const safetensors::entry*>> other_;
+  std::vector<std::pair<std::string, const safetensors::tensor_info*>> other_;
   std::vector<replaced_tensor> replaced_;
   std::vector<std::string> notes_;
 };

@@ -22,16 +22,17 @@
 #include "lora/any_kind.hpp"
 #include "lora/io/detail/json_text.hpp"
 #include "lora/io/detail/peft_keys.hpp"
+#include "lora/io/detail/tensor_rows.hpp"
 #include "lora/io/peft/config.hpp"
 #include "lora/io/peft/config_kind.hpp"
 #include "lora/io/peft/config_object.hpp"
 #include "lora/io/peft/stored_format.hpp"
-#include "lora/io/safetensors.hpp"
+#include "lora/io/safetensors_index.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
 /// Tensors of a file by suffix, or by whole name.
-using part_map = std::map<std::string_view, const safetensors::entry*>;
+using part_map = std::map<std::string_view, const safetensors::tensor_info*>;
 
 /// The tensors that all modules of a file share, and the matrices that were made of them.
 struct shared_tensors {
@@ -42,9 +43,9 @@ struct shared_tensors {
 /// One module while it is read. Looks at the file and its config.
 class kind_module {
  public:
-  using tensor = safetensors::entry;
+  using tensor = safetensors::tensor_info;
 
-  kind_module(std::string name, const peft::config& c, const safetensors::file& tensors,
+  kind_module(std::string name, const peft::config& c, const safetensors::index& tensors,
               const peft::read_options& options, part_map parts, shared_tensors& shared,
               std::size_t modules)
       : name_(std::move(name)),
@@ -92,7 +93,7 @@ class kind_module {
   /// Throws format_error unless it has values in two dimensions, or in `most`.
   const tensor& matrix_at(std::string_view suffix, std::size_t most = 2) const {
     const tensor& t = at(suffix);
-    if (t.bytes.empty()) refuse_empty(tensors_, t);
+    if (t.empty()) refuse_empty(tensors_, t);
     if (t.shape.size() < 2 || t.shape.size() > most)
       refuse(t, most == 2 ? "two dimensions" : "a matrix, or the kernel of a convolution",
              t.text());
@@ -134,11 +135,9 @@ class kind_module {
   /// The first dimension by the product of the others.
   template <scalar T>
   detail::row_major_matrix<T> matrix(const tensor& t) const {
-    const auto all = values<T>(t);
     const auto rows = static_cast<index_t>(t.shape[0]);
-    if (all.empty()) return {rows, static_cast<index_t>(t.shape.back())};
-    return Eigen::Map<const detail::row_major_matrix<T>>(all.data(), rows,
-                                                         static_cast<index_t>(all.size()) / rows);
+    if (t.empty()) return {rows, static_cast<index_t>(t.shape.back())};
+    return io_detail::read_rows<T>(tensors_, t, 0, rows);
   }
 
   /// A shared tensor, made once for all modules that have it in one format.
@@ -169,7 +168,7 @@ class kind_module {
 
   std::string name_;
   const peft::config& config_;
-  const safetensors::file& tensors_;
+  const safetensors::index& tensors_;
   const peft::read_options& options_;
   part_map parts_;
   shared_tensors& shared_;

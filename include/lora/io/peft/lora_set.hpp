@@ -13,10 +13,11 @@
 #include <vector>
 
 #include "lora/adapter_set.hpp"
+#include "lora/io/detail/peft_keys.hpp"
 #include "lora/io/peft/stored_format.hpp"
 #include "lora/io/peft_entry.hpp"
 #include "lora/io/peft_file.hpp"
-#include "lora/io/safetensors.hpp"
+#include "lora/io/safetensors_index.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::peft {
 namespace adapters_detail {
@@ -46,7 +47,7 @@ class expert_of {
 };
 
 /// T for all entries of a LORA file.
-inline safetensors::dtype lora_format(const safetensors::file& tensors) {
+inline safetensors::dtype lora_format(const safetensors::index& tensors) {
   std::vector<safetensors::dtype> all;
   for (const auto& t : tensors) {
     const bool factor = t.name.find(".lora_") != std::string_view::npos ||
@@ -71,9 +72,13 @@ void add_entry(adapter_set& set, const entry<T>& e, const std::string& file) {
                          e.magnitude().empty() ? "LORA" : "DORA", file + ": " + e.parts().path));
 }
 
+/// The replacements of a file, whose values are still in `from`.
 template <scalar T>
-void add_rest(adapter_set& set, const adapter_file<T>& file, const safetensors::file& tensors) {
-  for (const auto& r : file.replacements()) {
+void add_replaced(adapter_set& set, const adapter_file<T>& file,
+                  const std::vector<io_detail::replacing_tensor>& from,
+                  const safetensors::index& tensors) {
+  for (std::size_t k = 0; k < from.size(); ++k) {
+    const replacement& r = file.replacements()[k];
     if (!r.applies()) continue;
     if (!io_detail::common_format({r.dtype}))
       io_detail::refuse(
@@ -82,13 +87,18 @@ void add_rest(adapter_set& set, const adapter_file<T>& file, const safetensors::
           "an adapter_set holds no such values: peft::read<T> has its bytes in replacements()");
     replaced_tensor t{r.name, tensors.name() + ": " + r.key, {}, {}};
     for (const auto extent : r.shape) t.shape.push_back(static_cast<index_t>(extent));
-    io_detail::visit_format(
-        r.dtype, [&]<scalar V>(std::type_identity<V>) { t.values = r.template values<V>(); });
+    io_detail::visit_format(r.dtype, [&]<scalar V>(std::type_identity<V>) {
+      t.values = tensors.template copy<V>(from[k].tensor->name);
+    });
     set.add(std::move(t));
     if (r.shared)
       set.add_note("tensor " + in_quotes(r.name) +
                    ": other layers of layer_replication use it too, each with its own");
   }
+}
+
+template <scalar T>
+void add_rest(adapter_set& set, const adapter_file<T>& file, const safetensors::index& tensors) {
   for (const auto& [name, rows] : file.token_rows()) {
     const auto& values = rows.values();
     set.add(trained_rows{name, tensors.name(), rows.ids(), values.cols(),

@@ -18,7 +18,7 @@ namespace lora::inline LORA_DETAIL_ABI::peft {
 namespace adapters_detail {
 
 /// The adapters of a config and the tensors beside it. `notes` is what is known beyond them.
-inline adapter_set assembled(const config& c, const safetensors::file& tensors,
+inline adapter_set assembled(const config& c, const safetensors::index& tensors,
                              const read_options& options, std::vector<std::string> notes) {
   adapter_set set;
   if (const auto* kind = io_detail::kind_named(c.peft_type)) {
@@ -29,14 +29,16 @@ inline adapter_set assembled(const config& c, const safetensors::file& tensors,
     return set;
   }
   io_detail::visit_format(lora_format(tensors), [&]<scalar T>(std::type_identity<T>) {
-    const auto file = read_detail::assembler<T>(c, tensors, options).run(std::move(notes));
+    read_detail::assembler<T> reader(c, tensors, options);
+    const auto file = reader.run(std::move(notes), read_detail::replaced_values::left_in_file);
     for (const auto& each : file) add_entry(set, each.second, tensors.name());
+    add_replaced(set, file, reader.replacing(), tensors);
     add_rest(set, file, tensors);
   });
   return set;
 }
 
-inline adapter_set by_metadata(const safetensors::file& tensors, const read_options& options,
+inline adapter_set by_metadata(const safetensors::index& tensors, const read_options& options,
                                std::vector<std::string> notes) {
   const auto found = io_detail::configs_in_metadata(tensors);
   if (found.size() != 1)

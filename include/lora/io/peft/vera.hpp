@@ -107,13 +107,13 @@ inline any_kind decode_vera(const kind_module& m) {
       m.refuse(m.any(), sentence({"a tensor ", name, " beside it"}), "none",
                "PEFT draws it with torch's random numbers, which are not those of this library: "
                "save the adapter again with save_projection");
-    if (t->shape.size() != 2 || t->bytes.empty()) m.refuse(*t, "two dimensions", t->text());
+    if (t->shape.size() != 2 || t->empty()) m.refuse(*t, "two dimensions", t->text());
     return *t;
   };
   const auto &A = projection(vera_shared[0]), &B = projection(vera_shared[1]);
   const auto &b = m.at(".vera_lambda_b"), &d = m.at(".vera_lambda_d");
   for (const auto* t : {&b, &d})
-    if (t->shape.size() != 1 || t->bytes.empty()) m.refuse(*t, "one dimension", t->text());
+    if (t->shape.size() != 1 || t->empty()) m.refuse(*t, "one dimension", t->text());
   const index_t rank = m.config().r;
   m.check_extent(A, 0, rank, "the config's r");
   m.check_extent(B, 1, rank, "the config's r");
