@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "golden/reference.hpp"
 #include "lora/io/peft.hpp"
+#include "support/golden.hpp"
 
 namespace golden {
 

@@ -9,7 +9,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "golden/reference.hpp"
+#include "support/golden.hpp"
 
 namespace golden {
 

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // PEFT's tables of pattern lookup and target matching, case by case.
-#include "golden/reference.hpp"
 #include "lora/io/peft_config.hpp"
+#include "support/golden.hpp"
 #include "support/refused.hpp"
 
 namespace {

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Every case of golden/peft-0.21 whose model is a graph: each tensor under `expected`, in float within the stated tolerance, in
-// double against the float64 value within 1e-9, mixed and merged.
+// The outputs and weights of PEFT's models that are graphs (0.21, and four of 0.6.1): each tensor under
+// `expected`, in float within the stated tolerance, in double against the float64 value within 1e-9,
+// mixed and merged.
 #include <set>
 
 #include "golden/peft_case.hpp"
-#include "support/bits.hpp"
+#include "support/refused.hpp"
 
 namespace {
 
@@ -26,12 +27,6 @@ std::string base_name(const std::string& tensor, const std::set<std::string>& na
     if (names.contains(tensor.substr(dot + 1))) return tensor.substr(dot + 1);
   return "";
 }
-
-template <class T>
-struct computed {
-  tensor<T> mixed, merged;
-  std::optional<tensor<T>> unmerged;
-};
 
 template <class T>
 class runner {
@@ -63,15 +58,15 @@ class runner {
     return model<T>(about_, base_, std::move(adapters), how);
   }
 
-  tensor<T> output(const json& scenario, way how) {
+  array<T> output(const json& scenario, way how) {
     if (!scenario.contains("rows")) return make(scenario, how).run(x_);
     // One adapter for each sample of the batch.
-    tensor<T> y;
+    array<T> y;
     const index_t batch = x_.shape[0], step = x_.size() / batch;
     for (index_t b = 0; b < batch; ++b) {
       auto shape = x_.shape;
       shape[0] = 1;
-      const tensor<T> sample{shape, {x_.values.begin() + b * step, x_.values.begin() + (b + 1) * step}};
+      const array<T> sample{shape, {x_.values.begin() + b * step, x_.values.begin() + (b + 1) * step}};
       const std::string name = scenario.at("rows").at(static_cast<std::size_t>(b));
       const json one = {{"adapters", name == "__base__" ? json::array() : json::array({json::array({name, 1.0})})}};
       const auto part = make(one, how).run(sample);
@@ -85,14 +80,14 @@ class runner {
  private:
   const description& about_;
   weights<T> base_;
-  tensor<T> x_;
+  array<T> x_;
   std::set<std::string> names_;
   std::map<std::string, std::optional<peft::adapter_file<T>>> adapters_;
 };
 
 /// A weight after the adapters were merged and unmerged again.
 template <class T>
-tensor<T> there_and_back(runner<T>& run, const std::string& tensor_name, const std::string& base) {
+array<T> there_and_back(runner<T>& run, const std::string& tensor_name, const std::string& base) {
   const std::string label = tensor_name.substr(9, tensor_name.size() - 9 - base.size() - 1);
   std::vector<peft::scaled_entry<T>> entries;
   for (std::size_t from = 0; from <= label.size();) {
@@ -121,11 +116,6 @@ tensor<T> there_and_back(runner<T>& run, const std::string& tensor_name, const s
   return all.at(base);
 }
 
-agreement_table& table() {
-  static agreement_table t;
-  return t;
-}
-
 /// Everything that a case expects of its scenarios. Returns how many tensors were compared.
 std::size_t check_case(const std::string& id) {
   const description about(id);
@@ -141,8 +131,8 @@ std::size_t check_case(const std::string& id) {
     const json scenario = about.scenario(expected.at("scenario"));
     const double atol = expected.at("atol"), rtol = expected.at("rtol");
     std::string exact = exact_name(expected);
-    tensor<float> mixed, merged;
-    tensor<double> mixed_double, merged_double;
+    array<float> mixed, merged;
+    array<double> mixed_double, merged_double;
     if (name.starts_with("y")) {
       mixed = in_float.output(scenario, way::mixed);
       mixed_double = in_double.output(scenario, way::mixed);
@@ -273,7 +263,7 @@ TEST_CASE("golden: the base that PiSSA and OLoRA leave is computed again", "[gol
       const auto& W = base.at(module + ".weight");
       // Of the plain adapter, the part that is not the trained factors: W minus it is PEFT's residual.
       const auto plain = plain_entry(W, e);
-      tensor<double> residual = W;
+      array<double> residual = W;
       const Eigen::MatrixXd delta = lora::delta_weight(plain.factors()), trained = lora::delta_weight(e.factors());
       residual.matrix() += delta - trained;
       for (const auto& expected : about.expected())
@@ -359,4 +349,43 @@ TEST_CASE("golden: a PEFT merge with layers that share a weight is refused, and 
   Eigen::MatrixXf W = Eigen::MatrixXf::Zero(64, 64);
   CHECK_THROWS_WITH(lora::merge(W, shared), Catch::Contains("share the weight of") && Catch::Contains("copy the weight"));
   CHECK_NOTHROW(lora::merge(W, file.at("model.layers.0.self_attn.q_proj")));
+}
+
+TEST_CASE("golden: PEFT 0.6.1 outputs", "[golden][peft]") {
+  const fs::path folder = outside("golden/peft-0.6.1");
+  const auto check = [&](const std::string& id, const json& graph, double tolerance, bool image) {
+    INFO(id);
+    const auto io = st::read(folder / id / "golden_io.safetensors");
+    description about("linear_mlp");
+    about.text["graph"] = graph;
+    const auto file = peft::read<double>(folder / id);
+    auto x = load<double>(io, "input");
+    if (image) x.shape = {2, 5, 3, 3};
+    const auto want = load<double>(io, "output");
+    for (const auto how : {way::mixed, way::merged}) {
+      model<double> m(about, load_all<double>(folder / id / "base.safetensors"), {{&file, 1.0}}, how);
+      auto y = m.run(x);
+      for (index_t j = 0; j < y.columns().cols(); ++j) {
+        auto column = y.columns().col(j);
+        const double top = column.maxCoeff();
+        column.array() -= top + std::log((column.array() - top).exp().sum());
+      }
+      CHECK(within(y, want, tolerance, 0));
+    }
+  };
+  const auto linear = [](const char* module) { return json{{"op", "linear"}, {"module", module}}; };
+  const json relu{{"op", "relu"}};
+  const json mlp = json::array({linear("lin0"), relu, linear("lin1")});
+  check("lora_mlp", mlp, 1e-5, false);
+  check("lora_mlp_modules_to_save", mlp, 1e-5, false);
+  check("lora_emb_conv1d",
+        json::array({json{{"op", "embedding"}, {"module", "emb"}}, json{{"op", "conv1d_t"}, {"module", "conv1d"}}, relu,
+                     json{{"op", "flatten"}}, linear("lin0")}),
+        1e-6, false);
+  check("lora_conv2d",
+        json::array(
+            {json{{"op", "conv2d"}, {"module", "conv2d"}, {"kernel", 3}}, relu, json{{"op", "flatten"}}, linear("lin0")}),
+        2e-5, true);
+  CHECK(test::mentions(test::refusal<lora::format_error>([&] { (void)peft::read(folder / "adalora_mlp"); }),
+                       {"peft_type", "ADALORA"}));
 }

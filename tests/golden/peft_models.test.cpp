@@ -4,15 +4,13 @@
 #include <cstdint>
 
 #include "golden/checkpoint.hpp"
-#include "golden/golden.hpp"
+#include "golden/reference_case.hpp"
 #include "llama.hpp"
 
 namespace {
 
 using golden::json;
 using golden::MatrixXd;
-
-golden::fs::path folder(const std::string& name) { return golden::outside("golden/peft-0.21") / name; }
 
 /// The adapters of a case in the order of a merge.
 std::vector<const lora::peft::adapter_file<float>*> both(const golden::reference_case& c) {
@@ -36,7 +34,7 @@ MatrixXd logits(const llama::model<T>& model, const lora::safetensors::file& io)
 /// Logits with some adapters, those of the bits of `merged` merged.
 template <class T>
 MatrixXd logits(const golden::reference_case& c, const std::string& base, const golden::scenario& active, unsigned merged) {
-  auto model = llama::read<T>(folder("llama_tiny") / base);
+  auto model = llama::read<T>(golden::root() / "llama_tiny" / base);
   for (std::size_t k = 0; k < active.size(); ++k) {
     const auto& [name, factor] = active[k];
     model.attach(name, c.adapters<typename llama::model<T>::real>().at(name), factor);
@@ -84,7 +82,7 @@ void check_bfloat16(const golden::reference_case& c, const json& entry) {
 }  // namespace
 
 TEST_CASE("a tiny Llama with two trained adapters", "[golden]") {
-  const golden::reference_case c(folder("llama_tiny"));
+  const golden::reference_case c(golden::root() / "llama_tiny");
   golden::check_expected(c, [](const golden::reference_case& one, const json& entry) {
     if (entry.at("scenario").get<std::string>().starts_with("bf16:"))
       check_bfloat16(one, entry);
@@ -94,8 +92,8 @@ TEST_CASE("a tiny Llama with two trained adapters", "[golden]") {
 }
 
 TEST_CASE("checkpoints of the tiny Llama that PEFT merged", "[golden]") {
-  const golden::reference_case c(folder("llama_tiny"));
-  const auto files = [](const char* name) { return golden::shards(folder("llama_tiny") / name); };
+  const golden::reference_case c(golden::root() / "llama_tiny");
+  const auto files = [](const char* name) { return golden::shards(golden::root() / "llama_tiny" / name); };
   const auto adapters = both(c);
   SECTION("float") { golden::check_checkpoint<float>(files("merged_a+b"), files("base"), adapters); }
   SECTION("float, the base in three files") {
@@ -108,8 +106,8 @@ TEST_CASE("checkpoints of the tiny Llama that PEFT merged", "[golden]") {
 }
 
 TEST_CASE("the weights of a tiny GPT-2, stored in x out, two of them square", "[golden]") {
-  const golden::reference_case c(folder("gpt2_tiny"));
+  const golden::reference_case c(golden::root() / "gpt2_tiny");
   golden::check_weights(c);
-  golden::check_checkpoint<float>(golden::shards(folder("gpt2_tiny") / "merged_a+b"),
-                                  golden::shards(folder("gpt2_tiny") / "base"), both(c), true);
+  golden::check_checkpoint<float>(golden::shards(golden::root() / "gpt2_tiny" / "merged_a+b"),
+                                  golden::shards(golden::root() / "gpt2_tiny" / "base"), both(c), true);
 }

@@ -18,11 +18,11 @@ class engine {
   engine(model<T>& m, const json& config) : m_(m), c_(config) {}
 
   columns<T> linear(const std::string& module, const columns<T>& x, bool in_out = false, const std::string& weight = "") {
-    tensor<T> in{{x.cols(), x.rows()}, {x.data(), x.data() + x.size()}};
+    array<T> in{{x.cols(), x.rows()}, {x.data(), x.data() + x.size()}};
     return columns<T>(m_.linear(module, in, in_out, weight).columns());
   }
   columns<T> embed(const std::string& module, const std::vector<index_t>& ids) {
-    tensor<T> in{{static_cast<index_t>(ids.size())}, {}};
+    array<T> in{{static_cast<index_t>(ids.size())}, {}};
     for (const auto id : ids) in.values.push_back(static_cast<T>(id));
     return columns<T>(m_.embedding(module, in).columns());
   }
@@ -150,11 +150,6 @@ class engine {
   const json& c_;
 };
 
-json config_of(const std::filesystem::path& base) {
-  std::ifstream stream(base.parent_path() / "config.json");
-  return json::parse(stream);
-}
-
 template <class T>
 struct setting {
   description about;
@@ -164,7 +159,7 @@ struct setting {
   explicit setting(const std::string& id)
       : about(id),
         base(about.folder() / about.text.at("base").get<std::string>()),
-        config(config_of(base)),
+        config(read_json(base.parent_path() / "config.json")),
         values(load_all<T>(base)) {
     // Untied: the head keeps what the embedding was.
     if (config.value("tie_word_embeddings", false) && config.at("model_type") != "bert")
@@ -172,10 +167,10 @@ struct setting {
           values.at(config.at("model_type") == "gpt2" ? "transformer.wte.weight" : "model.embed_tokens.weight");
   }
 
-  tensor<T> run(model<T>& m, const std::vector<int>& layers = {}) const {
+  array<T> run(model<T>& m, const std::vector<int>& layers = {}) const {
     const auto x = load<double>(st::read(about.folder() / "io.safetensors"), "x");
     engine<T> e(m, config);
-    tensor<T> y{{x.shape[0], x.shape[1], 0}, {}};
+    array<T> y{{x.shape[0], x.shape[1], 0}, {}};
     for (index_t b = 0; b < x.shape[0]; ++b) {
       std::vector<index_t> ids;
       for (index_t t = 0; t < x.shape[1]; ++t)
@@ -191,11 +186,6 @@ struct setting {
     return y;
   }
 };
-
-agreement_table& table() {
-  static agreement_table t;
-  return t;
-}
 
 /// y in float within the tolerance, in double within 1e-9 of the exact one.
 template <class Run>

@@ -6,8 +6,8 @@
 #include <cstring>
 
 #include "golden/checkpoint.hpp"
-#include "golden/reference.hpp"
 #include "llama.hpp"
+#include "support/golden.hpp"
 #include "support/layers.hpp"
 
 namespace {

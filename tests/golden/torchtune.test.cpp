@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // torchtune's own regression number for its LoRALinear.
-#include "golden/reference.hpp"
+#include "support/golden.hpp"
 
 namespace {
 

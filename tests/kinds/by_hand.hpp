@@ -17,6 +17,7 @@
 #include "lora/steps.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
+#include "support/golden.hpp"
 #include "support/outside.hpp"
 #include "support/random.hpp"
 #include "support/refused.hpp"
@@ -134,28 +135,20 @@ void check_golden(const std::string& id, const std::vector<std::string>& names, 
                   bool stored_in_out = false) {
   if (!test::have_outside()) return;
   INFO(id);
-  const auto folder = test::outside / "golden/peft-0.21" / id;
-  const auto base = lora::safetensors::read(folder / "base.safetensors");
-  const auto io = lora::safetensors::read(folder / "io.safetensors");
-  const auto tensor = [](const auto& file, const std::string& name) {
-    const auto values = file.template copy<double>(name);
-    const auto& shape = file.at(name).shape;
-    const auto cols = static_cast<index_t>(shape.back());
-    return test::matrix<double>(
-        Eigen::Map<const test::matrix<double>>(values.data(), static_cast<index_t>(values.size()) / cols, cols));
-  };
+  const golden::case_files c{golden::root() / id};
+  const auto tensor = [](const auto& file, const std::string& name) { return golden::tensor<double>(file, name); };
   const auto turned = [&](const test::matrix<double>& m) { return stored_in_out ? test::matrix<double>(m.transpose()) : m; };
   std::string scenario;
   for (const auto& name : names) scenario += (scenario.empty() ? "" : "+") + name;
 
-  test::col_matrix<double> mixed = tensor(io, "x").transpose(), merged = mixed;
+  test::col_matrix<double> mixed = tensor(c.io, "x").transpose(), merged = mixed;
   for (const std::string module : {"l0", "l1"}) {
     INFO(module);
-    auto W = turned(tensor(base, module + ".weight"));
-    vector<double> bias = tensor(base, module + ".bias").transpose();
+    auto W = turned(tensor(c.base, module + ".weight"));
+    vector<double> bias = tensor(c.base, module + ".bias").transpose();
     steps<double> all;
     for (const auto& name : names) {
-      const auto file = lora::safetensors::read(folder / name / "adapter_model.safetensors");
+      const auto file = lora::safetensors::read(c.folder / name / "adapter_model.safetensors");
       const auto kind = make(file, "base_model.model." + module, W.rows(), W.cols());
       CHECK(kind.out_features() == W.rows());
       CHECK(kind.in_features() == W.cols());
@@ -168,12 +161,12 @@ void check_golden(const std::string& id, const std::vector<std::string>& names, 
     mixed = mix(all, W, bias, mixed);
     merge(all, W, bias);
     merged = (W * merged).colwise() + bias;
-    const auto want = [&](const std::string& what) { return tensor(io, "merged64." + scenario + "." + module + what); };
+    const auto want = [&](const std::string& what) { return tensor(c.io, "merged64." + scenario + "." + module + what); };
     CHECK((W - turned(want(".weight"))).cwiseAbs().maxCoeff() < 1e-9);
-    if (io.contains("merged64." + scenario + "." + module + ".bias"))
+    if (c.io.contains("merged64." + scenario + "." + module + ".bias"))
       CHECK((bias - want(".bias").transpose()).cwiseAbs().maxCoeff() < 1e-9);
   }
-  const test::matrix<double> y = tensor(io, "y64_" + scenario).transpose();
+  const test::matrix<double> y = tensor(c.io, "y64_" + scenario).transpose();
   CHECK((mixed - y).cwiseAbs().maxCoeff() < 1e-9);
   CHECK((merged - y).cwiseAbs().maxCoeff() < 1e-9);
 }

@@ -163,8 +163,9 @@ TEST_CASE("LoHa of PEFT") {
   if (!test::have_outside()) return;
   const auto make = [](const lora::safetensors::file& file, const std::string& at, index_t r, double alpha) {
     const auto one = [&](const std::string& n) -> factored_matrix<double> {
-      const auto a = delta::factor(file, at + "hada_w" + n + "_a"), b = delta::factor(file, at + "hada_w" + n + "_b");
-      if (file.contains(at + "hada_t" + n)) return {delta::factor(file, at + "hada_t" + n), a, b};
+      const auto a = golden::kernel<double>(file, at + "hada_w" + n + "_a"),
+                 b = golden::kernel<double>(file, at + "hada_w" + n + "_b");
+      if (file.contains(at + "hada_t" + n)) return {golden::kernel<double>(file, at + "hada_t" + n), a, b};
       return {a, b};
     };
     lora::loha_adapter<double> l(one("1"), one("2"), {.alpha = alpha});

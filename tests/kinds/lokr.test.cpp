@@ -145,9 +145,10 @@ TEST_CASE("LoKr of PEFT") {
   if (!test::have_outside()) return;
   const auto make = [](const lora::safetensors::file& file, const std::string& at, index_t r, double alpha) {
     const auto one = [&](const std::string& n) -> factored_matrix<double> {
-      if (file.contains(at + "lokr_w" + n)) return {delta::factor(file, at + "lokr_w" + n)};
-      const auto a = delta::factor(file, at + "lokr_w" + n + "_a"), b = delta::factor(file, at + "lokr_w" + n + "_b");
-      if (file.contains(at + "lokr_t" + n)) return {delta::factor(file, at + "lokr_t" + n), a, b};
+      if (file.contains(at + "lokr_w" + n)) return {golden::kernel<double>(file, at + "lokr_w" + n)};
+      const auto a = golden::kernel<double>(file, at + "lokr_w" + n + "_a"),
+                 b = golden::kernel<double>(file, at + "lokr_w" + n + "_b");
+      if (file.contains(at + "lokr_t" + n)) return {golden::kernel<double>(file, at + "lokr_t" + n), a, b};
       return {a, b};
     };
     return lora::lokr_adapter<double>(one("1"), one("2"), r, {.alpha = alpha});

@@ -5,7 +5,7 @@
 // numbers in every state of merging; check_expected does so with outputs compared by the caller, check_weights without outputs,
 // where the base is a model that is not described as a graph.
 //
-// Every tolerance is a bound: the hard bound of docs/numerics.md for our arithmetic plus the one for PEFT's (reference.hpp),
+// Every tolerance is a bound: the hard bound of docs/numerics.md for our arithmetic plus the one for PEFT's (support/golden.hpp),
 // carried through the graph; and, where the case states one, also its own atol and rtol.
 #pragma once
 
@@ -19,8 +19,8 @@
 #include <vector>
 
 #include "golden/graph.hpp"
-#include "golden/reference.hpp"
 #include "lora/io/peft.hpp"
+#include "support/golden.hpp"
 
 namespace golden {
 
@@ -29,24 +29,21 @@ using scenario = std::vector<std::pair<std::string, double>>;
 
 class reference_case {
  public:
-  explicit reference_case(const fs::path& folder)
-      : about_(read_json(folder / "case.json")),
-        base_(lora::safetensors::read(folder / about_.value("base", "base.safetensors"))),
-        io_(lora::safetensors::read(folder / "io.safetensors")) {
+  explicit reference_case(const fs::path& folder) : files_{folder} {
     for (const auto& op : graph()) in_out_ = in_out_ || op.at("op") == "conv1d_t";
-    in_out_ = in_out_ || about_.value("arch", "") == "gpt2";
+    in_out_ = in_out_ || about().value("arch", "") == "gpt2";
     // PEFT corrects the word in the config when it sees a base that stores in x out; here the case says so.
     const lora::peft::read_options options{.fan_in_fan_out = in_out_};
-    for (const auto& [name, settings] : about_.at("adapters").items()) {
+    for (const auto& [name, settings] : about().at("adapters").items()) {
       in_float_.emplace(name, lora::peft::read<float>(folder / name, options));
       in_double_.emplace(name, lora::peft::read<double>(folder / name, options));
     }
   }
 
-  const json& about() const { return about_; }
-  const lora::safetensors::file& base() const { return base_; }
-  const lora::safetensors::file& io() const { return io_; }
-  json graph() const { return about_.value("graph", json::array()); }
+  const json& about() const { return files_.about; }
+  const lora::safetensors::file& base() const { return files_.base; }
+  const lora::safetensors::file& io() const { return files_.io; }
+  json graph() const { return about().value("graph", json::array()); }
   /// The base stores its weights in_features x out_features.
   bool in_out() const { return in_out_; }
   template <class T>
@@ -59,8 +56,8 @@ class reference_case {
 
   scenario scenario_of(const std::string& name) const {
     scenario result;
-    if (about_.contains("scenarios")) {
-      for (const auto& pair : about_.at("scenarios").at(name).at("adapters")) result.emplace_back(pair.at(0), pair.at(1));
+    if (about().contains("scenarios")) {
+      for (const auto& pair : about().at("scenarios").at(name).at("adapters")) result.emplace_back(pair.at(0), pair.at(1));
     } else if (name != "base") {
       for (const auto& adapter : split(name, '+')) result.emplace_back(adapter, 1.0);
     }
@@ -81,9 +78,9 @@ class reference_case {
   }
 
   /// out x in, whatever the base stores.
-  MatrixXd weight(const std::string& module) const { return turned(tensor<double>(base_, module + ".weight")); }
+  MatrixXd weight(const std::string& module) const { return turned(tensor<double>(base(), module + ".weight")); }
   VectorXd bias(const std::string& module) const {
-    return base_.contains(module + ".bias") ? VectorXd(tensor<double>(base_, module + ".bias").transpose()) : VectorXd();
+    return base().contains(module + ".bias") ? VectorXd(tensor<double>(base(), module + ".bias").transpose()) : VectorXd();
   }
   MatrixXd turned(const MatrixXd& m) const { return in_out_ ? MatrixXd(m.transpose()) : m; }
 
@@ -114,7 +111,7 @@ class reference_case {
   /// The output of the graph, out x tokens, in T.
   template <class T>
   MatrixXd output(const scenario& active, unsigned merged) const {
-    const test::col_matrix<T> x = tensor<T>(io_, "x").transpose();
+    const test::col_matrix<T> x = tensor<T>(io(), "x").transpose();
     return run_graph(graph(), x,
                      [&](const json& op, const test::col_matrix<T>& input) {
                        const auto one = layer<T>(op.at("module"), active, merged);
@@ -128,7 +125,7 @@ class reference_case {
   /// How far such an output may be from exact, by a bound for one layer: agreement::error_bound for ours, or peft_bound.
   template <class Bound>
   MatrixXd output_bound(const scenario& active, unsigned merged, const formats& f, const Bound& bound_of) const {
-    const MatrixXd x = tensor<double>(io_, "x").transpose();
+    const MatrixXd x = tensor<double>(io(), "x").transpose();
     const auto layer = [&](const json& op, const tracked& in) -> tracked {
       const std::string module = op.at("module");
       const MatrixXd W = weight(module), largest = in.value.cwiseAbs() + in.bound;
@@ -145,8 +142,7 @@ class reference_case {
   }
 
  private:
-  json about_;
-  lora::safetensors::file base_, io_;
+  case_files files_;
   bool in_out_ = false;
   std::map<std::string, lora::peft::adapter_file<float>> in_float_;
   std::map<std::string, lora::peft::adapter_file<double>> in_double_;
