@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Layers to measure: weights and factors of fixed random values, as many of them as fill twice the last-level cache, so
-// that a weight that comes round again comes from memory, as in a model.
+// Layers to measure: weights and factors of fixed random values, as many of them as fill twice the
+// last-level cache, so that a weight that comes round again comes from memory, as in a model.
 #pragma once
 
 #include <Eigen/Core>
@@ -77,11 +77,14 @@ buffer<T> random_weight(const shape& layer, std::uint32_t seed) {
   return random_values<T>(layer.in * layer.out, 1 / std::sqrt(static_cast<double>(layer.in)), seed);
 }
 
-/// An adapter whose delta is about half as large as the weight, so that a lost one shows. Its scaling is not 1.
+/// An adapter whose delta is about half as large as the weight, so that a lost one shows. Its
+/// scaling is not 1.
 template <class F>
 lora::adapter<F> random_adapter(const shape& layer, index_t rank, std::uint32_t seed) {
-  const auto A = random_values<F>(rank * layer.in, 1 / std::sqrt(static_cast<double>(layer.in)), seed);
-  const auto B = random_values<F>(layer.out * rank, 0.5 / std::sqrt(static_cast<double>(rank)), seed + 1);
+  const auto A =
+      random_values<F>(rank * layer.in, 1 / std::sqrt(static_cast<double>(layer.in)), seed);
+  const auto B =
+      random_values<F>(layer.out * rank, 0.5 / std::sqrt(static_cast<double>(rank)), seed + 1);
   return {lora::row_major(A.data(), rank, layer.in),
           lora::row_major(B.data(), layer.out, rank),
           {.alpha = 2 * static_cast<double>(rank)}};
@@ -93,10 +96,12 @@ Eigen::MatrixXd widened(const M& m) {
   return m.unaryExpr([](const auto& v) { return static_cast<double>(v); });
 }
 
-/// How many layers of this many bytes are more than twice the cache; at least two, so that each call gets another one.
+/// How many layers of this many bytes are more than twice the cache; at least two, so that each
+/// call gets another one.
 inline std::size_t pool_size(double bytes_of_layer) {
-  return std::max<std::size_t>(2,
-                               1 + static_cast<std::size_t>(2.0 * static_cast<double>(last_level_cache()) / bytes_of_layer));
+  return std::max<std::size_t>(
+      2,
+      1 + static_cast<std::size_t>(2.0 * static_cast<double>(last_level_cache()) / bytes_of_layer));
 }
 
 /// Takes turns through a pool: every call of a way gets the next element.
@@ -134,7 +139,8 @@ struct weight_panels {
 
   lora::packed_weight<T> panels;
 
-  weight_panels(const buffer<T>& rows, const shape& s) : panels(lora::row_major(rows.data(), s.out, s.in)) {}
+  weight_panels(const buffer<T>& rows, const shape& s)
+      : panels(lora::row_major(rows.data(), s.out, s.in)) {}
   const lora::packed_weight<T>& view() const { return panels; }
   lora::packed_weight<T>& view() { return panels; }
 };
@@ -144,14 +150,15 @@ template <class T>
 double distance(const std::vector<T>& a, const std::vector<T>& b) {
   double difference = 0, size = 0;
   for (std::size_t k = 0; k < a.size(); ++k) {
-    const auto [x, y] =
-        std::pair(static_cast<double>(static_cast<float>(a[k])), static_cast<double>(static_cast<float>(b[k])));
+    const auto [x, y] = std::pair(static_cast<double>(static_cast<float>(a[k])),
+                                  static_cast<double>(static_cast<float>(b[k])));
     difference += (x - y) * (x - y);
     size += y * y;
   }
   return std::sqrt(difference / size);
 }
-/// Whether two ways agree: the outputs of 16-bit weights that were merged differ by the rounding of the weights.
+/// Whether two ways agree: the outputs of 16-bit weights that were merged differ by the rounding of
+/// the weights.
 template <class T, class V>
 bool agree(const std::vector<V>& a, const std::vector<V>& b) {
   return distance(a, b) < (sizeof(T) == 2 || sizeof(V) == 2 ? 2e-2 : 1e-4);

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The machine's limits as the benches use them: the library's own probe, with memory enough for this machine's caches. A
-// row's `share` is the time that these limits allow over the time it took. They are measured again between its rounds,
-// because on a shared host the clock and the memory's bandwidth change within seconds.
+// The machine's limits as the benches use them: the library's own probe, with memory enough for
+// this machine's caches. A row's `share` is the time that these limits allow over the time it took.
+// They are measured again between its rounds, because on a shared host the clock and the memory's
+// bandwidth change within seconds.
 #pragma once
 
 #include <benchmark/benchmark.h>
@@ -14,7 +15,9 @@
 
 namespace lora_bench {
 
-inline double now() { return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count(); }
+inline double now() {
+  return std::chrono::duration<double>(std::chrono::steady_clock::now().time_since_epoch()).count();
+}
 
 /// How long f() takes, in seconds.
 template <class F>
@@ -42,27 +45,34 @@ inline std::size_t last_level_cache() {
 struct flops {
   double multiply_adds = 0, dots = 0;
 
-  flops operator+(const flops& more) const { return {multiply_adds + more.multiply_adds, dots + more.dots}; }
+  flops operator+(const flops& more) const {
+    return {multiply_adds + more.multiply_adds, dots + more.dots};
+  }
 };
 /// Of elements T and X.
 template <class T, class X>
 flops flops_of(double work) {
-  if (lora::smallest_in_product<lora::accumulator_t<T, X>, T, X>() > 0) return {.dots = work};
+  if (lora::flush_threshold_of_product<lora::accumulator_t<T, X>, T, X>() > 0)
+    return {.dots = work};
   return {.multiply_adds = work};
 }
 /// Of a delta weight of factors F, accumulated in float.
 template <class F>
 flops flops_of_delta(double work) {
-  if (lora::smallest_in_delta<float, lora::adapter<F>>() > 0) return {.dots = work};
+  if (lora::flush_threshold_of_delta<float, lora::adapter<F>>() > 0) return {.dots = work};
   return {.multiply_adds = work};
 }
 
-/// The seconds that a way must take which reads `bytes`, or reads and writes them in place, as a function of the limits.
+/// The seconds that a way must take which reads `bytes`, or reads and writes them in place, as a
+/// function of the limits.
 inline auto reading(const flops& work, double bytes) {
-  return [=](const lora::limits& l) { return l.reading(work.multiply_adds, work.dots, bytes); };
+  return
+      [=](const lora::machine_rates& l) { return l.reading(work.multiply_adds, work.dots, bytes); };
 }
 inline auto updating(const flops& work, double bytes) {
-  return [=](const lora::limits& l) { return l.updating(work.multiply_adds, work.dots, bytes); };
+  return [=](const lora::machine_rates& l) {
+    return l.updating(work.multiply_adds, work.dots, bytes);
+  };
 }
 
 /// Four times the cache: what a pass leaves in it serves at most a quarter of the next.

@@ -2,18 +2,21 @@
 //
 // Merging one adapter into a weight in place, lora::merge(space, W, l), against other libraries:
 //   rows, panels   a weight that the caller keeps row-major, and a lora::packed_weight
-//   eigen          float: W.noalias() += s * B * A. 16 bits: the same on a float temporary, as one would write it:
-//                  T = W.cast<float>(); T.noalias() += s * B * A; W = T.cast<...>()
+//   eigen          float: W.noalias() += s * B * A. 16 bits: the same on a float temporary, as one
+//                  would write it: T = W.cast<float>(); T.noalias() += s * B * A; W = T.cast<...>()
 //   openblas       float: cblas_sgemm(alpha = s, beta = 1); no 16-bit products in Debian's build
-// over ranks, formats and layer sizes (4096x11008: 4096 in_features, 11008 out_features). Factors are float, or, without
-// rivals, bfloat16, which dot products multiply where the build has them. Weights rotate over more than twice the last-level
-// cache and every round over them changes the adapter's sign, so that they stay of one size. Before a row is timed, all
+// over ranks, formats and layer sizes (4096x11008: 4096 in_features, 11008 out_features). Factors
+// are float, or, without rivals, bfloat16, which dot products multiply where the build has them.
+// Weights rotate over more than twice the last-level cache and every round over them changes the
+// adapter's sign, so that they stay of one size. Before a row is timed, all
 // results are compared with dot products in double.
 //
-// A row is one Google Benchmark iteration: a series of rounds (see paired.hpp). Its time is the median lora::merge of rows
-// (manual timing). Counters:
-//   share, share_panels      of the machine's limit: max(FLOPs / their rate, 2 bytes of W / read-and-write rate) / time
-//   speedup_vs_R             R / lora (rows), the median of the rounds; _lo, _hi: its 95 % interval; R_us
+// A row is one Google Benchmark iteration: a series of rounds (see paired.hpp). Its time is the
+// median lora::merge of rows (manual timing). Counters:
+//   share, share_panels      of the machine's limit: max(FLOPs / their rate, 2 bytes of W /
+//                            read-and-write rate) / time
+//   speedup_vs_R             R / lora (rows), the median of the rounds; _lo, _hi: its 95 %
+//                            interval; R_us
 //   panels_us, rounds, limit_flops, limit_dot_flops, limit_read, limit_read_write
 //
 // A quick look: --row_seconds=0.3 --benchmark_filter='layer:4096x4096/rank:(8|64)/'
@@ -95,11 +98,14 @@ lora_bench::way in_turn(Pool& weights, const Merge& merge) {
 }
 
 template <class T, class F>
-void merge(benchmark::State& state, lora_bench::session& session, const shape& layer, index_t rank) {
+void merge(benchmark::State& state, lora_bench::session& session, const shape& layer,
+           index_t rank) {
   auto& [rows, panels] = pool<T>::get(layer);
   const auto l = lora_bench::random_adapter<F>(layer, rank, 1000);
   lora::workspace space;
-  const auto merge_ours = [&](auto& W, double sign) { lora::merge(space, W.view(), lora::scaled(sign, l)); };
+  const auto merge_ours = [&](auto& W, double sign) {
+    lora::merge(space, W.view(), lora::scaled(sign, l));
+  };
   std::vector<lora_bench::merge_rival<T>> rivals;
   if constexpr (std::is_same_v<F, float>) rivals = lora_bench::merge_rivals<T>(layer, l);
 
@@ -109,7 +115,8 @@ void merge(benchmark::State& state, lora_bench::session& session, const shape& l
     auto packed_after = lora_bench::weight_panels<T>(before.values, layer);
     merge_ours(after, 1.0);
     merge_ours(packed_after, 1.0);
-    if (!is_merged(before, l, std::as_const(after).view()) || !is_merged(before, l, packed_after.panels))
+    if (!is_merged(before, l, std::as_const(after).view()) ||
+        !is_merged(before, l, packed_after.panels))
       return session.fail(state, "the merged weight is wrong");
     for (const auto& rival : rivals) {
       after = before;
@@ -124,7 +131,8 @@ void merge(benchmark::State& state, lora_bench::session& session, const shape& l
   const auto m = session.measure(state, ways, 0);
 
   const double flops = 2 * static_cast<double>(rank) * layer.size();
-  const auto limit = lora_bench::updating(lora_bench::flops_of_delta<F>(flops), 2 * layer.size() * sizeof(T));
+  const auto limit =
+      lora_bench::updating(lora_bench::flops_of_delta<F>(flops), 2 * layer.size() * sizeof(T));
   state.counters["share"] = m.share(0, limit);
   state.counters["share_panels"] = m.share(1, limit);
   state.counters["panels_us"] = m.series.time(1).median * 1e6;
@@ -136,26 +144,30 @@ void merge(benchmark::State& state, lora_bench::session& session, const shape& l
 
 template <class T, class F>
 void add_rows(lora_bench::session& session) {
-  for (const shape& layer : {shape{768, 768}, {1024, 1024}, {4096, 4096}, {4096, 11008}, {11008, 4096}, {8192, 28672}})
+  for (const shape& layer :
+       {shape{768, 768}, {1024, 1024}, {4096, 4096}, {4096, 11008}, {11008, 4096}, {8192, 28672}})
     for (const index_t rank : {8, 16, 64, 256}) {
       const std::string name = std::string("merge/base:") + lora_bench::name_of<T>() +
                                "/factors:" + lora_bench::name_of<F>() + "/layer:" + layer.text() +
                                "/rank:" + std::to_string(rank);
       const bool small = layer == shape{768, 768} || layer == shape{4096, 4096};
       const bool large = layer == shape{4096, 11008} && rank <= 16;
-      const bool largest = layer.in == 8192 && rank == 16 && !std::is_same_v<T, lora::float16>;  // half a minute to set up
-      session.add(name, small || large || largest,
-                  [=, &session](benchmark::State& state) { merge<T, F>(state, session, layer, rank); });
+      const bool largest = layer.in == 8192 && rank == 16 &&
+                           !std::is_same_v<T, lora::float16>;  // half a minute to set up
+      session.add(name, small || large || largest, [=, &session](benchmark::State& state) {
+        merge<T, F>(state, session, layer, rank);
+      });
     }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  return lora_bench::run_program(argc, argv, lora_bench::table_of_merge(), [](lora_bench::session& session) {
-    add_rows<float, float>(session);
-    add_rows<lora::bfloat16, float>(session);
-    add_rows<lora::bfloat16, lora::bfloat16>(session);
-    add_rows<lora::float16, float>(session);
-  });
+  return lora_bench::run_program(argc, argv, lora_bench::table_of_merge(),
+                                 [](lora_bench::session& session) {
+                                   add_rows<float, float>(session);
+                                   add_rows<lora::bfloat16, float>(session);
+                                   add_rows<lora::bfloat16, lora::bfloat16>(session);
+                                   add_rows<lora::float16, float>(session);
+                                 });
 }

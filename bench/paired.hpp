@@ -1,8 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Several ways of doing one thing, timed in turns: what disturbs the machine disturbs all, and their ratios survive. A
-// series is a number of rounds, each of which times every way once, in an order that changes from round to round; its
-// results are medians over the rounds, of ratios between two ways, with a 95 % interval. Ratios decide, seconds never.
+// Several ways of doing one thing, timed in turns: what disturbs the machine disturbs all, and
+// their ratios survive. A series is a number of rounds, each of which times every way once, in an
+// order that changes from round to round; its
+// results are medians over the rounds, of ratios between two ways, with a 95 % interval. Ratios
+// decide, seconds never.
 #pragma once
 
 #include <algorithm>
@@ -16,8 +18,9 @@
 
 namespace lora_bench {
 
-/// A median and the interval that holds the true one with 95 %: two order statistics, so nothing is assumed about the
-/// distribution but that the values are independent. (A disturbance that lasts longer than a round makes it too narrow.)
+/// A median and the interval that holds the true one with 95 %: two order statistics, so nothing is
+/// assumed about the distribution but that the values are independent. (A disturbance that lasts
+/// longer than a round makes it too narrow.)
 struct estimate {
   double median = 0, low = 0, high = 0;
 };
@@ -26,13 +29,14 @@ inline estimate estimate_median(std::vector<double> values) {
   std::sort(values.begin(), values.end());
   const std::size_t n = values.size();
   if (n == 0) return {};
-  // Below the median lie k or fewer of n values with the probability that a fair coin falls k times or less.
+  // Below the median lie k or fewer of n values with the probability that a fair coin falls k times
+  // or less.
   double below = 0;
   std::size_t cut = 0;
   for (std::size_t k = 0; k < n / 2; ++k) {
     const auto [total, heads] = std::pair(static_cast<double>(n), static_cast<double>(k));
-    below +=
-        std::exp(std::lgamma(total + 1) - std::lgamma(heads + 1) - std::lgamma(total - heads + 1) - total * std::log(2.0));
+    below += std::exp(std::lgamma(total + 1) - std::lgamma(heads + 1) -
+                      std::lgamma(total - heads + 1) - total * std::log(2.0));
     if (below > 0.025) break;
     cut = k;
   }
@@ -63,15 +67,16 @@ class series {
   template <class F>
   estimate combine(std::size_t one, std::size_t other, const F& f) const {
     std::vector<double> values(rounds());
-    std::transform(seconds_[one].begin(), seconds_[one].end(), seconds_[other].begin(), values.begin(), f);
+    std::transform(seconds_[one].begin(), seconds_[one].end(), seconds_[other].begin(),
+                   values.begin(), f);
     return estimate_median(std::move(values));
   }
 
   std::vector<std::vector<double>> seconds_;
 };
 
-/// Rounds until `budget` seconds have gone, without what before_round() takes; at least 6 (fewer have no 95 % interval), at
-/// most 2000.
+/// Rounds until `budget` seconds have gone, without what before_round() takes; at least 6 (fewer
+/// have no 95 % interval), at most 2000.
 inline series time_in_turns(double budget, const std::vector<way>& ways, const way& before_round) {
   for (const way& run : ways) run();
   series result(ways.size());

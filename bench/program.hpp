@@ -1,13 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the programs of this folder share: their command line, the machine and the rivals in the JSON context, and a table
-// of the counters (Google Benchmark would print a share of 0.78 as 780m).
+// What the programs of this folder share: their command line, the machine and the rivals in the
+// JSON context, and a table of the counters (Google Benchmark would print a share of 0.78 as 780m).
 //
-//   --rows=bars              the rows that bench/results.md has a bar for (the default); --rows=all: every combination
-//   --row_seconds=1          how long a row is measured (all its ways together), besides setting up and half as much for
-//                            the probes between rounds; 6 rounds at least
+//   --rows=bars              the rows that bench/results.md has a bar for (the default);
+//                            --rows=all: every combination
+//   --row_seconds=1          how long a row is measured (all its ways together), besides setting up
+//                            and half as much for the probes between rounds; 6 rounds at least
 //   --benchmark_filter=...   which rows; --benchmark_list_tests lists them
-//   --benchmark_format=json, --benchmark_out=F.json    all figures, as fractions and seconds; bench/table.py reads them
+//   --benchmark_format=json, --benchmark_out=F.json    all figures, as fractions and seconds;
+//                                                      bench/table.py reads them
 //
 // A row whose ways do not agree is an error, and the program's exit status is then 1.
 #pragma once
@@ -33,26 +35,28 @@ namespace lora_bench {
 /// A series, and the machine's limits when each of its rounds began.
 struct measurement {
   lora_bench::series series;
-  std::vector<lora::limits> of_round;
+  std::vector<lora::machine_rates> of_round;
 
   /// The medians of the rounds.
-  lora::limits limits() const {
-    const auto median = [this](double lora::limits::*rate) {
+  lora::machine_rates limits() const {
+    const auto median = [this](double lora::machine_rates::*rate) {
       std::vector<double> rates;
-      for (const lora::limits& l : of_round) rates.push_back(l.*rate);
+      for (const lora::machine_rates& l : of_round) rates.push_back(l.*rate);
       return estimate_median(std::move(rates)).median;
     };
-    return {.flops = median(&lora::limits::flops),
-            .read = median(&lora::limits::read),
-            .read_write = median(&lora::limits::read_write),
+    return {.flops = median(&lora::machine_rates::flops),
+            .read = median(&lora::machine_rates::read),
+            .read_write = median(&lora::machine_rates::read_write),
             .threads = of_round.front().threads,
-            .dot_flops = median(&lora::limits::dot_flops)};
+            .dot_flops = median(&lora::machine_rates::dot_flops)};
   }
-  /// The time that the limits allow, limit(lora::limits), over the time that a way took: the median of the rounds.
+  /// The time that the limits allow, limit(lora::machine_rates), over the time that a way took: the
+  /// median of the rounds.
   template <class Limit>
   double share(std::size_t which, const Limit& limit) const {
     std::vector<double> shares;
-    for (std::size_t k = 0; k < of_round.size(); ++k) shares.push_back(limit(of_round[k]) / series.seconds(which)[k]);
+    for (std::size_t k = 0; k < of_round.size(); ++k)
+      shares.push_back(limit(of_round[k]) / series.seconds(which)[k]);
     return estimate_median(std::move(shares)).median;
   }
 };
@@ -65,18 +69,23 @@ class session {
   bool failed = false;
   lora::detail::limits_probe probe = make_probe();
 
-  /// Registers row(state) if it is asked for. A row is one iteration; it sets the time by state.SetIterationTime.
+  /// Registers row(state) if it is asked for. A row is one iteration; it sets the time by
+  /// state.SetIterationTime.
   template <class Row>
   void add(const std::string& name, bool has_bar, const Row& row) {
     if (!all_rows && !has_bar) return;
-    benchmark::RegisterBenchmark(name.c_str(), row)->Iterations(1)->UseManualTime()->Unit(benchmark::kMicrosecond);
+    benchmark::RegisterBenchmark(name.c_str(), row)
+        ->Iterations(1)
+        ->UseManualTime()
+        ->Unit(benchmark::kMicrosecond);
   }
 
   /// The row's one iteration: `ways` in turns; its time is that of ways[subject].
   measurement measure(benchmark::State& state, const std::vector<way>& ways, std::size_t subject) {
     measurement m;
     for (auto _ : state) {
-      // Between rounds, for a third of the time at most: where rounds are short, one probe serves several.
+      // Between rounds, for a third of the time at most: where rounds are short, one probe serves
+      // several.
       const double start = now();
       double probing = 0;
       m.series = time_in_turns(row_seconds, ways, [&] {
@@ -88,7 +97,7 @@ class session {
       });
       state.SetIterationTime(m.series.time(subject).median);
     }
-    const lora::limits limits = m.limits();
+    const lora::machine_rates limits = m.limits();
     state.counters["rounds"] = static_cast<double>(m.series.rounds());
     state.counters["limit_flops"] = limits.flops;
     state.counters["limit_dot_flops"] = limits.dot_flops;
@@ -104,7 +113,8 @@ class session {
 };
 
 /// A counter with its 95 % interval: NAME, NAME_lo, NAME_hi.
-inline void count(benchmark::State& state, const std::string& name, const estimate& e, double shift = 0) {
+inline void count(benchmark::State& state, const std::string& name, const estimate& e,
+                  double shift = 0) {
   state.counters[name] = e.median + shift;
   state.counters[name + "_lo"] = e.low + shift;
   state.counters[name + "_hi"] = e.high + shift;
@@ -125,9 +135,10 @@ class table_reporter : public benchmark::BenchmarkReporter {
   bool ReportContext(const Context& context) override {
     PrintBasicContext(&GetErrorStream(), context);
     // Debian's library is a debug build and warns of it.
-    GetErrorStream() << "Times are taken by this program: a DEBUG build of Google Benchmark does not change them.\n";
-    std::printf("%s\n%s%-*s%*s", limits_.c_str(), legend_of(table_).c_str(), name_width, "", cell_width,
-                table_.time_heading);
+    GetErrorStream() << "Times are taken by this program: a DEBUG build of Google Benchmark does "
+                        "not change them.\n";
+    std::printf("%s\n%s%-*s%*s", limits_.c_str(), legend_of(table_).c_str(), name_width, "",
+                cell_width, table_.time_heading);
     for (const column& c : table_.columns) std::printf("%*s", cell_width, c.heading);
     std::printf("\n");
     return true;
@@ -144,7 +155,9 @@ class table_reporter : public benchmark::BenchmarkReporter {
         std::printf("  %s\n", failure.c_str());
         continue;
       }
-      std::printf("%*.1f", cell_width, run.GetAdjustedRealTime() * 1e6 / benchmark::GetTimeUnitMultiplier(run.time_unit));
+      std::printf(
+          "%*.1f", cell_width,
+          run.GetAdjustedRealTime() * 1e6 / benchmark::GetTimeUnitMultiplier(run.time_unit));
       for (const column& c : table_.columns) {
         const auto found = run.counters.find(c.counter);
         if (found == run.counters.end())
@@ -174,8 +187,9 @@ class table_reporter : public benchmark::BenchmarkReporter {
 };
 
 inline std::string build_text() {
-  std::string text = "lora " + std::to_string(LORA_VERSION_MAJOR) + "." + std::to_string(LORA_VERSION_MINOR) + "." +
-                     std::to_string(LORA_VERSION_PATCH) + ", ";
+  std::string text = "lora " + std::to_string(LORA_VERSION_MAJOR) + "." +
+                     std::to_string(LORA_VERSION_MINOR) + "." + std::to_string(LORA_VERSION_PATCH) +
+                     ", ";
 #if defined(__clang__)
   text += "clang " __clang_version__;
 #elif defined(__GNUC__)
@@ -183,7 +197,8 @@ inline std::string build_text() {
 #else
   text += "another compiler";
 #endif
-  text += " " LORA_BENCH_FLAGS ", vectors of " + std::to_string(lora::detail::simd<float>::width) + " floats, ";
+  text += " " LORA_BENCH_FLAGS ", vectors of " + std::to_string(lora::detail::simd<float>::width) +
+          " floats, ";
 #if defined(_OPENMP)
   text += "OpenMP";
 #else
@@ -207,7 +222,7 @@ inline std::string cpu_text() {
   return "unknown";
 }
 
-inline void add_context(const session& s, const lora::limits& limits) {
+inline void add_context(const session& s, const lora::machine_rates& limits) {
   benchmark::AddCustomContext("build", build_text());
   benchmark::AddCustomContext("cpu", cpu_text());
   benchmark::AddCustomContext("threads", std::to_string(s.probe.threads()));
@@ -255,14 +270,15 @@ int run_program(int argc, char** argv, const table& columns, const Register& reg
   benchmark::Initialize(&argc, argv);
   if (benchmark::ReportUnrecognizedArguments(argc, argv)) return 1;
 
-  const lora::limits limits = s.probe.measure();
+  const lora::machine_rates limits = s.probe.measure();
   add_context(s, limits);
   char heading[256];
-  std::snprintf(
-      heading, sizeof heading,
-      "limits of %d thread(s): %.0f GFLOP/s float multiply-add, %.0f by dot products of bfloat16, %.1f GB/s read, %.1f GB/s "
-      "read and written in place",
-      s.probe.threads(), limits.flops / 1e9, limits.dot_flops / 1e9, limits.read / 1e9, limits.read_write / 1e9);
+  std::snprintf(heading, sizeof heading,
+                "limits of %d thread(s): %.0f GFLOP/s float multiply-add, %.0f by dot products of "
+                "bfloat16, %.1f GB/s read, %.1f GB/s "
+                "read and written in place",
+                s.probe.threads(), limits.flops / 1e9, limits.dot_flops / 1e9, limits.read / 1e9,
+                limits.read_write / 1e9);
   register_rows(s);
   if (as_table) {
     table_reporter reporter(heading, columns);

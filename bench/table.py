@@ -259,7 +259,7 @@ def page(records):
         "## The merged way: base products", base_products(records, threads),
         "## Mixed over merged", "Overhead in %, in brackets the points above the floor; ~ where the 95 % interval is wider "
         "than one point.", two_ways(records, threads),
-        "The same with U = s lora_A x rounded to bfloat16 before lora_B multiplies it (`lora::U_format::factors`).",
+        "The same with U = s lora_A x rounded to bfloat16 before lora_B multiplies it (`lora::intermediate_format::factors`).",
         two_ways(records, threads, "rounded_U"),
         "## Several adapters against one", stacked(records, threads),
         "## Merging in place", merges(records, threads),

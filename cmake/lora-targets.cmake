@@ -84,7 +84,7 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/kinds/loha.hpp
   include/lora/kinds/lokr.hpp
   include/lora/kinds/vera.hpp
-  include/lora/limits.hpp
+  include/lora/machine.hpp
   include/lora/linear.hpp
   include/lora/lora.hpp
   include/lora/model.hpp
@@ -100,8 +100,8 @@ target_sources(lora_lora INTERFACE FILE_SET HEADERS BASE_DIRS "${PROJECT_SOURCE_
   include/lora/prepared_merge.hpp
   include/lora/rounding.hpp
   include/lora/rounding_bounds.hpp
-  include/lora/rows.hpp
-  include/lora/rows_bounds.hpp
+  include/lora/embed.hpp
+  include/lora/embed_bounds.hpp
   include/lora/scaled.hpp
   include/lora/scaling.hpp
   include/lora/steps.hpp

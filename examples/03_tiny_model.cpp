@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A model that writes numbers as words, and two adapters that PEFT trained for it: one writes in capitals, one in German.
-// Switched, mixed and merged while the program runs, and in the middle of a text.
+// A model that writes numbers as words, and two adapters that PEFT trained for it: one writes in
+// capitals, one in German. Switched, mixed and merged while the program runs, and in the middle of
+// a text.
 #include <iostream>
 
 #include "llama.hpp"

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// An engine that knows nothing of Eigen: weights, factors and activations are spans, or an mdspan of its own. Views cost nothing
-// and copy nothing.
+// An engine that knows nothing of Eigen: weights, factors and activations are spans, or an mdspan
+// of its own. Views cost nothing and copy nothing.
 #include <array>
 #include <cstdio>
 #include <numeric>
@@ -12,7 +12,8 @@
 
 namespace engine {
 
-/// What std::mdspan (C++23) or Kokkos' is for two dimensions, as far as the library asks: anything with these members is taken.
+/// What std::mdspan (C++23) or Kokkos' is for two dimensions, as far as the library asks: anything
+/// with these members is taken.
 template <class T>
 struct mdspan {
   struct extents_type {};
@@ -37,19 +38,23 @@ int main() {
   std::iota(b.begin(), b.end(), -2.0F);
   std::iota(x.begin(), x.end(), 0.0F);
 
-  // Row-major [out, in], [rank, in], [out, rank], as PyTorch keeps them. The adapter looks; it copies nothing.
+  // Row-major [out, in], [rank, in], [out, rank], as PyTorch keeps them. The adapter looks; it
+  // copies nothing.
   const std::span<float> w(weight);
-  const lora::adapter_view<float> l{lora::row_major(a, rank, in), lora::row_major(b, out, rank), {.alpha = 1}};
+  const lora::adapter_view<float> l{
+      lora::row_major(a, rank, in), lora::row_major(b, out, rank), {.alpha = 1}};
 
   // Activations [tokens, in] are in x tokens, column by column: a token is a column.
-  lora::forward(lora::row_major(w, out, in), lora::col_major(x, in, tokens), lora::col_major(y, out, tokens), l);
+  lora::forward(lora::row_major(w, out, in), lora::col_major(x, in, tokens),
+                lora::col_major(y, out, tokens), l);
   std::printf("mixed  ");
   for (const float value : y) std::printf(" %g", static_cast<double>(value));
 
   // The same weight as an mdspan, merged where it lies.
   const engine::mdspan<float> view{weight.data(), {out, in}, {in, 1}};
   lora::merge(lora::row_major(view), l);
-  lora::forward(lora::row_major(view), lora::col_major(x, in, tokens), lora::col_major(y, out, tokens));
+  lora::forward(lora::row_major(view), lora::col_major(x, in, tokens),
+                lora::col_major(y, out, tokens));
   std::printf("\nmerged ");
   for (const float value : y) std::printf(" %g", static_cast<double>(value));
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
-// A set of adapters of different kinds on a model's weights: matched by name first, then merged in one call or attached to
-// layers that keep them apart. A name that does not fit is an error before anything is written.
+// A set of adapters of different kinds on a model's weights: matched by name first, then merged in
+// one call or attached to layers that keep them apart. A name that does not fit is an error before
+// anything is written.
 #include <iostream>
 #include <map>
 
@@ -22,8 +23,8 @@ int main() {
   style.add({{"layers.1.k"}, lora::ia3_adapter<float>::of_outputs({0.5F, 2}, 3), "IA3"});
 
   std::map<std::string, matrix> weights;
-  for (const auto* name :
-       {"model.layers.0.q.weight", "model.layers.0.k.weight", "model.layers.1.q.weight", "model.layers.1.k.weight"})
+  for (const auto* name : {"model.layers.0.q.weight", "model.layers.0.k.weight",
+                           "model.layers.1.q.weight", "model.layers.1.k.weight"})
     weights.emplace(name, W);
   try {
     lora::merge(weights, style);
@@ -32,8 +33,8 @@ int main() {
   }
   const auto fits = style.renamed(lora::moved_prefix{"", "model."});
   const auto report = lora::merge(weights, fits, 0.5);  // at half of their strength
-  std::cout << "merged " << report.weights << " weights: " << report.changed << " of " << report.elements
-            << " elements changed\n";
+  std::cout << "merged " << report.weights << " weights: " << report.changed << " of "
+            << report.elements << " elements changed\n";
 
   lora::model<float> net;
   for (const auto& [name, l] : style) net.add(name, lora::linear<float>(W));

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// demo [data]: shows on the tiny model and its two PEFT adapters that merging, mixing and everything between agree, with each
-// other within the rounding bound and with PEFT's own numbers. The exit status is 1 when anything disagrees.
+// demo [data]: shows on the tiny model and its two PEFT adapters that merging, mixing and
+// everything between agree, with each other within the rounding bound and with PEFT's own numbers.
+// The exit status is 1 when anything disagrees.
 #include <algorithm>
 #include <chrono>
 #include <cstdio>
@@ -59,7 +60,8 @@ struct world {
   explicit world(const fs::path& d)
       : data(d),
         golden(lora::safetensors::read(d / "golden.safetensors")),
-        adapters{lora::peft::read(d / "adapters/capitals"), lora::peft::read(d / "adapters/german")},
+        adapters{lora::peft::read(d / "adapters/capitals"),
+                 lora::peft::read(d / "adapters/german")},
         words(d / "base/vocabulary.json") {}
 
   template <class T>
@@ -74,10 +76,12 @@ struct world {
   }
 };
 
-// --- What the adapters hold -------------------------------------------------------------------------------------------
+// --- What the adapters hold
+// -------------------------------------------------------------------------------------------
 
 void describe(const world& w, const llama::model<double>& base) {
-  std::printf("adapter    layers  rank   scaling s      |delta W| / |W|, delta W = s lora_B lora_A\n");
+  std::printf(
+      "adapter    layers  rank   scaling s      |delta W| / |W|, delta W = s lora_B lora_A\n");
   for (std::size_t k = 0; k < 2; ++k) {
     struct range {
       double low = std::numeric_limits<double>::infinity(), high = 0;
@@ -90,14 +94,17 @@ void describe(const world& w, const llama::model<double>& base) {
       const auto W = base.layers().at(module).weight();
       size.add(lora::delta_weight(l).template cast<double>().norm() / W.norm());
     }
-    std::printf("%-10s %4zu    %.0f-%.0f    %.3f-%.3f    %.2f-%.2f   %s\n", names[k].c_str(), w.adapters[k].size(), rank.low,
-                rank.high, scaling.low, scaling.high, size.low, size.high,
-                w.adapters[k].config().rule == lora::scaling_rule::rank_stabilized ? "rank-stabilized, rank_pattern"
-                                                                                   : "alpha / rank");
+    std::printf("%-10s %4zu    %.0f-%.0f    %.3f-%.3f    %.2f-%.2f   %s\n", names[k].c_str(),
+                w.adapters[k].size(), rank.low, rank.high, scaling.low, scaling.high, size.low,
+                size.high,
+                w.adapters[k].config().rule == lora::scaling_rule::rank_stabilized
+                    ? "rank-stabilized, rank_pattern"
+                    : "alpha / rank");
   }
 }
 
-// --- Each layer, three ways --------------------------------------------------------------------------------------------
+// --- Each layer, three ways
+// --------------------------------------------------------------------------------------------
 
 /// What went into each layer during the prompts.
 using inputs = std::map<std::string, Eigen::MatrixXf>;
@@ -118,9 +125,11 @@ struct distance {
   double size = 0, share = 0;
   void take(const Eigen::ArrayXXd& difference, const Eigen::ArrayXXd& bound) {
     const Eigen::ArrayXXd shares =
-        (difference == 0).select(Eigen::ArrayXXd::Zero(bound.rows(), bound.cols()), difference / bound);
+        (difference == 0)
+            .select(Eigen::ArrayXXd::Zero(bound.rows(), bound.cols()), difference / bound);
     const bool finite = difference.allFinite() && shares.allFinite();
-    size = finite ? std::max(size, difference.maxCoeff()) : std::numeric_limits<double>::quiet_NaN();
+    size =
+        finite ? std::max(size, difference.maxCoeff()) : std::numeric_limits<double>::quiet_NaN();
     share = finite ? std::max(share, shares.maxCoeff()) : std::numeric_limits<double>::quiet_NaN();
   }
   bool is_rounding() const { return share <= 1; }
@@ -161,7 +170,8 @@ struct comparison {
   /// s B (A x)
   template <class L>
   static Eigen::MatrixXd in_double(const L& l, const Eigen::MatrixXd& x) {
-    return l.scaling() * l.lora_B().template cast<double>() * (l.lora_A().template cast<double>() * x);
+    return l.scaling() * l.lora_B().template cast<double>() *
+           (l.lora_A().template cast<double>() * x);
   }
 };
 
@@ -180,18 +190,22 @@ std::map<std::string, comparison> compare(const world& w, const inputs& seen) {
 
 template <class T>
 void show_ways(const char* format, const world& w, const inputs& seen, verdict& v) {
-  const auto row = [](const distance& d) { std::printf("  %.1e (%4.1f %%)", d.size, 100 * d.share); };
+  const auto row = [](const distance& d) {
+    std::printf("  %.1e (%4.1f %%)", d.size, 100 * d.share);
+  };
   for (const auto& [kind, c] : compare<T>(w, seen)) {
     std::printf("%-9s %-10s", format, kind.c_str());
     for (const auto* d : {&c.one_two, &c.one_merged, &c.two_merged, &c.exact}) {
       row(*d);
-      v.expect(d->is_rounding(), std::string(kind) + " in " + format + " differs by more than rounding");
+      v.expect(d->is_rounding(),
+               std::string(kind) + " in " + format + " differs by more than rounding");
     }
     std::printf("\n");
   }
 }
 
-// --- The whole model against PEFT ---------------------------------------------------------------------------------------
+// --- The whole model against PEFT
+// ---------------------------------------------------------------------------------------
 
 Eigen::MatrixXd golden_logits(const world& w, const char* kind, const mixture& m, int prompt) {
   const auto name = std::string(kind) + "." + m.name + "." + std::to_string(prompt);
@@ -201,7 +215,8 @@ Eigen::MatrixXd golden_logits(const world& w, const char* kind, const mixture& m
                                            static_cast<lora::index_t>(extents[0]));
 }
 
-/// Largest difference of our logits from PEFT's in float64, with none, the first, the second or both merged.
+/// Largest difference of our logits from PEFT's in float64, with none, the first, the second or
+/// both merged.
 template <class T>
 double farthest(const world& w, const mixture& m) {
   double worst = 0;
@@ -224,29 +239,35 @@ double farthest(const world& w, const mixture& m) {
 }
 
 void show_logits(const world& w, verdict& v) {
-  std::printf("\nlogits against PEFT in float64   ours in double     ours in float   allowed (4 x PEFT in float)   text\n");
+  std::printf(
+      "\nlogits against PEFT in float64   ours in double     ours in float   allowed (4 x PEFT in "
+      "float)   text\n");
   for (const mixture& m : mixtures) {
     double largest = 0, peft_float = 0;
     for (int p = 0; p < prompts; ++p) {
       const Eigen::MatrixXd exact = golden_logits(w, "logits64", m, p);
       largest = std::max(largest, exact.cwiseAbs().maxCoeff());
-      peft_float = std::max(peft_float, (golden_logits(w, "logits", m, p) - exact).cwiseAbs().maxCoeff());
+      peft_float =
+          std::max(peft_float, (golden_logits(w, "logits", m, p) - exact).cwiseAbs().maxCoeff());
     }
     const double in_double = farthest<double>(w, m) / largest, in_float = farthest<float>(w, m);
     v.expect(in_double <= 1e-9, std::string(m.name) + ": logits in double differ from PEFT's");
-    v.expect(in_float <= 4 * peft_float, std::string(m.name) + ": logits in float differ from PEFT's");
+    v.expect(in_float <= 4 * peft_float,
+             std::string(m.name) + ": logits in float differ from PEFT's");
 
     const auto model = w.model<float>(m);
     const auto text = model.greedy(w.ids("prompt", 0), 48, w.words.end());
     for (int p = 0; p < prompts; ++p)
-      v.expect(model.greedy(w.ids("prompt", p), 48, w.words.end()) == w.ids("greedy." + std::string(m.name), p),
+      v.expect(model.greedy(w.ids("prompt", p), 48, w.words.end()) ==
+                   w.ids("greedy." + std::string(m.name), p),
                std::string(m.name) + ": the generated text differs from PEFT's");
-    std::printf("%-32s %.1e relative   %.1e         %.1e                       42 = %s\n", m.name, in_double, in_float,
-                4 * peft_float, w.words.decode(text).c_str());
+    std::printf("%-32s %.1e relative   %.1e         %.1e                       42 = %s\n", m.name,
+                in_double, in_float, 4 * peft_float, w.words.decode(text).c_str());
   }
 }
 
-// --- Latency ------------------------------------------------------------------------------------------------------------
+// --- Latency
+// ------------------------------------------------------------------------------------------------------------
 
 /// Microseconds of one call, the best of some: the least disturbed.
 template <class Call>
@@ -284,24 +305,31 @@ void show_latency(const world& w) {
   model.merge("german");
   const double merged = run();
   std::printf(
-      "\nlatency of %zu tokens   both merged %.0f us   one merged, one mixed %.0f us (%+.0f %%)   both mixed %.0f us (%+.0f %%)\n"
-      "These layers are %td wide, so mixing adds %.0f %% to their FLOPs; rank 16 adds 0.8 %% to a layer of 4096 x 4096.\n"
+      "\nlatency of %zu tokens   both merged %.0f us   one merged, one mixed %.0f us (%+.0f %%)   "
+      "both mixed %.0f us (%+.0f %%)\n"
+      "These layers are %td wide, so mixing adds %.0f %% to their FLOPs; rank 16 adds 0.8 %% to a "
+      "layer of 4096 x 4096.\n"
       "./scripts/bench measures what mixing costs in layers of usual size.\n",
-      ids.size(), merged, one, 100 * (one / merged - 1), mixed, 100 * (mixed / merged - 1), model.shape().hidden,
-      100 * added_work(model, w));
+      ids.size(), merged, one, 100 * (one / merged - 1), mixed, 100 * (mixed / merged - 1),
+      model.shape().hidden, 100 * added_work(model, w));
 }
 
 int run(const fs::path& data) {
   const world w(data);
   const auto base = llama::read<double>(data / "base");
-  std::printf("lora %d.%d.%d on a tiny Llama: %td layers of hidden size %td; it writes numbers as words\n\n",
-              LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH, base.shape().layers, base.shape().hidden);
+  std::printf(
+      "lora %d.%d.%d on a tiny Llama: %td layers of hidden size %td; it writes numbers as "
+      "words\n\n",
+      LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH, base.shape().layers,
+      base.shape().hidden);
   describe(w, base);
   verdict v;
   std::printf(
-      "\nAn adapter is merged (inside the weight) or mixed (computed beside it in the same call; PEFT: unmerged)."
+      "\nAn adapter is merged (inside the weight) or mixed (computed beside it in the same call; "
+      "PEFT: unmerged)."
       "\nway 1: capitals merged, german mixed. way 2: both mixed. way 3: both merged."
-      "\nLargest difference between outputs of a layer, and in %% of the most that rounding can make of it there:\n"
+      "\nLargest difference between outputs of a layer, and in %% of the most that rounding can "
+      "make of it there:\n"
       "weights   layers      way 1 - way 2     way 1 - way 3     way 2 - way 3     each - exact\n");
   const inputs seen = captured(w);
   show_ways<float>("float", w, seen, v);

@@ -1,15 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A small Llama on lora::linear: every projection is a layer that keeps its adapters, so switching, mixing and merging them is
-// a call, also in the middle of a text. Written to be read: no cache, no threads of its own, one matrix per step.
+// A small Llama on lora::linear: every projection is a layer that keeps its adapters, so switching,
+// mixing and merging them is a call, also in the middle of a text. Written to be read: no cache, no
+// threads of its own, one matrix per step.
 //
 //   llama::model<float> model = llama::read<float>("data/base");
 //   model.attach("style", lora::peft::read("data/adapters/style"));
 //   model.merge("style");
 //   const auto text = model.greedy(prompt, 40, end_token);
 //
-// The architecture (Touvron et al., arXiv 2302.13971) as Hugging Face stores it: RMSNorm, rotary positions that turn the halves of
-// a head, grouped key/value heads, SwiGLU. Activations are hidden x tokens: a token is a column.
+// The architecture (Touvron et al., arXiv 2302.13971) as Hugging Face stores it: RMSNorm, rotary
+// positions that turn the halves of a head, grouped key/value heads, SwiGLU. Activations are hidden
+// x tokens: a token is a column.
 #pragma once
 
 #include <cmath>
@@ -39,7 +41,8 @@ struct shape {
   bool tied;  ///< the embedding is the output matrix too
 };
 
-/// Reads config.json; throws std::runtime_error when it asks for something that this engine does not compute.
+/// Reads config.json; throws std::runtime_error when it asks for something that this engine does
+/// not compute.
 inline shape read_shape(const std::filesystem::path& path) {
   std::ifstream stream(path);
   if (!stream) throw std::runtime_error(path.string() + ": cannot be opened");
@@ -50,8 +53,10 @@ inline shape read_shape(const std::filesystem::path& path) {
   const auto rope = config.value("rope_parameters", nlohmann::json::object());
   need(config.value("model_type", "") == "llama", "model_type llama");
   need(config.value("hidden_act", "silu") == "silu", "hidden_act silu");
-  need(!config.value("attention_bias", false) && !config.value("mlp_bias", false), "layers without bias");
-  need(rope.value("rope_type", "default") == "default" && config.value("rope_scaling", nlohmann::json()).is_null(),
+  need(!config.value("attention_bias", false) && !config.value("mlp_bias", false),
+       "layers without bias");
+  need(rope.value("rope_type", "default") == "default" &&
+           config.value("rope_scaling", nlohmann::json()).is_null(),
        "plain rotary positions");
   shape s{.hidden = config.at("hidden_size"),
           .intermediate = config.at("intermediate_size"),
@@ -63,7 +68,8 @@ inline shape read_shape(const std::filesystem::path& path) {
           .norm_epsilon = config.at("rms_norm_eps"),
           .rope_theta = rope.value("rope_theta", config.value("rope_theta", 10000.0)),
           .tied = config.value("tie_word_embeddings", false)};
-  need(s.hidden > 0 && s.heads > 0 && s.kv_heads > 0 && s.heads % s.kv_heads == 0, "heads in equal groups");
+  need(s.hidden > 0 && s.heads > 0 && s.kv_heads > 0 && s.heads % s.kv_heads == 0,
+       "heads in equal groups");
   s.head = config.value("head_dim", s.hidden / s.heads);
   need(s.head > 0 && s.head % 2 == 0, "an even head_dim");
   return s;
@@ -104,12 +110,14 @@ class model {
   /// The layers that can hold adapters, by the names that PEFT uses.
   const std::map<std::string, layer>& layers() const { return layers_; }
 
-  /// Attaches a whole file or, when it does not fit, nothing: every module of the file must be a layer of the model.
+  /// Attaches a whole file or, when it does not fit, nothing: every module of the file must be a
+  /// layer of the model.
   template <class F>
   void attach(const std::string& name, const lora::peft::adapter_file<F>& file, double weight = 1) {
     for (const auto& [module, entry] : file)
       if (layers_.count(module) == 0)
-        throw lora::value_error("the adapter \"" + name + "\" is for " + module + ", which this model does not have");
+        throw lora::value_error("the adapter \"" + name + "\" is for " + module +
+                                ", which this model does not have");
     std::vector<layer*> done;
     try {
       for (const auto& [module, entry] : file) {
@@ -145,7 +153,8 @@ class model {
   /// vocabulary x tokens: column t scores what follows token t.
   matrix logits(std::span<const std::int64_t> ids, const observer& see = nullptr) const {
     matrix h(shape_.hidden, static_cast<index_t>(ids.size()));
-    for (index_t t = 0; t < h.cols(); ++t) h.col(t) = embedding_.row(checked(ids[static_cast<std::size_t>(t)])).transpose();
+    for (index_t t = 0; t < h.cols(); ++t)
+      h.col(t) = embedding_.row(checked(ids[static_cast<std::size_t>(t)])).transpose();
     for (index_t i = 0; i < shape_.layers; ++i) {
       const std::string block = block_name(i);
       h += attention(block + "self_attn.", normalized(block + "input_layernorm", h), see);
@@ -157,7 +166,8 @@ class model {
   /// The most likely continuation, up to `most` tokens or the end token (which is included).
   tokens greedy(tokens ids, std::size_t most, std::int64_t end) const {
     const std::size_t prompt = ids.size();
-    for (std::size_t n = 0; n < most && (n == 0 || ids.back() != end); ++n) ids.push_back(next(ids));
+    for (std::size_t n = 0; n < most && (n == 0 || ids.back() != end); ++n)
+      ids.push_back(next(ids));
     return {ids.begin() + static_cast<std::ptrdiff_t>(prompt), ids.end()};
   }
   std::int64_t next(const tokens& ids) const {
@@ -169,20 +179,25 @@ class model {
  private:
   static std::string block_name(index_t i) { return "model.layers." + std::to_string(i) + "."; }
 
-  static matrix load(const lora::safetensors::file& file, const std::string& name, index_t rows, index_t cols) {
+  static matrix load(const lora::safetensors::file& file, const std::string& name, index_t rows,
+                     index_t cols) {
     const auto& tensor = file.at(name);
     if (tensor.bytes.empty() ||
-        tensor.shape != (cols == 1 ? std::vector{extent(rows)} : std::vector{extent(rows), extent(cols)}))
-      throw std::runtime_error(file.name() + ": " + name + " is " + tensor.text() + ", not as config.json says");
+        tensor.shape !=
+            (cols == 1 ? std::vector{extent(rows)} : std::vector{extent(rows), extent(cols)}))
+      throw std::runtime_error(file.name() + ": " + name + " is " + tensor.text() +
+                               ", not as config.json says");
     const std::vector<real> values = file.copy<real>(name);
-    return Eigen::Map<const Eigen::Matrix<real, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>(values.data(), rows, cols);
+    return Eigen::Map<const Eigen::Matrix<real, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>>(
+        values.data(), rows, cols);
   }
   static std::uint64_t extent(index_t n) { return static_cast<std::uint64_t>(n); }
   void load_norm(const lora::safetensors::file& file, const std::string& name) {
     norms_[name] = load(file, name + ".weight", shape_.hidden, 1);
   }
   /// Rounds to T where the file's type is wider.
-  void load_layer(const lora::safetensors::file& file, const std::string& name, index_t out, index_t in) {
+  void load_layer(const lora::safetensors::file& file, const std::string& name, index_t out,
+                  index_t in) {
     layers_.emplace(name, layer(load(file, name + ".weight", out, in).template cast<T>().eval()));
   }
 
@@ -194,7 +209,8 @@ class model {
         act(one);
         found = true;
       }
-    if (!found) throw lora::value_error("no adapter named \"" + name + "\" is attached to this model");
+    if (!found)
+      throw lora::value_error("no adapter named \"" + name + "\" is attached to this model");
   }
 
   index_t checked(std::int64_t id) const {
@@ -220,7 +236,8 @@ class model {
   matrix mlp(const std::string& block, const matrix& x, const observer& see) const {
     const auto gate = run(block + "gate_proj", x, see);
     const auto up = run(block + "up_proj", x, see);
-    return run(block + "down_proj", (gate.array() / (1 + (-gate.array()).exp()) * up.array()).matrix(), see);
+    return run(block + "down_proj",
+               (gate.array() / (1 + (-gate.array()).exp()) * up.array()).matrix(), see);
   }
 
   matrix attention(const std::string& block, const matrix& x, const observer& see) const {
@@ -242,7 +259,8 @@ class model {
     return m.middleRows(h * shape_.head, shape_.head);
   }
 
-  /// Softmax of k' q / sqrt(head) over the tokens up to each one: column t holds the weights for token t.
+  /// Softmax of k' q / sqrt(head) over the tokens up to each one: column t holds the weights for
+  /// token t.
   template <class K, class Q>
   matrix attention_weights(const K& k, const Q& q) const {
     matrix weights = k.transpose() * q / std::sqrt(static_cast<real>(shape_.head));
@@ -255,11 +273,13 @@ class model {
     return weights;
   }
 
-  /// Rotary positions: (a, b) = elements j and j + head/2 of each head turn by t * theta^(-2j/head).
+  /// Rotary positions: (a, b) = elements j and j + head/2 of each head turn by t *
+  /// theta^(-2j/head).
   void turn(matrix& x, index_t heads) const {
     const index_t half = shape_.head / 2;
     for (index_t j = 0; j < half; ++j) {
-      const double step = std::pow(shape_.rope_theta, -2.0 * static_cast<double>(j) / static_cast<double>(shape_.head));
+      const double step = std::pow(
+          shape_.rope_theta, -2.0 * static_cast<double>(j) / static_cast<double>(shape_.head));
       for (index_t t = 0; t < x.cols(); ++t) {
         const auto c = static_cast<real>(std::cos(static_cast<double>(t) * step));
         const auto s = static_cast<real>(std::sin(static_cast<double>(t) * step));
@@ -283,10 +303,12 @@ class model {
 /// A model from a directory with config.json and model.safetensors.
 template <class T>
 model<T> read(const std::filesystem::path& directory) {
-  return {read_shape(directory / "config.json"), lora::safetensors::read(directory / "model.safetensors")};
+  return {read_shape(directory / "config.json"),
+          lora::safetensors::read(directory / "model.safetensors")};
 }
 
-/// One token per character, and named tokens in angle brackets: the tiny model's vocabulary.json, a list in the order of the ids.
+/// One token per character, and named tokens in angle brackets: the tiny model's vocabulary.json, a
+/// list in the order of the ids.
 class vocabulary {
  public:
   explicit vocabulary(const std::filesystem::path& path) {
@@ -310,7 +332,8 @@ class vocabulary {
   std::string decode(const tokens& ids) const {
     std::string text;
     for (const auto i : ids)
-      if (const auto& piece = pieces_.at(static_cast<std::size_t>(i)); piece.size() == 1) text += piece;
+      if (const auto& piece = pieces_.at(static_cast<std::size_t>(i)); piece.size() == 1)
+        text += piece;
     return text;
   }
 

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Owners, views and scaled views of adapters, and a user's own type among them: what each holds, and that copies are
-// exact.
+// Owners, views and scaled views of adapters, and a user's own type among them: what each holds,
+// and that copies are exact.
 #include <array>
 #include <cmath>
 #include <initializer_list>
@@ -26,8 +26,8 @@ using test::same_bits;
 
 namespace {
 
-/// A user's own adapter: A stored transposed, in doubles, with its own idea of scaling. It satisfies low_rank and no
-/// more.
+/// A user's own adapter: A stored transposed, in doubles, with its own idea of scaling. It
+/// satisfies low_rank and no more.
 class homemade {
  public:
   homemade(Eigen::MatrixXd down, Eigen::MatrixXd up, float strength)
@@ -42,8 +42,10 @@ class homemade {
   float strength_;
 };
 static_assert(lora::low_rank<homemade> && lora::low_rank<const homemade&>);
-static_assert(!lora::low_rank<int> && !lora::low_rank<Eigen::MatrixXf> && !lora::low_rank<std::vector<homemade>>);
-static_assert(lora::low_rank_range<std::vector<homemade>> && lora::low_rank_range<std::array<lora::adapter<float>, 2>>);
+static_assert(!lora::low_rank<int> && !lora::low_rank<Eigen::MatrixXf> &&
+              !lora::low_rank<std::vector<homemade>>);
+static_assert(lora::low_rank_range<std::vector<homemade>> &&
+              lora::low_rank_range<std::array<lora::adapter<float>, 2>>);
 static_assert(!lora::low_rank_range<homemade> && !lora::low_rank_range<std::vector<float>>);
 
 template <class To, class From>
@@ -74,8 +76,8 @@ TEST_CASE("an adapter holds its factors row-major and its scaling", "[adapter]")
   CHECK(copy.scaling() == deduced.scaling());
 }
 
-TEMPLATE_TEST_CASE("copies widen exactly, from every scalar and layout", "[adapter]", float, double, lora::float16,
-                   lora::bfloat16, Eigen::half, Eigen::bfloat16) {
+TEMPLATE_TEST_CASE("copies widen exactly, from every scalar and layout", "[adapter]", float, double,
+                   lora::float16, lora::bfloat16, Eigen::half, Eigen::bfloat16) {
   test::random g(502);
   CAPTURE(g.seed());
   const auto check = [&](const auto& A, const auto& B) {
@@ -105,10 +107,12 @@ TEMPLATE_TEST_CASE("copies widen exactly, from every scalar and layout", "[adapt
   check(lora::as_matrix(A).middle_cols(2, 5), lora::as_matrix(by_cols_B));
   using extents = test::md::dextents<>;
   check(test::md::mdspan<const TestType, extents>(A.data(), extents(4, 9)),
-        test::md::mdspan<const TestType, extents, test::md::layout_left>(by_cols_B.data(), extents(6, 4)));
+        test::md::mdspan<const TestType, extents, test::md::layout_left>(by_cols_B.data(),
+                                                                         extents(6, 4)));
   // Subnormals, -0 and infinities are values like others.
   test::matrix<TestType> edge(1, 4);
-  edge << test::stored<TestType>(-0.0), test::stored<TestType>(0x1p-24), test::stored<TestType>(65504),
+  edge << test::stored<TestType>(-0.0), test::stored<TestType>(0x1p-24),
+      test::stored<TestType>(65504),
       test::stored<TestType>(-std::numeric_limits<double>::infinity());
   check(edge, edge.leftCols(1));
   CHECK(std::signbit(lora::adapter<double>(edge, edge.leftCols(1), {.alpha = 2}).lora_A()(0, 0)));
@@ -130,17 +134,33 @@ TEST_CASE("ranks beyond the dimensions, 1 x 1, and no features at all", "[adapte
   const Eigen::MatrixXf none_A(2, 0), none_B(0, 2);
   CHECK(lora::adapter<float>{none_A, none_B, {.alpha = 5}}.in_features() == 0);
   const Eigen::MatrixXf empty_A(0, 4), empty_B(3, 0);
-  CHECK(lora::adapter<float>{empty_A, empty_B, {.alpha = 5, .rule = scaling_rule::fixed}}.rank() == 0);
+  CHECK(lora::adapter<float>{empty_A, empty_B, {.alpha = 5, .rule = scaling_rule::fixed}}.rank() ==
+        0);
 }
 
 TEST_CASE("an adapter that makes no sense is refused", "[adapter]") {
-  const Eigen::MatrixXf A = Eigen::MatrixXf::Ones(3, 7), B = Eigen::MatrixXf::Ones(5, 3), empty_A(0, 7), empty_B(5, 0);
+  const Eigen::MatrixXf A = Eigen::MatrixXf::Ones(3, 7), B = Eigen::MatrixXf::Ones(5, 3),
+                        empty_A(0, 7), empty_B(5, 0);
   using a = lora::adapter<float>;
-  CHECK(mentions(refusal<lora::shape_error>([&] { a{B, A, {.alpha = 2}}; }), {"lora::adapter", "5x3", "3x7", "swapped"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { a{A, B.leftCols(2), {.alpha = 2}}; }), {"3x7", "5x2"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::basic_adapter(A, A, lora::scaling{.alpha = 2}); }), {"3x7"}));
-  CHECK(mentions(refusal<lora::value_error>([&] { a{empty_A, empty_B, {.alpha = 2}}; }), {"rank 0"}));
-  CHECK(mentions(refusal<lora::value_error>([&] { a{A, B, {.alpha = NAN}}; }), {"alpha is not finite"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] {
+                   a{B, A, {.alpha = 2}};
+                 }),
+                 {"lora::adapter", "5x3", "3x7", "swapped"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] {
+                   a{A, B.leftCols(2), {.alpha = 2}};
+                 }),
+                 {"3x7", "5x2"}));
+  CHECK(mentions(
+      refusal<lora::shape_error>([&] { lora::basic_adapter(A, A, lora::scaling{.alpha = 2}); }),
+      {"3x7"}));
+  CHECK(mentions(refusal<lora::value_error>([&] {
+                   a{empty_A, empty_B, {.alpha = 2}};
+                 }),
+                 {"rank 0"}));
+  CHECK(mentions(refusal<lora::value_error>([&] {
+                   a{A, B, {.alpha = NAN}};
+                 }),
+                 {"alpha is not finite"}));
   CHECK(mentions(refusal<lora::value_error>([&] {
                    lora::adapter_view<float>{lora::as_matrix(a(A, B, {.alpha = 2}).lora_A()),
                                              lora::as_matrix(a(A, B, {.alpha = 2}).lora_B()),
@@ -157,7 +177,8 @@ TEST_CASE("an adapter that makes no sense is refused", "[adapter]") {
                    view{lora::row_major(none, 0, 3), lora::row_major(none, 2, 0), {.alpha = 2}};
                  }),
                  {"lora::scaling", "rank 0", "fixed"}));
-  CHECK(mentions(refusal<lora::value_error>([&] { lora::basic_adapter(A, B, lora::scaling{.alpha = -INFINITY}); }),
+  CHECK(mentions(refusal<lora::value_error>(
+                     [&] { lora::basic_adapter(A, B, lora::scaling{.alpha = -INFINITY}); }),
                  {"lora::scaling", "alpha is not finite"}));
   // A copy of an adapter whose scaling overflowed on the way.
   const a big{A, B, {.alpha = 200}};
@@ -168,7 +189,8 @@ TEST_CASE("adapter_view looks, and follows what it looks at", "[adapter]") {
   test::random g(504);
   std::vector<float> A(12), B(8);
   for (auto& v : A) v = static_cast<float>(g.uniform(-1, 1));
-  const lora::adapter_view<float> l{lora::row_major(A, 2, 6), lora::row_major(B, 4, 2), {.alpha = 3}};
+  const lora::adapter_view<float> l{
+      lora::row_major(A, 2, 6), lora::row_major(B, 4, 2), {.alpha = 3}};
   CHECK(l.lora_A().data() == A.data());
   CHECK((l.rank() == 2 && l.in_features() == 6 && l.out_features() == 4 && l.scaling() == 1.5));
   B[7] = 5;
@@ -178,10 +200,13 @@ TEST_CASE("adapter_view looks, and follows what it looks at", "[adapter]") {
   const lora::adapter_view<float> of_owner = owner;
   CHECK(of_owner.lora_A().data() == owner.lora_A().data());
   CHECK(of_owner.scaling() == owner.scaling());
-  static_assert(!std::is_constructible_v<lora::adapter_view<float>, lora::adapter<float>>, "it would dangle");
-  static_assert(!std::is_constructible_v<lora::adapter_view<float>, const lora::adapter<float>>, "it would dangle");
+  static_assert(!std::is_constructible_v<lora::adapter_view<float>, lora::adapter<float>>,
+                "it would dangle");
+  static_assert(!std::is_constructible_v<lora::adapter_view<float>, const lora::adapter<float>>,
+                "it would dangle");
   static_assert(lora::enable_adapter_view<lora::adapter_view<float>>);
-  static_assert(!lora::enable_adapter_view<lora::adapter<float>> && !lora::enable_adapter_view<homemade>);
+  static_assert(!lora::enable_adapter_view<lora::adapter<float>> &&
+                !lora::enable_adapter_view<homemade>);
   static_assert(std::is_trivially_copyable_v<lora::adapter_view<lora::bfloat16>>);
 }
 
@@ -191,7 +216,8 @@ TEST_CASE("basic_adapter over any matrix types", "[adapter]") {
   Eigen::Matrix<double, 3, 2> B;
   B << 1, 2, 3, 4, 5, 6;
   const lora::basic_adapter mixed(lora::as_matrix(A), B, lora::scaling{.alpha = 5});
-  static_assert(std::is_same_v<std::remove_cvref_t<decltype(mixed.lora_B())>, Eigen::Matrix<double, 3, 2>>);
+  static_assert(
+      std::is_same_v<std::remove_cvref_t<decltype(mixed.lora_B())>, Eigen::Matrix<double, 3, 2>>);
   CHECK(mixed.lora_A().data() == A.data());
   CHECK(mixed.lora_B().data() != B.data());
   CHECK(mixed.scaling() == 2.5);
@@ -215,11 +241,13 @@ TEST_CASE("scaled multiplies and keeps owners by pointer, views by value", "[sca
   static_assert(!decltype(half)::holds_view);
 
   // Nested, also from temporaries of views: weights multiply, and nothing dangles.
-  const auto nested = lora::scaled(-4, lora::scaled(0.25, lora::scaled(0.5, lora::adapter_view<float>(l))));
+  const auto nested =
+      lora::scaled(-4, lora::scaled(0.25, lora::scaled(0.5, lora::adapter_view<float>(l))));
   CHECK(nested.scaling() == -0.75);
   CHECK(nested.lora_B().data() == l.lora_B().data());
   static_assert(decltype(nested)::holds_view);
-  static_assert(lora::low_rank<decltype(nested)> && lora::enable_adapter_view<std::remove_const_t<decltype(nested)>>);
+  static_assert(lora::low_rank<decltype(nested)> &&
+                lora::enable_adapter_view<std::remove_const_t<decltype(nested)>>);
   CHECK(lora::scaled(1, l).scaling() == l.scaling());
   CHECK(lora::scaled(0.0, l).scaling() == 0.0);
   // Copies and assignment, as of any view.
@@ -228,12 +256,15 @@ TEST_CASE("scaled multiplies and keeps owners by pointer, views by value", "[sca
   CHECK(other.scaling() == 0.75);
 }
 
-TEST_CASE("a weight that is not finite is refused, also a product that overflows when it is used", "[scaled]") {
+TEST_CASE("a weight that is not finite is refused, also a product that overflows when it is used",
+          "[scaled]") {
   const Eigen::MatrixXf A = Eigen::MatrixXf::Ones(2, 3), B = Eigen::MatrixXf::Ones(4, 2);
   const lora::adapter<float> l{A, B, {.alpha = 200}};
-  for (const double weight : {std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity(),
-                              std::numeric_limits<double>::quiet_NaN()})
-    CHECK(mentions(refusal<lora::value_error>([&] { (void)lora::scaled(weight, l); }), {"lora::scaled", "not finite"}));
+  for (const double weight :
+       {std::numeric_limits<double>::infinity(), -std::numeric_limits<double>::infinity(),
+        std::numeric_limits<double>::quiet_NaN()})
+    CHECK(mentions(refusal<lora::value_error>([&] { (void)lora::scaled(weight, l); }),
+                   {"lora::scaled", "not finite"}));
   const auto overflowing = lora::scaled(1e307, l);
   CHECK(mentions(refusal<lora::value_error>([&] { (void)lora::delta_weight(overflowing); }),
                  {"lora::delta_weight", "scaling is not finite"}));
@@ -283,10 +314,12 @@ struct claims {
   index_t rank() const { return r; }
 };
 
-/// Every verb and attach, on a 3 x 4 layer, must refuse the adapter with these words and its own name, and write nothing.
+/// Every verb and attach, on a 3 x 4 layer, must refuse the adapter with these words and its own
+/// name, and write nothing.
 template <class Error>
 void refused_by_every_verb(const claims& l, std::initializer_list<const char*> words) {
-  const MatrixXf W = MatrixXf::Constant(3, 4, 2), x = MatrixXf::Ones(4, 2), y = MatrixXf::Constant(3, 2, 7);
+  const MatrixXf W = MatrixXf::Constant(3, 4, 2), x = MatrixXf::Ones(4, 2),
+                 y = MatrixXf::Constant(3, 2, 7);
   MatrixXf weight = W, out = y;
   lora::linear<float> layer(W);
   const auto refuses = [&](const char* operation, const auto& call) {
@@ -310,9 +343,11 @@ void refused_by_every_verb(const claims& l, std::initializer_list<const char*> w
 
 TEST_CASE("an adapter that contradicts itself is refused by every verb", "[adapter]") {
   const MatrixXf A = MatrixXf::Ones(2, 4), B = MatrixXf::Ones(3, 2);
-  refused_by_every_verb<lora::shape_error>({A, B, 0.5, 3}, {"rank 3", "lora_A is 2x4", "lora_B is 3x2"});
+  refused_by_every_verb<lora::shape_error>({A, B, 0.5, 3},
+                                           {"rank 3", "lora_A is 2x4", "lora_B is 3x2"});
   refused_by_every_verb<lora::shape_error>({A, B, 0.5, -1}, {"rank -1"});
-  refused_by_every_verb<lora::shape_error>({A, MatrixXf::Ones(3, 5), 0.5, 2}, {"rank 2", "2x4", "3x5"});
+  refused_by_every_verb<lora::shape_error>({A, MatrixXf::Ones(3, 5), 0.5, 2},
+                                           {"rank 2", "2x4", "3x5"});
   refused_by_every_verb<lora::shape_error>({A, MatrixXf::Ones(3, 5), 0.0, 2},
                                            {"rank 2", "2x4", "3x5"});  // also at strength 0
   for (const double s : {double{INFINITY}, -double{INFINITY}, double{NAN}})

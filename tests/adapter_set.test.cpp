@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// "Nothing was merged and nothing was said" is the most common complaint about merge tools. A set is matched against the names
-// of a base before anything is written, and says what does not match and which renaming would help.
+// "Nothing was merged and nothing was said" is the most common complaint about merge tools. A set
+// is matched against the names of a base before anything is written, and says what does not match
+// and which renaming would help.
 #include "lora/adapter_set.hpp"
 
 #include <map>
@@ -33,14 +34,19 @@ lora::adapter<float> plain(std::mt19937& bits, index_t out, index_t in) {
 lora::adapter_set some(std::mt19937& bits) {
   lora::adapter_set set;
   set.add({{"model.layers.0.q_proj"}, plain(bits, 6, 4), "LORA"});
-  set.add({{"model.layers.0.k_proj"}, lora::dora_adapter<float>(plain(bits, 6, 4), std::vector<float>(6, 1.5F)), "DORA"});
-  set.add({{"model.layers.1.q_proj"}, lora::ia3_adapter<float>::of_outputs(std::vector<float>(6, 0.5F), 4), "IA3"});
+  set.add({{"model.layers.0.k_proj"},
+           lora::dora_adapter<float>(plain(bits, 6, 4), std::vector<float>(6, 1.5F)),
+           "DORA"});
+  set.add({{"model.layers.1.q_proj"},
+           lora::ia3_adapter<float>::of_outputs(std::vector<float>(6, 0.5F), 4),
+           "IA3"});
   set.add({{"model.layers.1.k_proj"}, plain(bits, 6, 4), "LORA"});
   return set;
 }
 std::map<std::string, matrix> base(std::mt19937& bits, const std::string& prefix) {
   std::map<std::string, matrix> weights;
-  for (const auto* name : {"layers.0.q_proj", "layers.0.k_proj", "layers.1.q_proj", "layers.1.k_proj"})
+  for (const auto* name :
+       {"layers.0.q_proj", "layers.0.k_proj", "layers.1.q_proj", "layers.1.k_proj"})
     weights.emplace(prefix + name + ".weight", random(bits, 6, 4));
   return weights;
 }
@@ -64,7 +70,8 @@ TEST_CASE("a set merges into weights by name what each adapter merges alone", "[
   }
 }
 
-TEST_CASE("a base with other names is refused whole, with the renaming that fits", "[adapter_set]") {
+TEST_CASE("a base with other names is refused whole, with the renaming that fits",
+          "[adapter_set]") {
   std::mt19937 bits(8);
   const auto set = some(bits);
   auto weights = base(bits, "language_model.");
@@ -121,7 +128,8 @@ TEST_CASE("two adapters for one module and unknown modules are named", "[adapter
   } catch (const lora::value_error& e) {
     CHECK(std::string(e.what()).find("near: model.layers.0.q_proj") != std::string::npos);
   }
-  CHECK_THROWS_AS(set.renamed([](const std::string&) { return std::string("same"); }), lora::value_error);
+  CHECK_THROWS_AS(set.renamed([](const std::string&) { return std::string("same"); }),
+                  lora::value_error);
 }
 
 TEST_CASE("a model attaches a set to all of its modules or to none", "[adapter_set][model]") {
@@ -130,7 +138,8 @@ TEST_CASE("a model attaches a set to all of its modules or to none", "[adapter_s
   const auto weights = base(bits, "model.");
   lora::model<float> net;
   for (const auto& [name, W] : weights)
-    if (name != "model.layers.1.q_proj.weight") net.add(name.substr(0, name.size() - 7), lora::linear<float>(W));
+    if (name != "model.layers.1.q_proj.weight")
+      net.add(name.substr(0, name.size() - 7), lora::linear<float>(W));
   CHECK_THROWS_AS(net.attach("style", set), lora::value_error);
   for (const auto& [name, layer] : net) CHECK(!layer.contains("style"));
   net.add("model.layers.1.q_proj", lora::linear<float>(matrix(random(bits, 6, 5))));
@@ -138,7 +147,8 @@ TEST_CASE("a model attaches a set to all of its modules or to none", "[adapter_s
   for (const auto& [name, layer] : net) CHECK(!layer.contains("style"));
 
   lora::model<float> whole;
-  for (const auto& [name, W] : weights) whole.add(name.substr(0, name.size() - 7), lora::linear<float>(W));
+  for (const auto& [name, W] : weights)
+    whole.add(name.substr(0, name.size() - 7), lora::linear<float>(W));
   whole.attach("style", set, 0.5);
   CHECK(whole.merge("style").weights == 4);
   for (const auto& [name, l] : set) {
@@ -170,7 +180,8 @@ TEST_CASE("what one adapter of a set refuses leaves all weights as they are", "[
 
 TEST_CASE("a stack of experts takes each expert's adapter, or nothing", "[adapter_set]") {
   std::mt19937 bits(14);
-  const std::vector<lora::any_kind> experts{plain(bits, 6, 4), plain(bits, 6, 4), plain(bits, 6, 4)};
+  const std::vector<lora::any_kind> experts{plain(bits, 6, 4), plain(bits, 6, 4),
+                                            plain(bits, 6, 4)};
   const lora::module_adapter l({"experts"}, experts);
   std::vector<float> values(3 * 6 * 4);
   for (float& v : values) v = std::normal_distribution<float>()(bits);
@@ -182,9 +193,11 @@ TEST_CASE("a stack of experts takes each expert's adapter, or nothing", "[adapte
     CAPTURE(k);
     CHECK(test::same_bits(alone, matrix(Eigen::Map<const matrix>(values.data() + 24 * k, 6, 4))));
   }
-  CHECK_THROWS_AS(lora::merge(lora::tensor_view<float, 3>(values, {2, 9, 4}), l), lora::shape_error);
+  CHECK_THROWS_AS(lora::merge(lora::tensor_view<float, 3>(values, {2, 9, 4}), l),
+                  lora::shape_error);
   matrix W = random(bits, 6, 4);
   CHECK_THROWS_AS(lora::merge(W, l), lora::value_error);
-  CHECK_THROWS_AS((lora::module_adapter({"m"}, std::vector<lora::any_kind>{plain(bits, 6, 4), plain(bits, 5, 4)})),
+  CHECK_THROWS_AS((lora::module_adapter(
+                      {"m"}, std::vector<lora::any_kind>{plain(bits, 6, 4), plain(bits, 5, 4)})),
                   lora::shape_error);
 }

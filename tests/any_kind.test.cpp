@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// any_kind outlives what it was made from: scaled(w, l) looks at an adapter, and an any_kind made of it kept the look, so that a
-// function that returned one gave a dangling adapter.
+// any_kind outlives what it was made from: scaled(w, l) looks at an adapter, and an any_kind made
+// of it kept the look, so that a function that returned one gave a dangling adapter.
 #include "lora/any_kind.hpp"
 
 #include "lora/dora.hpp"
@@ -54,7 +54,8 @@ TEST_CASE("an any_kind merges and mixes as what is in it", "[any_kind]") {
   CHECK_THROWS_AS(lora::merge(y, any), lora::shape_error);
 }
 
-TEST_CASE("double that only the run time knows is accumulated in double, or refused", "[any_kind]") {
+TEST_CASE("double that only the run time knows is accumulated in double, or refused",
+          "[any_kind]") {
   test::random g(33);
   const auto l = low_rank<double>(g, 6, 9);
   const lora::any_kind any = l;
@@ -65,8 +66,8 @@ TEST_CASE("double that only the run time knows is accumulated in double, or refu
   CHECK(test::same_bits(W, want));
   const test::matrix<float> x = g.reals<float>(9, 4, 1);
   test::matrix<float> y = test::matrix<float>::Constant(6, 4, 7);
-  CHECK(
-      test::mentions(test::refusal<lora::value_error>([&] { lora::forward(W, x, y, any); }), {"forward", "mixed<double>"}));
+  CHECK(test::mentions(test::refusal<lora::value_error>([&] { lora::forward(W, x, y, any); }),
+                       {"forward", "mixed<double>"}));
   CHECK(y == test::matrix<float>::Constant(6, 4, 7));
   lora::forward(W, x, y, lora::mixed<double>(W, any));
   CHECK(y.allFinite());

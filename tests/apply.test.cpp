@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// apply(x, y, l...): y := round(y + sum of s B (A x)). On whole numbers the result is known bit for bit.
+// apply(x, y, l...): y := round(y + sum of s B (A x)). On whole numbers the result is known bit for
+// bit.
 #include <array>
 #include <initializer_list>
 #include <limits>
@@ -37,7 +38,8 @@ void check_layouts(std::uint64_t seed) {
     const auto& delta = adapters.delta;
     const test::matrix<X> x = g.integers<X>(in, tokens, 2);
     const test::matrix<Y> before = g.integers<Y>(out, tokens, 50);
-    const test::matrix<Y> expected = test::rounded<Y>(test::exact(before) + test::times(delta, test::exact(x)));
+    const test::matrix<Y> expected =
+        test::rounded<Y>(test::exact(before) + test::times(delta, test::exact(x)));
     CAPTURE(trial, out, in, tokens, all.size());
     const test::col_matrix<X> x_cols = x;
     const auto run = [&](const auto& from, auto& whole, auto&& part) {
@@ -51,10 +53,13 @@ void check_layouts(std::uint64_t seed) {
     test::col_matrix<Y> y_cols = before;
     CHECK(run(x_cols, y_cols, y_cols));
     y_cols = before;
-    CHECK(run(lora::row_major(x.data(), in, tokens), y_cols, lora::col_major(y_cols.data(), out, tokens)));
+    CHECK(run(lora::row_major(x.data(), in, tokens), y_cols,
+              lora::col_major(y_cols.data(), out, tokens)));
     using extents = test::md::dextents<>;
     y = before;
-    CHECK(run(x_cols, y, test::md::mdspan<Y, extents>(y.data(), extents(std::size_t(out), std::size_t(tokens)))));
+    CHECK(run(
+        x_cols, y,
+        test::md::mdspan<Y, extents>(y.data(), extents(std::size_t(out), std::size_t(tokens)))));
     // Parts of larger matrices: the rest stays.
     test::col_matrix<Y> large = g.integers<Y>(out + 3, tokens + 4, 9);
     test::col_matrix<Y> after = large;
@@ -107,16 +112,21 @@ TEST_CASE("whole numbers give the exact sum, stored once, in every layout", "[ap
   SECTION("float, float, float") { check_layouts<float, float, float>(201); }
   SECTION("double, double, float") { check_layouts<double, double, float>(202); }
   SECTION("float, float, double") { check_layouts<float, float, double>(203); }
-  SECTION("bfloat16, bfloat16, bfloat16") { check_layouts<lora::bfloat16, lora::bfloat16, lora::bfloat16>(204); }
+  SECTION("bfloat16, bfloat16, bfloat16") {
+    check_layouts<lora::bfloat16, lora::bfloat16, lora::bfloat16>(204);
+  }
   SECTION("float16, float, bfloat16") { check_layouts<lora::float16, float, lora::bfloat16>(205); }
   SECTION("float, bfloat16, float16") { check_layouts<float, lora::bfloat16, lora::float16>(206); }
-  SECTION("Eigen::half, Eigen::bfloat16, double") { check_layouts<Eigen::half, Eigen::bfloat16, double>(207); }
+  SECTION("Eigen::half, Eigen::bfloat16, double") {
+    check_layouts<Eigen::half, Eigen::bfloat16, double>(207);
+  }
   SECTION("double, float16, float") { check_layouts<double, lora::float16, float>(208); }
 }
 
 TEST_CASE("an x that is an expression, or has an inner stride, is evaluated first", "[apply]") {
   test::random g(209);
-  const lora::adapter<float> l{g.integers<float>(2, 6, 3), g.integers<float>(4, 2, 3), {.alpha = 3}};
+  const lora::adapter<float> l{
+      g.integers<float>(2, 6, 3), g.integers<float>(4, 2, 3), {.alpha = 3}};
   const MatrixXf x = g.integers<float>(6, 5, 3), z = g.integers<float>(6, 5, 3);
   const auto expected = [&](const MatrixXf& from) {
     return test::rounded<float>(test::times(test::exact_delta(l), test::exact(from)));
@@ -136,9 +146,11 @@ TEST_CASE("an x that is an expression, or has an inner stride, is evaluated firs
   CHECK(same_bits(y.leftCols(2), expected(every_other)));
   CHECK(y.rightCols(3).isZero(0));
   // An expression of y itself is evaluated before y changes.
-  const lora::adapter<float> square{g.integers<float>(2, 4, 3), g.integers<float>(4, 2, 3), {.alpha = 3}};
+  const lora::adapter<float> square{
+      g.integers<float>(2, 4, 3), g.integers<float>(4, 2, 3), {.alpha = 3}};
   y = g.integers<float>(4, 5, 3);
-  const auto want = test::rounded<float>(test::exact(y) + 2 * test::times(test::exact_delta(square), test::exact(y)));
+  const auto want = test::rounded<float>(
+      test::exact(y) + 2 * test::times(test::exact_delta(square), test::exact(y)));
   lora::apply(2 * y, y, square);
   CHECK(same_bits(y, want));
 }
@@ -170,14 +182,17 @@ TEST_CASE("double anywhere makes the sum double", "[apply]") {
   const Eigen::VectorXf narrow = Eigen::VectorXf::Ones(1);
   lora::apply(narrow, y, l);
   CHECK(y(0) == fine + 3);
-  // Double factors, float outside: 3 (1 + 2^-24) 1 is no float, rounded once from the double sum with y.
-  const lora::adapter<double> d{one.cast<double>(), Eigen::MatrixXd::Constant(1, 1, 0x1p-25 + 0x1p-51), {.alpha = 2}};
+  // Double factors, float outside: 3 (1 + 2^-24) 1 is no float, rounded once from the double sum
+  // with y.
+  const lora::adapter<double> d{
+      one.cast<double>(), Eigen::MatrixXd::Constant(1, 1, 0x1p-25 + 0x1p-51), {.alpha = 2}};
   Eigen::VectorXf z = Eigen::VectorXf::Ones(1);
   lora::apply(narrow, z, d);
   CHECK(z(0) == 1 + 0x1p-23F);
 }
 
-TEST_CASE("an adapter at strength 0 is not read, and without adapters y keeps its bits", "[apply]") {
+TEST_CASE("an adapter at strength 0 is not read, and without adapters y keeps its bits",
+          "[apply]") {
   constexpr float nan = std::numeric_limits<float>::quiet_NaN();
   const MatrixXf bad = MatrixXf::Constant(2, 2, nan), two = MatrixXf::Constant(2, 2, 2);
   const lora::adapter<float> poison{bad, bad, {.alpha = 3}}, good{two, two, {.alpha = 3}};
@@ -197,7 +212,8 @@ TEST_CASE("no tokens, no features, one by one", "[apply]") {
   const MatrixXf A = MatrixXf::Ones(2, 3), B = MatrixXf::Ones(4, 2);
   const lora::adapter<float> l{A, B, {.alpha = 3}}, no_in{A.leftCols(0), B, {.alpha = 3}},
       no_out{A, B.topRows(0), {.alpha = 3}};
-  MatrixXf none_x(3, 0), none_y(4, 0), y = MatrixXf::Ones(4, 2), x = MatrixXf::Ones(3, 2), empty(0, 2);
+  MatrixXf none_x(3, 0), none_y(4, 0), y = MatrixXf::Ones(4, 2), x = MatrixXf::Ones(3, 2),
+                                       empty(0, 2);
   lora::apply(none_x, none_y, l);
   CHECK(none_y.size() == 0);
   lora::apply(empty, y, no_in);
@@ -205,7 +221,8 @@ TEST_CASE("no tokens, no features, one by one", "[apply]") {
   MatrixXf nothing(0, 2);
   lora::apply(x, nothing, no_out);
   CHECK(nothing.rows() == 0);
-  const lora::adapter<float> scalar{MatrixXf::Constant(3, 1, 2), MatrixXf::Constant(1, 3, 5), {.alpha = 1.5}};
+  const lora::adapter<float> scalar{
+      MatrixXf::Constant(3, 1, 2), MatrixXf::Constant(1, 3, 5), {.alpha = 1.5}};
   std::array<float, 1> in{7}, result{1};
   lora::apply(in, result, scalar);
   CHECK(result[0] == 1 + 0.5F * 30 * 7);
@@ -240,10 +257,14 @@ TEST_CASE("shapes that do not fit are refused, and y keeps its bits", "[apply]")
   // A row vector is one feature of many tokens.
   const Eigen::RowVectorXf row = Eigen::RowVectorXf::Ones(3);
   std::vector<float> y(4, 7);
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::apply(row, y, l); }), {"lora::apply", "4x3", "4x1"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::apply(row, y, l); }),
+                 {"lora::apply", "4x3", "4x1"}));
   // Empty spans.
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::apply(std::span<const float>(), y, l); }), {"4x3", "4x0"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::apply(row.transpose(), std::span<float>(), l); }), {"4x3", "0x3"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::apply(std::span<const float>(), y, l); }),
+                 {"4x3", "4x0"}));
+  CHECK(mentions(
+      refusal<lora::shape_error>([&] { lora::apply(row.transpose(), std::span<float>(), l); }),
+      {"4x3", "0x3"}));
   CHECK(y == std::vector<float>(4, 7));
 }
 
@@ -254,7 +275,8 @@ TEST_CASE("a scaling that is not finite is refused, rank 0 adds nothing", "[appl
   CHECK(mentions(refusal<lora::value_error>([&] { lora::apply(x, y, l, lora::scaled(1e307, l)); }),
                  {"lora::apply:", "scaling is not finite"}));
   CHECK(same_bits(y, before));
-  const lora::adapter<float> nothing{MatrixXf(0, 3), MatrixXf(4, 0), {.alpha = 3, .rule = scaling_rule::fixed}};
+  const lora::adapter<float> nothing{
+      MatrixXf(0, 3), MatrixXf(4, 0), {.alpha = 3, .rule = scaling_rule::fixed}};
   lora::apply(x, y, nothing, nothing);
   CHECK(same_bits(y, before));
   lora::apply(x, y, nothing, l);
@@ -274,12 +296,16 @@ TEST_CASE("y may not share memory with x or a factor", "[apply]") {
   refuses(" x ", lora::col_major(data, 4, 3), lora::col_major(data, 4, 3), square);  // in place
   refuses(" x ", lora::col_major(data, 4, 3), lora::col_major(data + 11, 4, 3), square);
   refuses(" x ", std::span(data, 4), std::span(data + 3, 4), square);
-  refuses(" x ", lora::row_major(data, 4, 3), lora::col_major(data + 11, 4, 3), lora::scaled(0, square));
+  refuses(" x ", lora::row_major(data, 4, 3), lora::col_major(data + 11, 4, 3),
+          lora::scaled(0, square));
   const auto with_factors = [&](index_t A, index_t B) {
-    return lora::adapter_view<float>{lora::row_major(data + A, 2, 4), lora::row_major(data + B, 4, 2), {.alpha = 3}};
+    return lora::adapter_view<float>{
+        lora::row_major(data + A, 2, 4), lora::row_major(data + B, 4, 2), {.alpha = 3}};
   };
-  refuses("lora_A", lora::col_major(data + 48, 4, 3), lora::col_major(data, 4, 3), with_factors(11, 20));
-  refuses("lora_B", lora::col_major(data + 48, 4, 3), lora::col_major(data, 4, 3), with_factors(20, 5));
+  refuses("lora_A", lora::col_major(data + 48, 4, 3), lora::col_major(data, 4, 3),
+          with_factors(11, 20));
+  refuses("lora_B", lora::col_major(data + 48, 4, 3), lora::col_major(data, 4, 3),
+          with_factors(20, 5));
   // Beside each other, and row blocks of one matrix, are apart.
   lora::apply(lora::col_major(data, 4, 3), lora::col_major(data + 12, 4, 3), with_factors(24, 32));
   CHECK(std::vector(data + 12, data + 24) == std::vector<float>(12, 2 + 1.5F * 4 * 16));

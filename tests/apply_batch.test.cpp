@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// apply with a batch: after a product of the caller's, each token's own adapters, with the bits of apply to that token alone.
+// apply with a batch: after a product of the caller's, each token's own adapters, with the bits of
+// apply to that token alone.
 #include <limits>
 #include <vector>
 
@@ -14,7 +15,7 @@
 
 namespace {
 
-using lora::batch_entry;
+using lora::assignment;
 using lora::index_t;
 using test::mentions;
 using test::recipe;
@@ -30,11 +31,13 @@ void check_packed(std::uint64_t seed) {
     CAPTURE(trial, out, in, tokens);
     std::vector<lora::packed_adapter<F>> adapters;
     for (const index_t rank : {3, 16, 17, 40, 3})
-      adapters.emplace_back(lora::adapter<F>{g.reals<F>(rank, in, 1), g.reals<F>(out, rank, 1), {.alpha = 5}});
+      adapters.emplace_back(
+          lora::adapter<F>{g.reals<F>(rank, in, 1), g.reals<F>(out, rank, 1), {.alpha = 5}});
     const test::col_matrix<Y> x = g.reals<Y>(in, tokens, 1), before = g.reals<Y>(out, tokens, 1);
     test::col_matrix<Y> y = before, one(out, 1);
     lora::batch who{adapters};
-    for (index_t t = 0; t < tokens; ++t) t % 3 == 2 ? who.add() : who.add({{t % 5, 0.5}, {(t + 1 + t % 2) % 5, -1.5}});
+    for (index_t t = 0; t < tokens; ++t)
+      t % 3 == 2 ? who.add() : who.add({{t % 5, 0.5}, {(t + 1 + t % 2) % 5, -1.5}});
     lora::apply(x, y, who);
     for (index_t t = 0; t < tokens; ++t) {
       one = before.col(t);
@@ -63,12 +66,13 @@ void check_forms(std::uint64_t seed) {
     const test::col_matrix<Y> x = g.reals<Y>(in, tokens, 1), before = g.reals<Y>(out, tokens, 1);
     test::col_matrix<Y> y = before, one(out, 1);
     lora::batch who{forms};
-    std::vector<std::vector<batch_entry>> lists;
+    std::vector<std::vector<assignment>> lists;
     for (index_t t = 0; t < tokens; ++t) {
-      std::vector<batch_entry> entries;
+      std::vector<assignment> entries;
       for (index_t n = t % 4; n > 0; --n) {
         const index_t k = g.integer(0, 3);
-        entries.push_back({k, forms[static_cast<std::size_t>(k)].additive() ? g.uniform(-2, 2) : 1.0});
+        entries.push_back(
+            {k, forms[static_cast<std::size_t>(k)].additive() ? g.uniform(-2, 2) : 1.0});
       }
       who.add(entries);
       lists.push_back(entries);
@@ -92,13 +96,14 @@ void check_forms(std::uint64_t seed) {
       test::exact_matrix weight = test::exact_matrix::Zero(out, in), weight_size = weight;
       index_t roundings = in + 8;
       test::exact_matrix shift = test::exact_matrix::Zero(out, 1), shift_size = shift;
-      for (const batch_entry& e : entries) {
+      for (const assignment& e : entries) {
         const auto& l = list[static_cast<std::size_t>(e.adapter)];
         for (const auto& step : forms[static_cast<std::size_t>(e.adapter)].steps())
           if (const auto* gain = std::get_if<lora::gain_step<acc>>(&step))
             for (index_t i = 0; i < out; ++i) {
               base(i, 0) *= static_cast<long double>(gain->gain[static_cast<std::size_t>(i)]);
-              size(i, 0) *= std::abs(static_cast<long double>(gain->gain[static_cast<std::size_t>(i)]));
+              size(i, 0) *=
+                  std::abs(static_cast<long double>(gain->gain[static_cast<std::size_t>(i)]));
             }
         std::tie(weight, shift) = l.merged(weight, shift, false, e.weight);
         std::tie(weight_size, shift_size) = l.merged(weight_size, shift_size, true, e.weight);
@@ -130,9 +135,10 @@ TEST_CASE("forms of a batch change each token's y", "[apply][batch]") {
 
 TEST_CASE("a token without adapters keeps every bit of y", "[apply][batch]") {
   test::random g(4221);
-  const std::vector<lora::packed_adapter<float>> adapters{
-      lora::packed_adapter<float>(lora::adapter<float>{g.reals<float>(2, 5, 1), g.reals<float>(7, 2, 1), {.alpha = 3}})};
-  const std::vector forms{lora::mixed(7, 5, recipe<float>().low_rank(g, 7, 5, 2).gain(g, 7, true).shift(g, 7))};
+  const std::vector<lora::packed_adapter<float>> adapters{lora::packed_adapter<float>(
+      lora::adapter<float>{g.reals<float>(2, 5, 1), g.reals<float>(7, 2, 1), {.alpha = 3}})};
+  const std::vector forms{
+      lora::mixed(7, 5, recipe<float>().low_rank(g, 7, 5, 2).gain(g, 7, true).shift(g, 7))};
   const test::col_matrix<float> x = g.reals<float>(5, 3, 1);
   test::col_matrix<float> y(7, 3);
   y.setConstant(-0.0F);
@@ -155,32 +161,37 @@ TEST_CASE("a token without adapters keeps every bit of y", "[apply][batch]") {
 
 TEST_CASE("a batch that does not fit is refused, and y stays", "[apply][batch]") {
   test::random g(4231);
-  const std::vector<lora::packed_adapter<float>> adapters{
-      lora::packed_adapter<float>(lora::adapter<float>{g.reals<float>(2, 5, 1), g.reals<float>(7, 2, 1), {.alpha = 3}})};
+  const std::vector<lora::packed_adapter<float>> adapters{lora::packed_adapter<float>(
+      lora::adapter<float>{g.reals<float>(2, 5, 1), g.reals<float>(7, 2, 1), {.alpha = 3}})};
   std::vector forms{lora::mixed(7, 5, recipe<float>().low_rank(g, 7, 5, 2).map(g, 5))};
   const test::col_matrix<float> x = g.reals<float>(5, 2, 1), wide = g.reals<float>(6, 2, 1);
   test::col_matrix<float> y = g.reals<float>(7, 2, 1);
   const test::col_matrix<float> before = y;
   lora::batch packed{adapters};
   packed.add({{0}});
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::apply(x, y, packed); }), {"apply", "1 tokens", "2"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::apply(x, y, packed); }),
+                 {"apply", "1 tokens", "2"}));
   packed.add({{0}});
   CHECK_THROWS_AS(lora::apply(wide, y, packed), lora::shape_error);
   CHECK_THROWS_AS(lora::apply(y.topRows(5), y, packed), lora::shape_error);
   lora::batch of_forms{forms};
   of_forms.add({{0}});
   of_forms.add();
-  CHECK(mentions(refusal<lora::value_error>([&] { lora::apply(x, y, of_forms); }), {"form 0", "form.input(x)"}));
+  CHECK(mentions(refusal<lora::value_error>([&] { lora::apply(x, y, of_forms); }),
+                 {"form 0", "form.input(x)"}));
   forms[0] = lora::mixed(7, 5, recipe<float>().low_rank(g, 7, 5, 2));
-  CHECK(mentions(refusal<lora::value_error>([&] { lora::apply(x, y, of_forms); }), {"form 0", "changed"}));
+  CHECK(mentions(refusal<lora::value_error>([&] { lora::apply(x, y, of_forms); }),
+                 {"form 0", "changed"}));
   CHECK(same_bits(y, before));
 }
 
-TEST_CASE("apply with a batch and a workspace allocates nothing in a steady state", "[apply][batch]") {
+TEST_CASE("apply with a batch and a workspace allocates nothing in a steady state",
+          "[apply][batch]") {
   test::random g(4241);
-  const std::vector<lora::packed_adapter<float>> adapters{
-      lora::packed_adapter<float>(lora::adapter<float>{g.reals<float>(2, 5, 1), g.reals<float>(7, 2, 1), {.alpha = 3}})};
-  const std::vector forms{lora::mixed(7, 5, recipe<float>().low_rank(g, 7, 5, 2).gain(g, 7, true).shift(g, 7))};
+  const std::vector<lora::packed_adapter<float>> adapters{lora::packed_adapter<float>(
+      lora::adapter<float>{g.reals<float>(2, 5, 1), g.reals<float>(7, 2, 1), {.alpha = 3}})};
+  const std::vector forms{
+      lora::mixed(7, 5, recipe<float>().low_rank(g, 7, 5, 2).gain(g, 7, true).shift(g, 7))};
   const test::col_matrix<float> x = g.reals<float>(5, 3, 1);
   test::col_matrix<float> y = g.reals<float>(7, 3, 1);
   lora::workspace space;

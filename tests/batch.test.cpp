@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Batches whose tokens have their own adapters: the right sum for each token, and the same bits whatever else is in it.
+// Batches whose tokens have their own adapters: the right sum for each token, and the same bits
+// whatever else is in it.
 #include <vector>
 
 #include "lora/lora.hpp"
@@ -11,7 +12,7 @@
 #include "support/random.hpp"
 #include "support/refused.hpp"
 
-using lora::batch_entry;
+using lora::assignment;
 using lora::index_t;
 using test::mentions;
 using test::refusal;
@@ -34,14 +35,17 @@ void check_batches(std::uint64_t seed, int trials) {
     std::vector<lora::packed_adapter<F>> adapters;
     for (index_t n = g.integer(1, 6); n > 0; --n) {
       const index_t rank = g.integer(1, 40);
-      plain.push_back({g.reals<F>(rank, in, 0.3), g.reals<F>(out, rank, 0.3), {.alpha = 0.7 * static_cast<double>(rank)}});
+      plain.push_back({g.reals<F>(rank, in, 0.3),
+                       g.reals<F>(out, rank, 0.3),
+                       {.alpha = 0.7 * static_cast<double>(rank)}});
       adapters.emplace_back(plain.back());
     }
     lora::batch who{adapters};
-    std::vector<std::vector<batch_entry>> lists(static_cast<std::size_t>(tokens));
+    std::vector<std::vector<assignment>> lists(static_cast<std::size_t>(tokens));
     for (auto& list : lists) {
       for (index_t n = g.integer(0, 3); n > 0; --n)
-        list.push_back({g.integer(0, static_cast<index_t>(adapters.size()) - 1), g.one_in(5) ? 0.0 : g.uniform(-2, 2)});
+        list.push_back({g.integer(0, static_cast<index_t>(adapters.size()) - 1),
+                        g.one_in(5) ? 0.0 : g.uniform(-2, 2)});
       who.add(list);
     }
     const lora::packed_weight<T> packed{W};
@@ -60,17 +64,19 @@ void check_batches(std::uint64_t seed, int trials) {
       CHECK(same_bits(one, y.col(t)));
       agreement::state where;
       Eigen::MatrixXd exact = agreement::in_double(W) * agreement::in_double(x.col(t));
-      for (const batch_entry& e : list) {
+      for (const assignment& e : list) {
         if (e.weight == 0) continue;
         auto part = agreement::part_of(plain[static_cast<std::size_t>(e.adapter)]);
         part.s *= e.weight;
         exact += part.s * part.B * (part.A * agreement::in_double(x.col(t)));
         where.mixed.push_back(part);
       }
-      const auto bound = agreement::error_bound(agreement::in_double(W), {}, where, agreement::in_double(x.col(t)), formats);
+      const auto bound = agreement::error_bound(agreement::in_double(W), {}, where,
+                                                agreement::in_double(x.col(t)), formats);
       // The reference is rounded too: in double, by far less than a float result may be.
       const double slack = std::is_same_v<acc, double> ? 2 : 1.001;
-      CHECK(((agreement::in_double(one) - exact).cwiseAbs().array() <= slack * bound.array()).all());
+      CHECK(
+          ((agreement::in_double(one) - exact).cwiseAbs().array() <= slack * bound.array()).all());
     }
   }
 }
@@ -82,18 +88,22 @@ TEST_CASE("each token gets its adapters, and its bits do not depend on the other
   SECTION("bfloat16") { check_batches<lora::bfloat16, lora::bfloat16, lora::bfloat16>(1102, 30); }
   SECTION("float16, float factors") { check_batches<lora::float16, float, float>(1103, 30); }
   SECTION("double") { check_batches<double, double, double>(1104, 30); }
-  SECTION("float16 panels in a sum of doubles") { check_batches<double, lora::float16, float>(1105, 20); }
+  SECTION("float16 panels in a sum of doubles") {
+    check_batches<double, lora::float16, float>(1105, 20);
+  }
 }
 
-TEST_CASE("a token with one adapter at strength 1 is forward with that adapter, bit for bit", "[batch]") {
+TEST_CASE("a token with one adapter at strength 1 is forward with that adapter, bit for bit",
+          "[batch]") {
   test::random g(1106);
   CAPTURE(g.seed());
   const auto W = g.reals<float>(45, 77, 1);
   const test::col_matrix<float> x = g.reals<float>(77, 20, 1);
   std::vector<lora::packed_adapter<float>> adapters;
   for (const index_t rank : {3, 17, 90})
-    adapters.emplace_back(
-        lora::adapter<float>{g.reals<float>(rank, 77, 0.3), g.reals<float>(45, rank, 0.3), {.alpha = 2.0 * double(rank)}});
+    adapters.emplace_back(lora::adapter<float>{g.reals<float>(rank, 77, 0.3),
+                                               g.reals<float>(45, rank, 0.3),
+                                               {.alpha = 2.0 * double(rank)}});
   std::vector<index_t> ids;
   for (index_t t = 0; t < 20; ++t) ids.push_back(t * 7 % 4 - 1);
   lora::batch who{adapters};
@@ -118,7 +128,9 @@ TEST_CASE("threads and tiles change no bit", "[batch][threads]") {
   std::vector<lora::packed_adapter<float>> adapters;
   std::vector<lora::adapter<float>> plain;
   for (const index_t rank : {5, 16, 33, 70}) {
-    plain.push_back({g.reals<float>(rank, in, 0.1), g.reals<float>(out, rank, 0.1), {.alpha = 2.0 * double(rank)}});
+    plain.push_back({g.reals<float>(rank, in, 0.1),
+                     g.reals<float>(out, rank, 0.1),
+                     {.alpha = 2.0 * double(rank)}});
     adapters.emplace_back(plain.back());
   }
   lora::batch who{adapters};
@@ -167,8 +179,8 @@ TEMPLATE_TEST_CASE("long tokens in short blocks change no bit", "[batch]", float
   const test::col_matrix<TestType> x = g.reals<TestType>(in, tokens, 1);
   std::vector<lora::packed_adapter<TestType>> adapters;
   for (const index_t rank : {2, 5})
-    adapters.emplace_back(
-        lora::adapter<TestType>{g.reals<TestType>(rank, in, 0.1), g.reals<TestType>(out, rank, 1), {.alpha = 3}});
+    adapters.emplace_back(lora::adapter<TestType>{
+        g.reals<TestType>(rank, in, 0.1), g.reals<TestType>(out, rank, 1), {.alpha = 3}});
   lora::batch who{adapters};
   for (index_t t = 0; t < tokens; ++t) who.add({{t % 2, 0.5}, {(t / 3) % 2, -1.5}});
   const lora::packed_weight<TestType> packed{W};
@@ -197,12 +209,14 @@ void check_many_adapters(std::uint64_t seed, index_t in) {
   const test::col_matrix<X> x = g.reals<X>(in, tokens, 1);
   std::vector<lora::packed_adapter<F>> adapters;
   for (index_t n = 0; n < count; ++n) {
-    const index_t rank = n % 10 < 6 ? 16 : g.integer(0, 40);  // some alike, which are multiplied together
-    adapters.emplace_back(lora::adapter<F>{
-        g.reals<F>(rank, in, 0.3), g.reals<F>(out, rank, 0.3), {.alpha = 0.7, .rule = lora::scaling_rule::fixed}});
+    const index_t rank =
+        n % 10 < 6 ? 16 : g.integer(0, 40);  // some alike, which are multiplied together
+    adapters.emplace_back(lora::adapter<F>{g.reals<F>(rank, in, 0.3),
+                                           g.reals<F>(out, rank, 0.3),
+                                           {.alpha = 0.7, .rule = lora::scaling_rule::fixed}});
   }
   lora::batch who{adapters};
-  std::vector<std::vector<batch_entry>> lists(static_cast<std::size_t>(tokens));
+  std::vector<std::vector<assignment>> lists(static_cast<std::size_t>(tokens));
   for (index_t t = 0; t < tokens; ++t) {
     auto& list = lists[static_cast<std::size_t>(t)];
     if (t % 17 != 0) list.push_back({t * 37 % count, g.uniform(-2, 2)});
@@ -231,7 +245,8 @@ void check_many_adapters(std::uint64_t seed, index_t in) {
 
 }  // namespace
 
-TEST_CASE("many adapters in a batch: each token has the bits that it has alone", "[batch][threads]") {
+TEST_CASE("many adapters in a batch: each token has the bits that it has alone",
+          "[batch][threads]") {
   // in_features of less than a chunk of W, and of several.
   for (const index_t in : {1, 70, 900}) {
     check_many_adapters<float, float, float>(1111, in);
@@ -244,12 +259,14 @@ TEST_CASE("many adapters in a batch: each token has the bits that it has alone",
 TEST_CASE("adapters of rank 0 beside others change nothing", "[batch]") {
   test::random g(1115);
   CAPTURE(g.seed());
-  const index_t out = 40, in = 8, tokens = 9;  // each adapter has one: single rows are multiplied together
+  const index_t out = 40, in = 8,
+                tokens = 9;  // each adapter has one: single rows are multiplied together
   std::vector<lora::packed_adapter<float>> adapters;
   for (index_t n = 0; n < 9; ++n) {
     const index_t rank = n < 8 ? 0 : 1;
-    adapters.emplace_back(lora::adapter<float>{
-        g.reals<float>(rank, in, 1), g.reals<float>(out, rank, 1), {.alpha = 3, .rule = lora::scaling_rule::fixed}});
+    adapters.emplace_back(lora::adapter<float>{g.reals<float>(rank, in, 1),
+                                               g.reals<float>(out, rank, 1),
+                                               {.alpha = 3, .rule = lora::scaling_rule::fixed}});
   }
   lora::batch who{adapters};
   for (index_t t = 0; t < tokens; ++t) who.add({{t % 9}});
@@ -259,15 +276,17 @@ TEST_CASE("adapters of rank 0 beside others change nothing", "[batch]") {
   lora::forward(W, x, y, who);
   lora::forward(W, x, base);
   lora::forward(W, x, with, adapters[8]);
-  for (index_t t = 0; t < tokens; ++t) CHECK(same_bits(y.col(t), t % 9 == 8 ? with.col(t) : base.col(t)));
+  for (index_t t = 0; t < tokens; ++t)
+    CHECK(same_bits(y.col(t), t % 9 == 8 ? with.col(t) : base.col(t)));
 }
 
 TEST_CASE("an adapter at strength 0 is not read; an unused one neither", "[batch]") {
   const Eigen::MatrixXf W = Eigen::MatrixXf::Identity(4, 4) * 3, x = Eigen::MatrixXf::Ones(4, 3);
   std::vector<lora::packed_adapter<float>> adapters;
+  adapters.emplace_back(lora::adapter<float>{
+      Eigen::MatrixXf::Constant(2, 4, NAN), Eigen::MatrixXf::Ones(4, 2), {.alpha = 3}});
   adapters.emplace_back(
-      lora::adapter<float>{Eigen::MatrixXf::Constant(2, 4, NAN), Eigen::MatrixXf::Ones(4, 2), {.alpha = 3}});
-  adapters.emplace_back(lora::adapter<float>{Eigen::MatrixXf::Ones(1, 4), Eigen::MatrixXf::Ones(4, 1), {.alpha = 2}});
+      lora::adapter<float>{Eigen::MatrixXf::Ones(1, 4), Eigen::MatrixXf::Ones(4, 1), {.alpha = 2}});
   lora::batch who{adapters};
   who.add({{0, 0.0}, {1}});
   who.add();
@@ -284,7 +303,8 @@ TEST_CASE("a batch is refilled without allocating", "[batch]") {
   const lora::packed_weight packed{g.reals<float>(33, 65, 1)};
   std::vector<lora::packed_adapter<float>> adapters;
   for (const index_t rank : {4, 9})
-    adapters.emplace_back(lora::adapter<float>{g.reals<float>(rank, 65, 1), g.reals<float>(33, rank, 1), {.alpha = 3}});
+    adapters.emplace_back(lora::adapter<float>{
+        g.reals<float>(rank, 65, 1), g.reals<float>(33, rank, 1), {.alpha = 3}});
   const test::col_matrix<float> x = g.reals<float>(65, 12, 1);
   test::col_matrix<float> y(33, 12);
   lora::workspace space;
@@ -305,14 +325,19 @@ TEST_CASE("a batch is refilled without allocating", "[batch]") {
 TEST_CASE("what a batch cannot mean is refused", "[batch]") {
   test::random g(1109);
   std::vector<lora::packed_adapter<float>> adapters;
-  adapters.emplace_back(lora::adapter<float>{g.reals<float>(2, 6, 1), g.reals<float>(5, 2, 1), {.alpha = 3}});
+  adapters.emplace_back(
+      lora::adapter<float>{g.reals<float>(2, 6, 1), g.reals<float>(5, 2, 1), {.alpha = 3}});
   lora::batch who{adapters};
   CHECK(mentions(refusal<lora::value_error>([&] {
                    who.add({{0}, {1}});
                  }),
                  {"batch::add", "adapter 1", "token 0", "of the 1"}));
-  CHECK(mentions(refusal<lora::value_error>([&] { who.add({{-1}}); }), {"batch::add", "adapter -1"}));
-  CHECK(mentions(refusal<lora::value_error>([&] { who.add({{0, NAN}}); }), {"batch::add", "not finite"}));
+  CHECK(
+      mentions(refusal<lora::value_error>([&] { who.add({{-1}}); }), {"batch::add", "adapter -1"}));
+  CHECK(mentions(refusal<lora::value_error>([&] {
+                   who.add({{0, NAN}});
+                 }),
+                 {"batch::add", "not finite"}));
   CHECK(mentions(refusal<lora::value_error>([&] {
                    who.add_each(std::vector<index_t>{0, 7});
                  }),
@@ -322,18 +347,23 @@ TEST_CASE("what a batch cannot mean is refused", "[batch]") {
   const auto W = g.reals<float>(5, 6, 1), wrong = g.reals<float>(5, 4, 1);
   test::col_matrix<float> y = g.reals<float>(5, 2, 1);
   const test::col_matrix<float> before = y, x = g.reals<float>(6, 2, 1);
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(W, x, y, who); }), {"forward", "1 tokens", "2"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(W, x, y, who); }),
+                 {"forward", "1 tokens", "2"}));
   who.add();
-  CHECK(
-      mentions(refusal<lora::shape_error>([&] { lora::forward(wrong, x.topRows(4), y, who); }), {"forward", "5x6", "5x4"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(wrong, x.topRows(4), y, who); }),
+                 {"forward", "5x6", "5x4"}));
   CHECK(same_bits(y, before));
-  // An adapter that is another one by now: its rank, or its scaling, is not the one that was planned with.
+  // An adapter that is another one by now: its rank, or its scaling, is not the one that was
+  // planned with.
   auto& first = adapters.front();
   const auto original = first;
-  const lora::adapter<float> larger{g.reals<float>(50, 6, 1), g.reals<float>(5, 50, 1), {.alpha = 75}};
-  for (const auto& replaced : {lora::packed_adapter<float>(larger), lora::packed_adapter<float>(lora::scaled(0, larger))}) {
+  const lora::adapter<float> larger{
+      g.reals<float>(50, 6, 1), g.reals<float>(5, 50, 1), {.alpha = 75}};
+  for (const auto& replaced : {lora::packed_adapter<float>(larger),
+                               lora::packed_adapter<float>(lora::scaled(0, larger))}) {
     first = replaced;
-    CHECK(mentions(refusal<lora::value_error>([&] { lora::forward(W, x, y, who); }), {"forward", "adapter 0", "changed"}));
+    CHECK(mentions(refusal<lora::value_error>([&] { lora::forward(W, x, y, who); }),
+                   {"forward", "adapter 0", "changed"}));
     CHECK(same_bits(y, before));
   }
   first = original;

@@ -48,8 +48,9 @@ std::vector<lora::adapter<F>> adapters(test::random& g, index_t out, index_t in)
   for (index_t n = g.integer(1, 3); n > 0; --n) {
     const index_t rank = g.integer(1, g.one_in(3) ? 2 * std::max(out, in) : 6);
     const double s = g.uniform(0.1, 3) * (g.one_in(2) ? -1 : 1);
-    result.push_back(
-        {g.reals<F>(rank, in, 0.2), g.reals<F>(out, rank, 0.2), {.alpha = s, .rule = lora::scaling_rule::fixed}});
+    result.push_back({g.reals<F>(rank, in, 0.2),
+                      g.reals<F>(out, rank, 0.2),
+                      {.alpha = s, .rule = lora::scaling_rule::fixed}});
   }
   return result;
 }
@@ -67,14 +68,15 @@ double farthest(const M& got, const exact_matrix& want, const B& bound) {
   const exact_matrix difference = (test::exact(got) - want).cwiseAbs(), most = elements(bound);
   double largest = 0;
   for (index_t k = 0; k < difference.size(); ++k)
-    if (!(difference(k) == 0)) largest = std::max(largest, static_cast<double>(difference(k) / most(k)));
+    if (!(difference(k) == 0))
+      largest = std::max(largest, static_cast<double>(difference(k) / most(k)));
   return (difference.array() <= most.array()).all() ? largest : std::max(2.0, largest);
 }
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("a merge is within its bound", "", all_float, all_double, all_bfloat16, all_float16, bfloat16_base,
-                   double_factors, double_base, eigen_formats) {
+TEMPLATE_TEST_CASE("a merge is within its bound", "", all_float, all_double, all_bfloat16,
+                   all_float16, bfloat16_base, double_factors, double_base, eigen_formats) {
   test::random g(seed);
   CAPTURE(g.seed());
   using T = typename TestType::weight;
@@ -85,7 +87,8 @@ TEMPLATE_TEST_CASE("a merge is within its bound", "", all_float, all_double, all
     const auto bound = lora::merge_bound(W, all);
     REQUIRE(bound.rows() == out);
     REQUIRE(bound.cols() == in);
-    const double ratio = farthest(lora::merged(W, all), test::exact(W) + exact_sum(all, out, in), bound);
+    const double ratio =
+        farthest(lora::merged(W, all), test::exact(W) + exact_sum(all, out, in), bound);
     CHECK(ratio <= 1);
     const double share = bound.share(lora::merged(W, all));
     CHECK(share <= ratio * (1 + 1e-6));
@@ -127,8 +130,8 @@ TEST_CASE("rows and the largest element of a bound are those of its elements") {
   CHECK(bound.largest() == Approx(static_cast<double>(want.maxCoeff())).epsilon(1e-12));
 }
 
-TEMPLATE_TEST_CASE("unmerge and delta_weight are within their bounds", "", all_float, all_double, all_bfloat16,
-                   float16_base) {
+TEMPLATE_TEST_CASE("unmerge and delta_weight are within their bounds", "", all_float, all_double,
+                   all_bfloat16, float16_base) {
   test::random g(seed);
   CAPTURE(g.seed());
   using T = typename TestType::weight;
@@ -147,8 +150,8 @@ TEMPLATE_TEST_CASE("unmerge and delta_weight are within their bounds", "", all_f
   }
 }
 
-TEMPLATE_TEST_CASE("forward is within its bound in every state", "", all_float, all_double, all_bfloat16, bfloat16_base,
-                   float16_base, double_factors, double_base) {
+TEMPLATE_TEST_CASE("forward is within its bound in every state", "", all_float, all_double,
+                   all_bfloat16, bfloat16_base, float16_base, double_factors, double_base) {
   test::random g(seed);
   CAPTURE(g.seed());
   using T = typename TestType::weight;
@@ -164,7 +167,8 @@ TEMPLATE_TEST_CASE("forward is within its bound in every state", "", all_float, 
     test::matrix<X> y(out, tokens);
 
     lora::forward(W, x, y, beside);
-    CHECK(farthest(y, test::times(base, test::exact(x)), lora::forward_bound(W, x, y, beside)) <= 1);
+    CHECK(farthest(y, test::times(base, test::exact(x)), lora::forward_bound(W, x, y, beside)) <=
+          1);
 
     lora::forward(lora::with_bias(W, b), x, y, beside);
     exact_matrix want = test::times(base, test::exact(x));
@@ -174,13 +178,14 @@ TEMPLATE_TEST_CASE("forward is within its bound in every state", "", all_float, 
     const auto merged = lora::merged(W, inside);
     lora::forward(lora::with_bias(merged, b), x, y, beside);
     want += test::times(exact_sum(inside, out, in), test::exact(x));
-    const auto bound = lora::forward_bound(lora::with_merged(lora::with_bias(W, b), inside), x, y, beside);
+    const auto bound =
+        lora::forward_bound(lora::with_merged(lora::with_bias(W, b), inside), x, y, beside);
     CHECK(farthest(y, want, bound) <= 1);
   }
 }
 
-TEMPLATE_TEST_CASE("apply is within the bound of what y held before", "", all_float, all_double, all_bfloat16,
-                   double_factors) {
+TEMPLATE_TEST_CASE("apply is within the bound of what y held before", "", all_float, all_double,
+                   all_bfloat16, double_factors) {
   test::random g(seed);
   CAPTURE(g.seed());
   using X = typename TestType::activation;
@@ -202,8 +207,10 @@ TEST_CASE("packed weights and adapters have the bound of plain ones") {
   const auto W = g.reals<bfloat16>(out, in, 0.5);
   const auto x = g.reals<bfloat16>(in, 3, 1);
   const test::matrix<float> y(out, 3);
-  const lora::adapter<float> l{g.reals<float>(rank, in, 1), g.reals<float>(out, rank, 1), {.alpha = 3}};
-  const lora::adapter<bfloat16> small{g.reals<bfloat16>(rank, in, 1), g.reals<bfloat16>(out, rank, 1), {.alpha = 3}};
+  const lora::adapter<float> l{
+      g.reals<float>(rank, in, 1), g.reals<float>(out, rank, 1), {.alpha = 3}};
+  const lora::adapter<bfloat16> small{
+      g.reals<bfloat16>(rank, in, 1), g.reals<bfloat16>(out, rank, 1), {.alpha = 3}};
   const lora::packed_weight packed{W};
   const lora::packed_adapter<float> packed_l{l};
   const lora::packed_adapter<bfloat16> packed_small{small};
@@ -213,14 +220,16 @@ TEST_CASE("packed weights and adapters have the bound of plain ones") {
         lora::forward_bound(lora::with_merged(W, l), x, y, small));
 }
 
-TEST_CASE("U in bfloat16 is within the bound of the packed adapter, and beyond that of the plain one") {
+TEST_CASE(
+    "U in bfloat16 is within the bound of the packed adapter, and beyond that of the plain one") {
   test::random g(seed);
   const index_t out = 24, in = 30;
   const auto W = g.reals<float>(out, in, 0.01);
   const auto x = g.reals<float>(in, 8, 1);
   test::matrix<float> y(out, 8);
-  const lora::adapter<bfloat16> l{g.reals<bfloat16>(5, in, 1), g.reals<bfloat16>(out, 5, 1), {.alpha = 3}};
-  const lora::packed_adapter<bfloat16> rounded{l, lora::U_format::factors};
+  const lora::adapter<bfloat16> l{
+      g.reals<bfloat16>(5, in, 1), g.reals<bfloat16>(out, 5, 1), {.alpha = 3}};
+  const lora::packed_adapter<bfloat16> rounded{l, lora::intermediate_format::factors};
   lora::forward(W, x, y, rounded);
   const exact_matrix want = test::times(test::exact(W) + test::exact_delta(l), test::exact(x));
   CHECK(farthest(y, want, lora::forward_bound(W, x, y, rounded)) <= 1);
@@ -234,7 +243,8 @@ TEST_CASE("a batch has for each token the bound of its own adapters") {
   const auto x = g.reals<float>(in, 4, 1);
   test::matrix<float> y(out, 4);
   std::vector<lora::adapter<float>> plain;
-  for (index_t rank : {3, 9}) plain.push_back({g.reals<float>(rank, in, 1), g.reals<float>(out, rank, 1), {.alpha = 3}});
+  for (index_t rank : {3, 9})
+    plain.push_back({g.reals<float>(rank, in, 1), g.reals<float>(out, rank, 1), {.alpha = 3}});
   const std::vector<lora::packed_adapter<float>> served(plain.begin(), plain.end());
   lora::batch who{served};
   who.add();
@@ -247,7 +257,8 @@ TEST_CASE("a batch has for each token the bound of its own adapters") {
   };
   CHECK(bound.col(0).isApprox(of(0), 1e-12));
   CHECK(bound.col(1).isApprox(of(1, plain[0]), 1e-12));
-  CHECK(bound.col(2).isApprox(of(2, lora::scaled(0.7, plain[0]), lora::scaled(-0.3, plain[1])), 1e-12));
+  CHECK(bound.col(2).isApprox(of(2, lora::scaled(0.7, plain[0]), lora::scaled(-0.3, plain[1])),
+                              1e-12));
   CHECK(bound.col(3).isApprox(of(3, lora::scaled(0.5, plain[1])), 1e-12));
   who.add();
   CHECK_THROWS_AS(lora::forward_bound(W, x, y, who), lora::shape_error);
@@ -280,13 +291,15 @@ TEST_CASE("forward reaches nine tenths of its bound") {
   W(0, 0) = 1;
   const test::matrix<float> x = test::matrix<float>::Ones(in, 1);
   lora::forward(W, x, y);
-  CHECK(farthest(y, test::times(test::exact(W), test::exact(x)), lora::forward_bound(W, x, y)) > 0.9);
+  CHECK(farthest(y, test::times(test::exact(W), test::exact(x)), lora::forward_bound(W, x, y)) >
+        0.9);
 }
 
 TEST_CASE("adapters that are not read have no error") {
   test::random g(seed);
   const auto W = g.reals<float>(4, 5, 1), x = g.reals<float>(5, 2, 1), y = g.reals<float>(4, 2, 1);
-  const lora::adapter<float> l{g.reals<float>(2, 5, infinity), g.reals<float>(4, 2, 1), {.alpha = 3}};
+  const lora::adapter<float> l{
+      g.reals<float>(2, 5, infinity), g.reals<float>(4, 2, 1), {.alpha = 3}};
   const auto off = lora::scaled(0, l);
   CHECK(lora::merge_bound(W, off).largest() == 0);
   CHECK(lora::merge_bound(W).share(W) == 0);
@@ -295,9 +308,10 @@ TEST_CASE("adapters that are not read have no error") {
 }
 
 // --- Mistakes
-// -----------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
-TEMPLATE_TEST_CASE("a lost adapter and a scale used twice exceed the bound", "", all_float, all_double, all_float16) {
+TEMPLATE_TEST_CASE("a lost adapter and a scale used twice exceed the bound", "", all_float,
+                   all_double, all_float16) {
   test::random g(seed);
   using T = typename TestType::weight;
   const index_t out = 20, in = 30;
@@ -305,8 +319,9 @@ TEMPLATE_TEST_CASE("a lost adapter and a scale used twice exceed the bound", "",
   const auto x = g.reals<T>(in, 4, 1);
   test::matrix<T> y(out, 4);
   using adapter = lora::adapter<typename TestType::factor>;
-  const adapter l{
-      g.reals<typename TestType::factor>(4, in, 1), g.reals<typename TestType::factor>(out, 4, 1), {.alpha = 1.5}};
+  const adapter l{g.reals<typename TestType::factor>(4, in, 1),
+                  g.reals<typename TestType::factor>(out, 4, 1),
+                  {.alpha = 1.5}};
   const auto twice = lora::scaled(l.scaling(), l);
   CHECK(lora::merge_bound(W, l).share(W) > 10);
   CHECK(lora::merge_bound(W, l).share(lora::merged(W, twice)) > 10);
@@ -322,7 +337,8 @@ TEST_CASE("a result with NaN or infinity has an infinite share") {
   test::random g(seed);
   const auto W = g.reals<float>(4, 5, 1);
   const lora::adapter<float> l{g.reals<float>(2, 5, 1), g.reals<float>(4, 2, 1), {.alpha = 3}};
-  for (const float spoiled : {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
+  for (const float spoiled :
+       {std::numeric_limits<float>::quiet_NaN(), std::numeric_limits<float>::infinity()}) {
     test::matrix<float> result = lora::merged(W, l);
     result(3, 2) = spoiled;
     CHECK(lora::merge_bound(W, l).share(result) == infinity);
@@ -339,18 +355,20 @@ TEST_CASE("what dot products take for zero is in the bounds") {
   const auto tiny = [](index_t rows, index_t cols, double v) {
     return test::matrix<bfloat16>(test::matrix<bfloat16>::Constant(rows, cols, bfloat16(v)));
   };
-  const lora::adapter<bfloat16> l{tiny(rank, in, 0x1p-65), tiny(out, rank, 0x1p-65), {.alpha = 4.0 * rank}};
+  const lora::adapter<bfloat16> l{
+      tiny(rank, in, 0x1p-65), tiny(out, rank, 0x1p-65), {.alpha = 4.0 * rank}};
   const auto delta = lora::delta_weight(l);
   CHECK(farthest(delta, test::exact_delta(l), lora::delta_weight_bound(l)) <= 1);
   const auto W = tiny(out, in, 0x1p-128), x = tiny(in, 2, 1);
   test::matrix<float> y(out, 2);
   lora::forward(W, x, y, l);
-  CHECK(farthest(y, test::times(test::exact(W) + test::exact_delta(l), test::exact(x)), lora::forward_bound(W, x, y, l)) <=
-        1);
-  if (lora::smallest_in_delta<float, decltype(l)>() != 0) CHECK(delta.isZero(0));
+  CHECK(farthest(y, test::times(test::exact(W) + test::exact_delta(l), test::exact(x)),
+                 lora::forward_bound(W, x, y, l)) <= 1);
+  if (lora::flush_threshold_of_delta<float, decltype(l)>() != 0) CHECK(delta.isZero(0));
   lora::forward(W, x, y);
-  CHECK(farthest(y, test::times(test::exact(W), test::exact(x)), lora::forward_bound(W, x, y)) <= 1);
-  if (lora::smallest_in_product<float, bfloat16, bfloat16>() != 0) CHECK(y.isZero(0));
+  CHECK(farthest(y, test::times(test::exact(W), test::exact(x)), lora::forward_bound(W, x, y)) <=
+        1);
+  if (lora::flush_threshold_of_product<float, bfloat16, bfloat16>() != 0) CHECK(y.isZero(0));
 }
 
 // --- Memory and refusals
@@ -365,9 +383,11 @@ TEST_CASE("no bound holds a matrix of the weight's size") {
   const lora::adapter<float> l{g.reals<float>(4, in, 1), g.reals<float>(out, 4, 1), {.alpha = 3}};
   const lora::packed_weight packed{W};
   const auto merged = lora::merged(W, l);
-  test::allocations::start(static_cast<std::size_t>(out * in));  // half of W, an eighth of W in double
+  test::allocations::start(
+      static_cast<std::size_t>(out * in));  // half of W, an eighth of W in double
   const auto bound = lora::merge_bound(W, l);
-  const double share = bound.share(merged), largest = bound.largest(), of_delta = lora::delta_weight_bound(l).largest();
+  const double share = bound.share(merged), largest = bound.largest(),
+               of_delta = lora::delta_weight_bound(l).largest();
   const double mixed = lora::forward_bound(lora::with_merged(packed, l), x, y, l).maxCoeff();
   test::allocations::stop();
   CHECK(test::allocations::now.count > 0);
@@ -378,9 +398,11 @@ TEST_CASE("no bound holds a matrix of the weight's size") {
 }
 
 TEST_CASE("bounds refuse what the verbs refuse") {
-  const test::matrix<float> W = test::matrix<float>::Ones(4, 5), x = test::matrix<float>::Ones(5, 2),
+  const test::matrix<float> W = test::matrix<float>::Ones(4, 5),
+                            x = test::matrix<float>::Ones(5, 2),
                             y = test::matrix<float>::Ones(4, 2), turned = W.transpose();
-  const lora::adapter<float> l{test::matrix<float>::Ones(2, 5), test::matrix<float>::Ones(4, 2), {.alpha = 3}};
+  const lora::adapter<float> l{
+      test::matrix<float>::Ones(2, 5), test::matrix<float>::Ones(4, 2), {.alpha = 3}};
   const std::vector<lora::adapter<float>> none;
   CHECK_THROWS_AS(lora::merge_bound(turned, l), lora::shape_error);
   CHECK_THROWS_AS(lora::with_merged(turned, l), lora::shape_error);

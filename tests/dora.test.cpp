@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// DoRA against its definition in long double, for every storage of W, with several adapters in order; what it refuses.
+// DoRA against its definition in long double, for every storage of W, with several adapters in
+// order; what it refuses.
 #include "lora/dora.hpp"
 
 #include <limits>
@@ -20,17 +21,20 @@ test::matrix<T> drawn(index_t rows, index_t cols, unsigned seed) {
   unsigned state = seed * 2654435761u + 1;
   for (index_t k = 0; k < m.size(); ++k) {
     state = state * 1664525u + 1013904223u;
-    m.data()[k] = test::stored<T>(static_cast<double>((state >> 20) % 17) - 8 + (k % cols == 0 ? 0.5 : 0));
+    m.data()[k] =
+        test::stored<T>(static_cast<double>((state >> 20) % 17) - 8 + (k % cols == 0 ? 0.5 : 0));
   }
   return m;
 }
 
 /// diag(m / |rows of W + D|) (before + D).
-exact_matrix step(const exact_matrix& before, const exact_matrix& W, const exact_matrix& D, const std::vector<double>& m) {
+exact_matrix step(const exact_matrix& before, const exact_matrix& W, const exact_matrix& D,
+                  const std::vector<double>& m) {
   exact_matrix result = before + D;
   if (m.empty()) return result;
   for (index_t i = 0; i < W.rows(); ++i)
-    result.row(i) *= static_cast<long double>(m[static_cast<std::size_t>(i)]) / (W.row(i) + D.row(i)).norm();
+    result.row(i) *=
+        static_cast<long double>(m[static_cast<std::size_t>(i)]) / (W.row(i) + D.row(i)).norm();
   return result;
 }
 
@@ -40,7 +44,9 @@ bool within(const exact_matrix& want, const test::matrix<T>& got, const exact_ma
   return ((want - test::exact(got)).cwiseAbs().array() <= bound.array()).all();
 }
 
-long double gamma(index_t k, double u) { return static_cast<long double>(k) * u / (1 - static_cast<long double>(k) * u); }
+long double gamma(index_t k, double u) {
+  return static_cast<long double>(k) * u / (1 - static_cast<long double>(k) * u);
+}
 
 /// An adapter of the list, exact: its delta, sum |s| |B| |A|, rank and magnitude (none: empty).
 struct piece {
@@ -57,8 +63,8 @@ struct piece {
         magnitude(std::move(m)) {}
 };
 
-/// The bound of dora.hpp, with its gammas written out: g is off by what the deltas under its norms are off; a term meets its
-/// chain over the ranks, the fold, g and the sum with g W.
+/// The bound of dora.hpp, with its gammas written out: g is off by what the deltas under its norms
+/// are off; a term meets its chain over the ranks, the fold, g and the sum with g W.
 struct bounds {
   exact_matrix weight;  ///< of W', before it is stored
   exact_matrix size;    ///< |g W| + sum |g s| |B| |A|
@@ -91,12 +97,14 @@ struct bounds {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("DoRA is its definition, merged and mixed, in every order", "[dora]", float, double, lora::bfloat16) {
+TEMPLATE_TEST_CASE("DoRA is its definition, merged and mixed, in every order", "[dora]", float,
+                   double, lora::bfloat16) {
   using T = TestType;
   using F = std::conditional_t<std::is_same_v<T, double>, double, float>;
   const double stored_u = std::is_same_v<T, lora::bfloat16> ? 0x1p-8 : 0;
   const double u = std::is_same_v<T, double> ? 0x1p-53 : 0x1p-24;
-  for (const auto& [out, in, r] : std::vector<std::array<index_t, 3>>{{1, 1, 1}, {7, 5, 2}, {70, 3, 5}, {3, 65, 4}}) {
+  for (const auto& [out, in, r] :
+       std::vector<std::array<index_t, 3>>{{1, 1, 1}, {7, 5, 2}, {70, 3, 5}, {3, 65, 4}}) {
     CAPTURE(out, in, r);
     const auto W = drawn<T>(out, in, 1);
     std::vector<F> m, n;
@@ -109,7 +117,8 @@ TEMPLATE_TEST_CASE("DoRA is its definition, merged and mixed, in every order", "
     const lora::adapter<F> plain(drawn<F>(1, in, 6), drawn<F>(out, 1, 7), {.alpha = 0.125});
     const exact_matrix base = test::exact(W);
     const std::vector<double> dm(m.begin(), m.end()), dn(n.begin(), n.end());
-    const std::vector<piece> list{{first.factors(), 1, dm}, {plain, 1, {}}, {second.factors(), -0.5, dn}};
+    const std::vector<piece> list{
+        {first.factors(), 1, dm}, {plain, 1, {}}, {second.factors(), -0.5, dn}};
     exact_matrix want = base;
     for (const piece& p : list) want = step(want, base, p.delta, p.magnitude);
     const auto layer = lora::mixed(W, first, plain, lora::scaled(-0.5, second));
@@ -120,7 +129,8 @@ TEMPLATE_TEST_CASE("DoRA is its definition, merged and mixed, in every order", "
     CHECK(within(want, merged, bound));
     // Stored the other way round, as a transposed view.
     test::matrix<T> stored = W.transpose();
-    lora::merge(stored.transpose(), lora::mixed(stored.transpose(), first, plain, lora::scaled(-0.5, second)));
+    lora::merge(stored.transpose(),
+                lora::mixed(stored.transpose(), first, plain, lora::scaled(-0.5, second)));
     CHECK(within(want, test::matrix<T>(stored.transpose()), bound));
     // Mixed: forward, and apply on a product of our own.
     const test::matrix<F> x = drawn<F>(in, 3, 8);
@@ -128,7 +138,8 @@ TEMPLATE_TEST_CASE("DoRA is its definition, merged and mixed, in every order", "
     lora::forward(W, x, y, layer);
     const exact_matrix exact_y = test::times(want, test::exact(x));
     const exact_matrix y_bound =
-        test::times(e.weight + gamma(in + r + 3 + 8, u) * e.size, test::exact(x).cwiseAbs()) + 3 * u * exact_y.cwiseAbs();
+        test::times(e.weight + gamma(in + r + 3 + 8, u) * e.size, test::exact(x).cwiseAbs()) +
+        3 * u * exact_y.cwiseAbs();
     CHECK(within(exact_y, y, y_bound));
     lora::forward(W, x, own);
     lora::apply(x, own, layer);
@@ -140,14 +151,16 @@ TEMPLATE_TEST_CASE("DoRA is its definition, merged and mixed, in every order", "
     CHECK(within(exact_y.array() + 3.0L, biased, y_bound.array() + 3 * u * 4));
     // And back: what the weight is off, over g, and its own rounding.
     lora::unmerge(merged, layer);
-    const exact_matrix back = e.g.cwiseInverse().asDiagonal() * (bound + e.weight + gamma(4, u) * e.size);
+    const exact_matrix back =
+        e.g.cwiseInverse().asDiagonal() * (bound + e.weight + gamma(4, u) * e.size);
     CHECK(within(base, merged, back + (stored_u + u) * (base.cwiseAbs() + back)));
   }
 }
 
 TEST_CASE("DoRA at strength 0 does not read the factors", "[dora]") {
   const auto W = drawn<float>(3, 4, 1);
-  const auto A = test::matrix<float>::Constant(2, 4, std::numeric_limits<float>::quiet_NaN()).eval();
+  const auto A =
+      test::matrix<float>::Constant(2, 4, std::numeric_limits<float>::quiet_NaN()).eval();
   const lora::adapter<float> poison(A, drawn<float>(3, 2, 3), {.alpha = 1});
   const lora::dora_adapter<float> strong(poison, {1, 2, 3});
   auto same = W, normed = W;
@@ -171,7 +184,8 @@ TEST_CASE("DoRA refuses an output over what it reads", "[dora]") {
   test::matrix<float> W = drawn<float>(4, 4, 1), x = drawn<float>(4, 4, 2);
   const auto W_before = W, x_before = x;
   std::vector<float> b(4, 1.0F);
-  const lora::dora_adapter<float> l(drawn<float>(2, 4, 4), drawn<float>(4, 2, 3), {.alpha = 1}, {1, 2, 3, 4});
+  const lora::dora_adapter<float> l(drawn<float>(2, 4, 4), drawn<float>(4, 2, 3), {.alpha = 1},
+                                    {1, 2, 3, 4});
   const auto layer = lora::mixed(W, l);
   CHECK_THROWS_AS(lora::forward(W, x, W, layer), lora::shape_error);
   CHECK_THROWS_AS(lora::forward(W, x, x, layer), lora::shape_error);
@@ -203,7 +217,8 @@ TEST_CASE("DoRA refuses what has no norm, and writes nothing", "[dora]") {
   const auto zero_before = zero_row;
   CHECK_THROWS_WITH(lora::merge(zero_row, good), Catch::Contains("output 1"));
   CHECK(test::same_bits(zero_row, zero_before));
-  const lora::dora_adapter<float> not_finite(A, B, {.alpha = 1}, {1, std::numeric_limits<float>::infinity(), 3});
+  const lora::dora_adapter<float> not_finite(A, B, {.alpha = 1},
+                                             {1, std::numeric_limits<float>::infinity(), 3});
   CHECK_THROWS_AS(lora::merge(W, not_finite), lora::value_error);
   test::matrix<float> wide = drawn<float>(4, 3, 1);
   CHECK_THROWS_AS((void)lora::mixed(wide, good), lora::shape_error);

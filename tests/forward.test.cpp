@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// forward(W, x, y, l...): y := round(W x + sum of s B (A x) (+ b)). On whole numbers the result is known bit for bit.
+// forward(W, x, y, l...): y := round(W x + sum of s B (A x) (+ b)). On whole numbers the result is
+// known bit for bit.
 #include <array>
 #include <initializer_list>
 #include <limits>
@@ -68,7 +69,8 @@ void check_layouts(std::uint64_t seed) {
     test::matrix<T> large = g.integers<T>(out + 3, in + 5, 9);
     large.block(1, 4, out, in) = W;
     CHECK(run(large.block(1, 4, out, in), x, y_cols, expected));
-    CHECK(run(lora::with_bias(lora::as_matrix(large).block(1, 4, out, in), b), x, y_cols, with_bias));
+    CHECK(
+        run(lora::with_bias(lora::as_matrix(large).block(1, 4, out, in), b), x, y_cols, with_bias));
     // y in a part of a larger matrix, the rest of which stays.
     test::matrix<Y> around = g.integers<Y>(out + 4, tokens + 3, 9), after = around;
     after.block(3, 1, out, tokens) = expected;
@@ -109,20 +111,32 @@ TEST_CASE("an example computed by hand", "[forward]") {
 TEST_CASE("whole numbers give the exact result, stored once, in every layout", "[forward]") {
   SECTION("float all through") { check_layouts<float, float, float, float>(301); }
   SECTION("double all through") { check_layouts<double, double, double, double>(302); }
-  SECTION("bfloat16 all through") { check_layouts<lora::bfloat16, lora::bfloat16, lora::bfloat16, lora::bfloat16>(303); }
-  SECTION("float16, x float, y float16, factors double") { check_layouts<lora::float16, float, lora::float16, double>(304); }
-  SECTION("bfloat16, x float, y float, factors float") { check_layouts<lora::bfloat16, float, float, float>(305); }
-  SECTION("float, x double, y bfloat16") { check_layouts<float, double, lora::bfloat16, lora::float16>(306); }
-  SECTION("Eigen's 16 bits") { check_layouts<Eigen::bfloat16, Eigen::half, Eigen::half, Eigen::bfloat16>(307); }
+  SECTION("bfloat16 all through") {
+    check_layouts<lora::bfloat16, lora::bfloat16, lora::bfloat16, lora::bfloat16>(303);
+  }
+  SECTION("float16, x float, y float16, factors double") {
+    check_layouts<lora::float16, float, lora::float16, double>(304);
+  }
+  SECTION("bfloat16, x float, y float, factors float") {
+    check_layouts<lora::bfloat16, float, float, float>(305);
+  }
+  SECTION("float, x double, y bfloat16") {
+    check_layouts<float, double, lora::bfloat16, lora::float16>(306);
+  }
+  SECTION("Eigen's 16 bits") {
+    check_layouts<Eigen::bfloat16, Eigen::half, Eigen::half, Eigen::bfloat16>(307);
+  }
 }
 
 TEST_CASE("a bias of every kind", "[forward]") {
   test::random g(308);
   CAPTURE(g.seed());
   const MatrixXf W = g.integers<float>(5, 3, 5), x = g.integers<float>(3, 4, 5);
-  const lora::adapter<float> l{g.integers<float>(2, 3, 3), g.integers<float>(5, 2, 3), {.alpha = 3}};
+  const lora::adapter<float> l{
+      g.integers<float>(2, 3, 3), g.integers<float>(5, 2, 3), {.alpha = 3}};
   const Eigen::Matrix<double, 5, 1> b(1, -2, 3, -4, 500);
-  const test::exact_matrix product = test::times(test::exact(W) + test::exact_delta(l), test::exact(x));
+  const test::exact_matrix product =
+      test::times(test::exact(W) + test::exact_delta(l), test::exact(x));
   const auto expected = test::rounded<float>(product.colwise() + test::exact(b).col(0));
   const auto check = [&](const auto& bias) {
     MatrixXf y(5, 4);
@@ -169,14 +183,20 @@ TEST_CASE("a bias of every kind", "[forward]") {
   // One element: as a vector or as a matrix.
   CHECK_NOTHROW(lora::with_bias(one, one));
   // 1 x n without a vector's type is no column.
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::with_bias(W, MatrixXf(row)); }), {"with_bias", "1x5", "5x3"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::with_bias(W, column.head(4)); }), {"4x1", "5x3"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::with_bias(W, std::vector<float>(6)); }), {"6x1", "5x3"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::with_bias(W, std::span<const float>()); }), {"0x1", "5x3"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::with_bias(W, MatrixXf(row)); }),
+                 {"with_bias", "1x5", "5x3"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::with_bias(W, column.head(4)); }),
+                 {"4x1", "5x3"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::with_bias(W, std::vector<float>(6)); }),
+                 {"6x1", "5x3"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::with_bias(W, std::span<const float>()); }),
+                 {"0x1", "5x3"}));
 }
 
-TEST_CASE("the adapters come after W x in one chain, the bias last, one rounding for all", "[forward]") {
-  // Above 256 bfloat16 steps by 2, and 256 + 0.75 + 0.75 is 258 only if nothing is rounded on the way.
+TEST_CASE("the adapters come after W x in one chain, the bias last, one rounding for all",
+          "[forward]") {
+  // Above 256 bfloat16 steps by 2, and 256 + 0.75 + 0.75 is 258 only if nothing is rounded on the
+  // way.
   const MatrixXf W = MatrixXf::Constant(1, 1, 256), one = MatrixXf::Ones(1, 1);
   const lora::adapter<float> l{one, one * 1.5F, {.alpha = 0.5}};
   const Eigen::VectorXf x = Eigen::VectorXf::Ones(1), b = Eigen::VectorXf::Constant(1, 0.75F);
@@ -199,7 +219,8 @@ TEST_CASE("the adapters come after W x in one chain, the bias last, one rounding
 TEST_CASE("an x that is an expression is evaluated first", "[forward]") {
   test::random g(309);
   const MatrixXf W = g.integers<float>(4, 4, 5), x = g.integers<float>(4, 3, 5);
-  const lora::adapter<float> l{g.integers<float>(2, 4, 3), g.integers<float>(4, 2, 3), {.alpha = 3}};
+  const lora::adapter<float> l{
+      g.integers<float>(2, 4, 3), g.integers<float>(4, 2, 3), {.alpha = 3}};
   const test::exact_matrix total = test::exact(W) + test::exact_delta(l);
   MatrixXf y(4, 3);
   lora::forward(W, x.cwiseAbs() * 3, y, l);
@@ -249,7 +270,9 @@ TEST_CASE("no tokens, no features, one by one", "[forward]") {
   CHECK(out0.rows() == 0);
   std::array<float, 1> x{7}, z{0};
   const MatrixXf two = MatrixXf::Constant(1, 1, 2);
-  lora::forward(two, x, z, lora::adapter<float>{MatrixXf::Constant(3, 1, 2), MatrixXf::Constant(1, 3, 5), {.alpha = 1.5}});
+  lora::forward(two, x, z,
+                lora::adapter<float>{
+                    MatrixXf::Constant(3, 1, 2), MatrixXf::Constant(1, 3, 5), {.alpha = 1.5}});
   CHECK(z[0] == 14 + 0.5F * 30 * 7);
 }
 
@@ -263,7 +286,8 @@ TEST_CASE("shapes that do not fit are refused, and y keeps its bits", "[forward]
     const MatrixXf x = MatrixXf::Ones(in, x_tokens), before = MatrixXf::Constant(out, y_tokens, 7);
     MatrixXf y = before;
     const auto one = [&](const auto& weight) {
-      const std::string text = refusal<lora::shape_error>([&] { lora::forward(weight, x, y, adapters...); });
+      const std::string text =
+          refusal<lora::shape_error>([&] { lora::forward(weight, x, y, adapters...); });
       CAPTURE(text);
       CHECK(mentions(text, {"lora::forward:"}));
       CHECK(mentions(text, words));
@@ -272,7 +296,8 @@ TEST_CASE("shapes that do not fit are refused, and y keeps its bits", "[forward]
     one(W);
     one(lora::with_bias(W, b));
   };
-  refuses(4, 2, 4, 2, {"W is 4x3", "x is 4x2", "y is 4x2", "in_features rows", "out_features rows"});
+  refuses(4, 2, 4, 2,
+          {"W is 4x3", "x is 4x2", "y is 4x2", "in_features rows", "out_features rows"});
   refuses(3, 2, 3, 2, {"W is 4x3", "x is 3x2", "y is 3x2"}, l);
   refuses(4, 2, 3, 2, {"W is 4x3", "x is 4x2", "y is 3x2"}, l);  // exchanged
   refuses(0, 2, 4, 2, {"W is 4x3", "x is 0x2"}, l);
@@ -284,20 +309,26 @@ TEST_CASE("shapes that do not fit are refused, and y keeps its bits", "[forward]
   refuses(3, 2, 4, 2, {"4x5", "4x3"}, lora::scaled(0, other));
   // Empty spans.
   std::vector<float> y(4, 7);
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(W, std::span<const float>(), y, l); }), {"x is 0x1"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(W, std::vector<float>(3), std::span<float>(), l); }),
+  CHECK(mentions(
+      refusal<lora::shape_error>([&] { lora::forward(W, std::span<const float>(), y, l); }),
+      {"x is 0x1"}));
+  CHECK(mentions(refusal<lora::shape_error>(
+                     [&] { lora::forward(W, std::vector<float>(3), std::span<float>(), l); }),
                  {"lora::forward", "y is 0x1"}));
   CHECK(y == std::vector<float>(4, 7));
 }
 
 TEST_CASE("a scaling that is not finite is refused, rank 0 adds nothing", "[forward]") {
   const lora::adapter<float> l{MatrixXf::Ones(2, 3), MatrixXf::Ones(4, 2), {.alpha = 200}};
-  const MatrixXf W = MatrixXf::Ones(4, 3), x = MatrixXf::Ones(3, 2), before = MatrixXf::Constant(4, 2, 7);
+  const MatrixXf W = MatrixXf::Ones(4, 3), x = MatrixXf::Ones(3, 2),
+                 before = MatrixXf::Constant(4, 2, 7);
   MatrixXf y = before;
-  CHECK(mentions(refusal<lora::value_error>([&] { lora::forward(W, x, y, l, lora::scaled(1e307, l)); }),
-                 {"lora::forward:", "scaling is not finite"}));
+  CHECK(mentions(
+      refusal<lora::value_error>([&] { lora::forward(W, x, y, l, lora::scaled(1e307, l)); }),
+      {"lora::forward:", "scaling is not finite"}));
   CHECK(same_bits(y, before));
-  const lora::adapter<float> nothing{MatrixXf(0, 3), MatrixXf(4, 0), {.alpha = 3, .rule = scaling_rule::fixed}};
+  const lora::adapter<float> nothing{
+      MatrixXf(0, 3), MatrixXf(4, 0), {.alpha = 3, .rule = scaling_rule::fixed}};
   lora::forward(W, x, y, nothing);
   CHECK(y == MatrixXf::Constant(4, 2, 3));
   lora::forward(W, x, y, l, nothing);
@@ -311,7 +342,8 @@ TEST_CASE("y may not share memory with W, x, the bias or a factor", "[forward]")
   const MatrixXf apart = MatrixXf::Ones(4, 4);
   const lora::adapter<float> l{MatrixXf::Ones(2, 4), MatrixXf::Ones(4, 2), {.alpha = 3}};
   const auto y = lora::col_major(data, 4, 3);
-  const auto refuses = [&](const char* with, const auto& W, const auto& x, const auto&... adapters) {
+  const auto refuses = [&](const char* with, const auto& W, const auto& x,
+                           const auto&... adapters) {
     CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(W, x, y, adapters...); }),
                    {"lora::forward:", "y is written and overlaps", with}));
     CHECK(buffer == before);
@@ -321,17 +353,24 @@ TEST_CASE("y may not share memory with W, x, the bias or a factor", "[forward]")
   refuses(" x ", apart, lora::row_major(data + 11, 4, 3));
   refuses(" W ", lora::row_major(data, 4, 4), x, l);
   refuses(" W ", lora::col_major(data + 11, 4, 4), x);
-  refuses(" W ", lora::with_bias(lora::row_major(data + 11, 4, 4), std::span<const float>(data + 50, 4)), x);
+  refuses(" W ",
+          lora::with_bias(lora::row_major(data + 11, 4, 4), std::span<const float>(data + 50, 4)),
+          x);
   refuses("the bias", lora::with_bias(apart, std::span<const float>(data + 11, 4)), x, l);
-  refuses("the bias", lora::with_bias(apart, Eigen::Map<Eigen::VectorXf, 0, Eigen::InnerStride<5>>(data + 4, 4)), x);
+  refuses(
+      "the bias",
+      lora::with_bias(apart, Eigen::Map<Eigen::VectorXf, 0, Eigen::InnerStride<5>>(data + 4, 4)),
+      x);
   const auto with_factors = [&](index_t A, index_t B) {
-    return lora::adapter_view<float>{lora::row_major(data + A, 2, 4), lora::row_major(data + B, 4, 2), {.alpha = 3}};
+    return lora::adapter_view<float>{
+        lora::row_major(data + A, 2, 4), lora::row_major(data + B, 4, 2), {.alpha = 3}};
   };
   refuses("lora_A", apart, x, l, with_factors(8, 50));
   refuses("lora_B", apart, x, l, lora::scaled(0, with_factors(50, 8)));
   // Side by side, everything in one buffer.
-  lora::forward(lora::with_bias(lora::row_major(data + 12, 4, 4), std::span<const float>(data + 28, 4)),
-                lora::col_major(data + 32, 4, 3), y, with_factors(44, 52));
+  lora::forward(
+      lora::with_bias(lora::row_major(data + 12, 4, 4), std::span<const float>(data + 28, 4)),
+      lora::col_major(data + 32, 4, 3), y, with_factors(44, 52));
   CHECK(std::vector(data, data + 12) == std::vector<float>(12, 16 + 2 + 1.5F * 4 * 16));
   CHECK(std::vector(data + 12, data + 100) == std::vector<float>(88, 2));
 }

@@ -10,6 +10,7 @@
 
 #include "lora/adapter_set.hpp"
 #include "lora/dora.hpp"
+#include "lora/embed.hpp"
 #include "lora/kinds/ia3.hpp"
 #include "lora/kinds/oft.hpp"
 #include "lora/lora.hpp"
@@ -17,7 +18,6 @@
 #include "lora/model.hpp"
 #include "lora/prepared_merge.hpp"
 #include "lora/rounding.hpp"
-#include "lora/rows.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
@@ -52,8 +52,14 @@ struct two_slices {
   recipe<F> a, b;
 
   static two_slices drawn(test::random& g, bool maps) {
-    two_slices s{
-        g.integer(1, 70), g.integer(0, 40), g.integer(1, 70), g.integer(0, 40), g.integer(1, 70), g.integer(0, 40), {}, {}};
+    two_slices s{g.integer(1, 70),
+                 g.integer(0, 40),
+                 g.integer(1, 70),
+                 g.integer(0, 40),
+                 g.integer(1, 70),
+                 g.integer(0, 40),
+                 {},
+                 {}};
     s.a = recipe<F>::drawn(g, s.count_a, s.in, g.integer(1, 3), maps);
     s.b = recipe<F>::drawn(g, s.count_b, s.in, g.integer(1, 3), maps);
     return s;
@@ -130,14 +136,17 @@ TEST_CASE("low-rank slices and an adapter of all rows are one chain, rounded onc
     const index_t in = g.integer(1, 70), count = g.integer(1, 60), first = g.integer(0, 40);
     const index_t out = first + count + g.integer(0, 40);
     CAPTURE(trial, out, in, first, count);
-    const lora::adapter<bfloat16> all{g.reals<bfloat16>(5, in, 1), g.reals<bfloat16>(out, 5, 1), {.alpha = 3}};
-    const lora::adapter<float> some{g.reals<float>(3, in, 1), g.reals<float>(count, 3, 1), {.alpha = 7}};
-    const lora::adapter<bfloat16> of_rows{all.lora_A(), all.lora_B().middleRows(first, count), {.alpha = 3}};
+    const lora::adapter<bfloat16> all{
+        g.reals<bfloat16>(5, in, 1), g.reals<bfloat16>(out, 5, 1), {.alpha = 3}};
+    const lora::adapter<float> some{
+        g.reals<float>(3, in, 1), g.reals<float>(count, 3, 1), {.alpha = 7}};
+    const lora::adapter<bfloat16> of_rows{
+        all.lora_A(), all.lora_B().middleRows(first, count), {.alpha = 3}};
     const test::matrix<bfloat16> W = g.reals<bfloat16>(out, in, 1);
     const auto slice = lora::in_rows(first, out, lora::scaled(0.5, some));
     test::matrix<bfloat16> want = lora::merged(W, all);
-    want.middleRows(first, count) =
-        test::matrix<bfloat16>(lora::merged(W.middleRows(first, count), of_rows, lora::scaled(0.5, some)));
+    want.middleRows(first, count) = test::matrix<bfloat16>(
+        lora::merged(W.middleRows(first, count), of_rows, lora::scaled(0.5, some)));
     CHECK(same_bits(test::matrix<bfloat16>(lora::merged(W, all, slice)), want));
     CHECK(same_bits(lora::merged(lora::packed_weight{W}, all, slice).matrix(), want));
     test::matrix<bfloat16> checked = W;
@@ -200,17 +209,20 @@ void check_mixes(std::uint64_t seed, int trials, bool mapped) {
     const index_t tokens = g.integer(1, 40);
     CAPTURE(trial, s.out(), s.in, tokens, s.a.text(), s.b.text());
     const test::matrix<T> W = g.reals<T>(s.out(), s.in, 1);
-    const test::col_matrix<X> x = g.reals<X>(s.in, tokens, 1), before = g.reals<X>(s.out(), tokens, 1);
+    const test::col_matrix<X> x = g.reals<X>(s.in, tokens, 1),
+                              before = g.reals<X>(s.out(), tokens, 1);
     const std::uint64_t of_map = g.bits();
     const auto map_for = [&](index_t out) {
       test::random same(of_map);
       return recipe<F>().low_rank(same, out, s.in, 0).map(same, s.in);
     };
     const auto form_of = [&](const auto& weight, const auto&... l) {
-      return mapped ? lora::mixed<acc>(weight, map_for(weight.rows()), l...) : lora::mixed<acc>(weight, l...);
+      return mapped ? lora::mixed<acc>(weight, map_for(weight.rows()), l...)
+                    : lora::mixed<acc>(weight, l...);
     };
     const auto form = form_of(W, s.slice_a(), s.slice_b());
-    test::col_matrix<X> y(s.out(), tokens), packed_y = y, want = y, added = before, want_added = before, alone(s.out(), 1);
+    test::col_matrix<X> y(s.out(), tokens), packed_y = y, want = y, added = before,
+                                            want_added = before, alone(s.out(), 1);
     lora::forward(W, x, y, form);
     lora::forward(lora::packed_weight<T>{W}, x, packed_y, form);
     if (!mapped) lora::apply(x, added, form);
@@ -240,8 +252,12 @@ void check_mixes(std::uint64_t seed, int trials, bool mapped) {
 
 TEST_CASE("mixed slices have the bits of mixed blocks", "[in_rows]") {
   SECTION("float") { check_mixes<float, float, float>(4111, 60, false); }
-  SECTION("bfloat16") { check_mixes<lora::bfloat16, lora::bfloat16, lora::bfloat16>(4112, 40, false); }
-  SECTION("bfloat16 base, float factors") { check_mixes<lora::bfloat16, float, float>(4113, 30, false); }
+  SECTION("bfloat16") {
+    check_mixes<lora::bfloat16, lora::bfloat16, lora::bfloat16>(4112, 40, false);
+  }
+  SECTION("bfloat16 base, float factors") {
+    check_mixes<lora::bfloat16, float, float>(4113, 30, false);
+  }
   SECTION("double") { check_mixes<double, double, double>(4114, 30, false); }
   SECTION("behind an input map of all rows") { check_mixes<float, float, float>(4115, 40, true); }
 }
@@ -250,7 +266,9 @@ TEST_CASE("what overflows in a slice does not reach the other outputs of a panel
   test::random g(4116);
   const test::matrix<float> W = g.reals<float>(50, 12, 1);
   const lora::adapter<float> l{
-      test::matrix<float>::Constant(3, 12, std::numeric_limits<float>::max()), g.reals<float>(5, 3, 1), {.alpha = 7}};
+      test::matrix<float>::Constant(3, 12, std::numeric_limits<float>::max()),
+      g.reals<float>(5, 3, 1),
+      {.alpha = 7}};
   for (const index_t tokens : {1, 2, 5, 33}) {
     const test::col_matrix<float> x = test::col_matrix<float>::Constant(12, tokens, 2);
     test::col_matrix<float> y(50, tokens), want(50, tokens);
@@ -260,7 +278,8 @@ TEST_CASE("what overflows in a slice does not reach the other outputs of a panel
     CHECK(!y.middleRows(19, 5).array().isFinite().any());
     CHECK(same_bits(y.topRows(19), want.topRows(19)));
     CHECK(same_bits(y.bottomRows(26), want.bottomRows(26)));
-    test::col_matrix<float> added = test::col_matrix<float>::Constant(50, tokens, -0.0F), zeros = added;
+    test::col_matrix<float> added = test::col_matrix<float>::Constant(50, tokens, -0.0F),
+                            zeros = added;
     lora::apply(x, added, form);
     CHECK(same_bits(added.topRows(19), zeros.topRows(19)));
     CHECK(same_bits(added.bottomRows(26), zeros.bottomRows(26)));
@@ -276,11 +295,14 @@ TEST_CASE("tokens of a batch have slices of their own", "[in_rows]") {
     const lora::packed_weight packed{W};
     std::vector<lora::mixed_form<float>> forms;
     for (const index_t rank : {4, 4, 4, 4, 4, 4, 4, 19}) {
-      const index_t count = forms.size() < 5 ? 45 : g.integer(1, 50), first = forms.size() < 5 ? 7 : g.integer(0, 10);
-      const lora::adapter<float> l{g.reals<float>(rank, in, 1), g.reals<float>(count, rank, 1), {.alpha = 5}};
+      const index_t count = forms.size() < 5 ? 45 : g.integer(1, 50),
+                    first = forms.size() < 5 ? 7 : g.integer(0, 10);
+      const lora::adapter<float> l{
+          g.reals<float>(rank, in, 1), g.reals<float>(count, rank, 1), {.alpha = 5}};
       forms.push_back(lora::mixed(W, lora::in_rows(first, out, l)));
     }
-    const test::col_matrix<float> x = g.reals<float>(in, tokens, 1), before = g.reals<float>(out, tokens, 1);
+    const test::col_matrix<float> x = g.reals<float>(in, tokens, 1),
+                                  before = g.reals<float>(out, tokens, 1);
     lora::batch who{forms};
     for (index_t t = 0; t < tokens; ++t) who.add({{t % 8, 0.5}, {(t + 3) % 8, -1.5}});
     test::col_matrix<float> y(out, tokens), one(out, 1), added = before;
@@ -314,29 +336,33 @@ TEST_CASE("rows of an embedding, and a convolution, take slices", "[in_rows]") {
   for (int trial = 0; trial < 25; ++trial) {
     const auto s = two_slices<float>::drawn(g, false);
     CAPTURE(trial, s.out(), s.in, s.a.text(), s.b.text());
-    if ((s.a.text() + s.b.text()).find('s') != std::string::npos) continue;  // an embedding has no bias
-    const test::matrix<float> W = g.reals<float>(s.in, s.out(), 1);          // vocabulary x features
+    if ((s.a.text() + s.b.text()).find('s') != std::string::npos)
+      continue;                                                      // an embedding has no bias
+    const test::matrix<float> W = g.reals<float>(s.in, s.out(), 1);  // vocabulary x features
     std::vector<int> ids;
     for (int t = 0; t < 9; ++t) ids.push_back(static_cast<int>(g.integer(0, s.in - 1)));
     const auto form = lora::mixed(W.transpose(), s.slice_a(), s.slice_b());
-    test::col_matrix<float> y(s.out(), 9), z(s.out(), 9), want(s.out(), 9), want_z = g.reals<float>(s.out(), 9, 1);
+    test::col_matrix<float> y(s.out(), 9), z(s.out(), 9), want(s.out(), 9),
+        want_z = g.reals<float>(s.out(), 9, 1);
     z = want_z;
     const test::matrix<float> input = g.reals<float>(s.in, 9, 1);
     const auto down = [&](const auto& lora_A) -> test::matrix<float> {
       test::matrix<float> result = test::matrix<float>::Zero(lora_A.rows(), 9);
       for (index_t i = 0; i < lora_A.rows(); ++i)
-        for (index_t k = 0; k < s.in; ++k) result.row(i) += static_cast<float>(lora_A(i, k)) * input.row(k);
+        for (index_t k = 0; k < s.in; ++k)
+          result.row(i) += static_cast<float>(lora_A(i, k)) * input.row(k);
       return result;
     };
     const bool factors = (s.a.text() + s.b.text()).find('d') == std::string::npos;
-    lora::rows(W, ids, y, form);
+    lora::embed(W, ids, y, form);
     if (factors) lora::apply_through(down, z, form);
     s.each_block([&](index_t first, index_t count, const recipe<float>* l) {
       if (count == 0) return;
       const test::matrix<float> block = W.middleCols(first, count);
       test::col_matrix<float> own(count, 9);
-      const auto of_block = l == nullptr ? lora::mixed(block.transpose()) : lora::mixed(block.transpose(), *l);
-      lora::rows(block, ids, own, of_block);
+      const auto of_block =
+          l == nullptr ? lora::mixed(block.transpose()) : lora::mixed(block.transpose(), *l);
+      lora::embed(block, ids, own, of_block);
       want.middleRows(first, count) = own;
       if (!factors) return;
       own = want_z.middleRows(first, count);
@@ -355,7 +381,8 @@ TEST_CASE("a slice keeps what it was made of, and nests", "[in_rows]") {
   const std::vector<float> m(8, 1.5F);
   const auto want = [&](const auto& adapter, index_t first) {
     test::matrix<float> result = W;
-    result.middleRows(first, 8) = test::matrix<float>(lora::merged(W.middleRows(first, 8), adapter));
+    result.middleRows(first, 8) =
+        test::matrix<float>(lora::merged(W.middleRows(first, 8), adapter));
     return result;
   };
   const auto made = [&] { return lora::in_rows(5, 30, lora::adapter<float>(l)); };
@@ -368,12 +395,15 @@ TEST_CASE("a slice keeps what it was made of, and nests", "[in_rows]") {
   CHECK(nested.rows().first == 4);
   CHECK(same_bits(test::matrix<float>(lora::merged(W, nested)), want(dora, 7)));
   const auto all = lora::in_rows(0, 8, l);
-  CHECK(same_bits(test::matrix<float>(lora::merged(W.topRows(8), all)), test::matrix<float>(lora::merged(W.topRows(8), l))));
+  CHECK(same_bits(test::matrix<float>(lora::merged(W.topRows(8), all)),
+                  test::matrix<float>(lora::merged(W.topRows(8), l))));
   const std::vector list{lora::in_rows(0, 30, l), lora::in_rows(21, 30, l)};
   test::matrix<float> both = want(l, 0);
   both.middleRows(21, 8) = want(l, 21).middleRows(21, 8);
   CHECK(same_bits(test::matrix<float>(lora::merged(W, list)), both));
-  CHECK(same_bits(test::matrix<float>(lora::merged(test::matrix<float>(W.transpose()).transpose(), list)), both));
+  CHECK(same_bits(
+      test::matrix<float>(lora::merged(test::matrix<float>(W.transpose()).transpose(), list)),
+      both));
 }
 
 TEST_CASE("double in a slice is accumulated in double", "[in_rows]") {
@@ -405,19 +435,23 @@ TEST_CASE("q and v of a fused layer are attached, merged and mixed", "[in_rows][
   lora::forward(W, x, want, q, lora::scaled(0.5, v));
   CHECK(same_bits(y, want));
   layer.merge();
-  CHECK(same_bits(layer.weight(), test::matrix<lora::bfloat16>(lora::merged(W, q, lora::scaled(0.5, v)))));
+  CHECK(same_bits(layer.weight(),
+                  test::matrix<lora::bfloat16>(lora::merged(W, q, lora::scaled(0.5, v)))));
   layer.unmerge("q");
-  CHECK(same_bits(layer.weight(), test::matrix<lora::bfloat16>(lora::merged(W, lora::scaled(0.5, v)))));
+  CHECK(same_bits(layer.weight(),
+                  test::matrix<lora::bfloat16>(lora::merged(W, lora::scaled(0.5, v)))));
   CHECK(layer.at("v").additive);
   layer.unmerge();
   CHECK(same_bits(layer.weight(), W));
 
   // A set names the rows; the adapter stays what it was.
   lora::adapter_set set;
-  set.add(lora::module_adapter({.module = "attn.c_attn", .first_row = 2 * heads, .weight_rows = 3 * heads}, b));
+  set.add(lora::module_adapter(
+      {.module = "attn.c_attn", .first_row = 2 * heads, .weight_rows = 3 * heads}, b));
   const auto& one = set.at("attn.c_attn");
   CHECK(one.out_features() == 3 * heads);
-  CHECK(same_bits(test::matrix<lora::bfloat16>(lora::merged(W, one)), test::matrix<lora::bfloat16>(lora::merged(W, v))));
+  CHECK(same_bits(test::matrix<lora::bfloat16>(lora::merged(W, one)),
+                  test::matrix<lora::bfloat16>(lora::merged(W, v))));
   const auto renamed = set.renamed([](const std::string& name) { return "model." + name; });
   CHECK(renamed.at("model.attn.c_attn").out_features() == 3 * heads);
   CHECK(one.moved_to({"attn.v_proj"}).out_features() == heads);
@@ -425,8 +459,10 @@ TEST_CASE("q and v of a fused layer are attached, merged and mixed", "[in_rows][
   net.add("attn.c_attn", lora::linear<lora::bfloat16>(W));
   net.attach("style", set);
   net.merge("style");
-  CHECK(same_bits(net.at("attn.c_attn").weight(), test::matrix<lora::bfloat16>(lora::merged(W, v))));
-  const auto refused = refusal<lora::value_error>([&] { lora::module_adapter({.module = "m", .first_row = 2}, b); });
+  CHECK(
+      same_bits(net.at("attn.c_attn").weight(), test::matrix<lora::bfloat16>(lora::merged(W, v))));
+  const auto refused =
+      refusal<lora::value_error>([&] { lora::module_adapter({.module = "m", .first_row = 2}, b); });
   CHECK(mentions(refused, {"m has a first row"}));
 }
 
@@ -435,18 +471,21 @@ TEST_CASE("rows that a weight does not have are refused", "[in_rows]") {
   const lora::adapter<float> l{g.reals<float>(2, 5, 1), g.reals<float>(7, 2, 1), {.alpha = 3}};
   for (const auto& [first, out] : std::vector<std::pair<index_t, index_t>>{
            {-1, 20}, {14, 20}, {0, 6}, {std::numeric_limits<index_t>::max(), 20}, {0, -1}})
-    CHECK(mentions(refusal<lora::shape_error>([&] { static_cast<void>(lora::in_rows(first, out, l)); }),
-                   {"in_rows", "7 outputs"}));
+    CHECK(mentions(
+        refusal<lora::shape_error>([&] { static_cast<void>(lora::in_rows(first, out, l)); }),
+        {"in_rows", "7 outputs"}));
   const auto slice = lora::in_rows(13, 20, l);
   test::matrix<float> W = g.reals<float>(21, 5, 1), before = W;
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::merge(W, slice); }), {"rows 13 ... 19", "20 outputs", "21"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::merge(W, slice); }),
+                 {"rows 13 ... 19", "20 outputs", "21"}));
   test::matrix<float> wide = g.reals<float>(20, 6, 1);
   CHECK_THROWS_AS(lora::merge(wide, slice), lora::shape_error);
   CHECK(same_bits(W, before));
 
   // Steps of a kind of one's own.
   const lora::any_factors factors = lora::any_factors::copy_of(l);
-  const one_step beyond{{factors, 1.0, {15, 7}}}, of_more{{factors, 1.0, {3, 8}}}, of_none{{factors, 1.0}};
+  const one_step beyond{{factors, 1.0, {15, 7}}}, of_more{{factors, 1.0, {3, 8}}},
+      of_none{{factors, 1.0}};
   for (const auto* k : {&beyond, &of_more, &of_none}) {
     CHECK_THROWS_AS(lora::merge(W, *k), lora::shape_error);
     CHECK_THROWS_AS(static_cast<void>(lora::mixed(W, *k)), lora::shape_error);
@@ -469,10 +508,13 @@ TEST_CASE("a slice that changes the inputs is merged, and not mixed", "[in_rows]
   CHECK(same_bits(back.topRows(9), W.topRows(9)));
   CHECK(same_bits(back.bottomRows(4), W.bottomRows(4)));
   // Of all rows it is the adapter.
-  CHECK(lora::mixed(W, lora::in_rows(0, 20, lora::ia3_adapter<float>::of_inputs({1, 2, 3, 4, 5, 6}, 20))).has_input_map());
+  CHECK(lora::mixed(
+            W, lora::in_rows(0, 20, lora::ia3_adapter<float>::of_inputs({1, 2, 3, 4, 5, 6}, 20)))
+            .has_input_map());
 }
 
-TEST_CASE("slices stay within their bounds, and the bounds are those of the block", "[in_rows][bounds]") {
+TEST_CASE("slices stay within their bounds, and the bounds are those of the block",
+          "[in_rows][bounds]") {
   test::random g(4141);
   CAPTURE(g.seed());
   for (int trial = 0; trial < 25; ++trial) {
@@ -480,11 +522,13 @@ TEST_CASE("slices stay within their bounds, and the bounds are those of the bloc
     const index_t out = first + count + g.integer(0, 20);
     CAPTURE(trial, out, in, first, count);
     const test::matrix<float> W = g.reals<float>(out, in, 1);
-    const lora::adapter<float> plain{g.reals<float>(3, in, 1), g.reals<float>(count, 3, 1), {.alpha = 5}};
+    const lora::adapter<float> plain{
+        g.reals<float>(3, in, 1), g.reals<float>(count, 3, 1), {.alpha = 5}};
     std::vector<float> m;
     for (index_t i = 0; i < count; ++i) m.push_back(static_cast<float>(g.uniform(0.5, 2)));
     const lora::dora_adapter<float> dora(
-        lora::adapter<float>{g.reals<float>(2, in, 1), g.reals<float>(count, 2, 1), {.alpha = 3}}, m);
+        lora::adapter<float>{g.reals<float>(2, in, 1), g.reals<float>(count, 2, 1), {.alpha = 3}},
+        m);
     const auto a = lora::in_rows(first, out, lora::scaled(0.7, plain));
     const auto b = lora::in_rows(first, out, dora);
     test::exact_matrix exact = test::exact(W);
@@ -494,12 +538,14 @@ TEST_CASE("slices stay within their bounds, and the bounds are those of the bloc
       };
       auto rows = exact.middleRows(first, count);
       const test::exact_matrix own = rows + of(dora.factors(), dora.factors().scaling());
-      rows += of(plain, 0.7L * static_cast<long double>(plain.scaling())) + of(dora.factors(), dora.factors().scaling());
+      rows += of(plain, 0.7L * static_cast<long double>(plain.scaling())) +
+              of(dora.factors(), dora.factors().scaling());
       for (index_t i = 0; i < count; ++i)
         rows.row(i) *= static_cast<long double>(m[static_cast<std::size_t>(i)]) / own.row(i).norm();
     }
     const auto sure = lora::mixed_bound(W, a, b);
-    CHECK(test::within(test::matrix<float>(lora::merged(W, a, b)), exact, lora::merge_bound(W, sure)));
+    CHECK(test::within(test::matrix<float>(lora::merged(W, a, b)), exact,
+                       lora::merge_bound(W, sure)));
     const test::col_matrix<float> x = g.reals<float>(in, 4, 1);
     test::col_matrix<float> y(out, 4);
     lora::forward(W, x, y, lora::mixed(W, a, b));
@@ -508,7 +554,8 @@ TEST_CASE("slices stay within their bounds, and the bounds are those of the bloc
     // The bound is not a wide one: of the slice it is that of the block.
     const auto block = W.middleRows(first, count);
     const test::matrix<float> y_block(count, 4);
-    const auto alone = lora::forward_bound(block, x, y_block, lora::mixed_bound(block, lora::scaled(0.7, plain), dora));
+    const auto alone = lora::forward_bound(
+        block, x, y_block, lora::mixed_bound(block, lora::scaled(0.7, plain), dora));
     CHECK(bound.middleRows(first, count).isApprox(alone));
     const auto at_half = lora::mixed_bound(W, lora::scaled(0.5, a)),
                same = lora::mixed_bound(W, lora::in_rows(first, out, lora::scaled(0.35, plain)));

@@ -13,15 +13,19 @@
 namespace {
 
 lora::adapter<float> adapter(lora::index_t out, lora::index_t in) {
-  return {test::matrix<float>::Constant(2, in, 0.5F), test::matrix<float>::Constant(out, 2, 0.25F), {.alpha = 3}};
+  return {test::matrix<float>::Constant(2, in, 0.5F),
+          test::matrix<float>::Constant(out, 2, 0.25F),
+          {.alpha = 3}};
 }
 
 }  // namespace
 
 TEST_CASE("a form refuses steps that do not fit", "[mixed][invariant]") {
-  const auto form = [](lora::index_t out, const std::vector<lora::adapter<float>>& adapters, lora::index_t in) {
+  const auto form = [](lora::index_t out, const std::vector<lora::adapter<float>>& adapters,
+                       lora::index_t in) {
     std::vector<lora::step<float>> steps{lora::gain_step<float>{std::vector<float>(3, 1.0F)}};
-    for (const auto& l : adapters) steps.push_back(lora::low_rank_step{lora::any_factors::copy_of(l)});
+    for (const auto& l : adapters)
+      steps.push_back(lora::low_rank_step{lora::any_factors::copy_of(l)});
     return lora::mixed_form<float>("mixed", out, in, steps);
   };
   CHECK_NOTHROW((void)form(3, {adapter(3, 4), adapter(3, 4)}, 4));
@@ -42,7 +46,8 @@ TEST_CASE("a form takes its adapters at their scaling", "[mixed][invariant]") {
 TEST_CASE("verbs of a form without adapters check their operands", "[mixed][invariant]") {
   const auto form = lora::mixed(3, 4);
   test::matrix<float> y = test::matrix<float>::Ones(3, 2), tall = test::matrix<float>::Ones(5, 2);
-  const test::matrix<float> W = test::matrix<float>::Ones(3, 4), x = test::matrix<float>::Ones(4, 2);
+  const test::matrix<float> W = test::matrix<float>::Ones(3, 4),
+                            x = test::matrix<float>::Ones(4, 2);
   CHECK_THROWS_AS(lora::apply(x, tall, form), lora::shape_error);
   CHECK_THROWS_AS(lora::apply(tall, y, form), lora::shape_error);
   CHECK_THROWS_AS(lora::forward(W, tall, y, form), lora::shape_error);
@@ -51,7 +56,8 @@ TEST_CASE("verbs of a form without adapters check their operands", "[mixed][inva
 }
 
 TEST_CASE("a bias that was put beside a weight by hand is checked", "[forward][invariant]") {
-  const test::matrix<float> W = test::matrix<float>::Ones(3, 4), x = test::matrix<float>::Ones(4, 2);
+  const test::matrix<float> W = test::matrix<float>::Ones(3, 4),
+                            x = test::matrix<float>::Ones(4, 2);
   const std::vector<float> b(2);
   auto good = lora::with_bias(W, std::vector<float>(3));
   good.bias = lora::col_major(b, 2, 1);
@@ -62,8 +68,10 @@ TEST_CASE("a bias that was put beside a weight by hand is checked", "[forward][i
   CHECK(y == test::matrix<float>::Ones(3, 2));
 }
 
-TEST_CASE("a packed weight that changed after its bias was checked is refused", "[forward][invariant]") {
-  const test::matrix<float> W = test::matrix<float>::Ones(3, 4), x = test::matrix<float>::Ones(4, 2);
+TEST_CASE("a packed weight that changed after its bias was checked is refused",
+          "[forward][invariant]") {
+  const test::matrix<float> W = test::matrix<float>::Ones(3, 4),
+                            x = test::matrix<float>::Ones(4, 2);
   lora::packed_weight<float> packed{W};
   const std::vector<float> b(3);
   const auto layer = lora::with_bias(packed, b);
@@ -74,7 +82,10 @@ TEST_CASE("a packed weight that changed after its bias was checked is refused", 
 
 TEST_CASE("a strength on a packed adapter is a finite number", "[packed][invariant]") {
   const lora::packed_adapter<float> packed{adapter(3, 4)};
-  CHECK_THROWS_AS(lora::scaled_packed_adapter<float>(std::numeric_limits<double>::infinity(), packed), lora::value_error);
-  CHECK_THROWS_AS((void)lora::scaled(std::numeric_limits<double>::max(), lora::scaled(2, packed)), lora::value_error);
+  CHECK_THROWS_AS(
+      lora::scaled_packed_adapter<float>(std::numeric_limits<double>::infinity(), packed),
+      lora::value_error);
+  CHECK_THROWS_AS((void)lora::scaled(std::numeric_limits<double>::max(), lora::scaled(2, packed)),
+                  lora::value_error);
   CHECK(lora::scaled(0.5, lora::scaled(0.5, packed)).scaling() == 0.375);
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// linear<T> against a model that keeps only what the calls said. On whole numbers every bit of the weight and of the
-// output is known by plain loops; on numbers that use all bits the output must lie within the bound of docs/numerics.md.
+// linear<T> against a model that keeps only what the calls said. On whole numbers every bit of the
+// weight and of the output is known by plain loops; on numbers that use all bits the output must
+// lie within the bound of docs/numerics.md.
 #include <algorithm>
 #include <array>
 #include <cmath>
@@ -32,8 +33,8 @@ namespace {
 
 using Eigen::MatrixXf;
 
-using any_adapter =
-    std::variant<lora::adapter<float>, lora::adapter<double>, lora::adapter<lora::float16>, lora::adapter<lora::bfloat16>>;
+using any_adapter = std::variant<lora::adapter<float>, lora::adapter<double>,
+                                 lora::adapter<lora::float16>, lora::adapter<lora::bfloat16>>;
 
 struct entry {
   any_adapter adapter;
@@ -52,7 +53,8 @@ struct model {
   std::map<std::string, entry> all = {};
 
   lora::linear<T> layer(typename lora::linear<T>::reload_function reload = nullptr) const {
-    return bias.size() == 0 ? lora::linear<T>(W, reload) : lora::linear<T>(lora::with_bias(W, bias), reload);
+    return bias.size() == 0 ? lora::linear<T>(W, reload)
+                            : lora::linear<T>(lora::with_bias(W, bias), reload);
   }
   /// Writes W again.
   auto reload() const {
@@ -66,7 +68,8 @@ struct model {
   bool holds_double(bool inside) const {
     return std::any_of(all.begin(), all.end(), [&](const auto& named) {
       const entry& one = named.second;
-      return (inside ? one.inside() : one.beside()) && std::holds_alternative<lora::adapter<double>>(one.adapter);
+      return (inside ? one.inside() : one.beside()) &&
+             std::holds_alternative<lora::adapter<double>>(one.adapter);
     });
   }
 };
@@ -78,7 +81,8 @@ void attach(lora::linear<T>& q, const std::string& name, const entry& one, doubl
 
 std::vector<std::string> shuffled(std::vector<std::string> names, test::random& g) {
   for (std::size_t n = names.size(); n > 1; --n)
-    std::swap(names[n - 1], names[static_cast<std::size_t>(g.integer(0, static_cast<index_t>(n) - 1))]);
+    std::swap(names[n - 1],
+              names[static_cast<std::size_t>(g.integer(0, static_cast<index_t>(n) - 1))]);
   return names;
 }
 
@@ -114,7 +118,8 @@ snapshot look(const lora::linear<T>& q) {
   snapshot s{q.names(), {}, test::bytes(q.weight()), {}};
   for (const auto& name : s.names) {
     const auto [weight, scaling, rank, active, merged, additive] = q.at(name);
-    s.attached.push_back({weight, scaling, static_cast<double>(rank), double(active), double(merged)});
+    s.attached.push_back(
+        {weight, scaling, static_cast<double>(rank), double(active), double(merged)});
   }
   test::random g(5);
   const auto x = g.reals<float>(q.in_features(), 3, 2);
@@ -128,7 +133,8 @@ snapshot look(const lora::linear<T>& q) {
 template <class T, bool whole_numbers>
 class walk {
  public:
-  explicit walk(test::random& g) : g_(g), m_(new_model(g)), copied_(m_.layer()), reloaded_(m_.layer(m_.reload())) {}
+  explicit walk(test::random& g)
+      : g_(g), m_(new_model(g)), copied_(m_.layer()), reloaded_(m_.layer(m_.reload())) {}
 
   void run(int steps) {
     for (int step = 0; step < steps; ++step) {
@@ -138,30 +144,34 @@ class walk {
       if constexpr (whole_numbers) {
         if (!check_whole_numbers<T>() || !check_whole_numbers<float>()) return;
       } else {
-        if (!check_bound<T, T>() || !check_bound<float, float>() || !check_bound<T, double>()) return;
+        if (!check_bound<T, T>() || !check_bound<float, float>() || !check_bound<T, double>())
+          return;
       }
     }
     copied_.unmerge();
     reloaded_.unmerge();
     CHECK(same_bits(copied_.weight(), m_.W));
     CHECK(same_bits(reloaded_.weight(), m_.W));
-    if constexpr (!whole_numbers) CHECK(std::sqrt(squared_difference_) <= std::sqrt(squared_expected_));
+    if constexpr (!whole_numbers)
+      CHECK(std::sqrt(squared_difference_) <= std::sqrt(squared_expected_));
   }
 
  private:
   static model<T> new_model(test::random& g) {
     const index_t out = g.integer(1, 20), in = g.integer(1, 24);
     const auto bias = g.one_in(2) ? out : 0;
-    if constexpr (whole_numbers) return {g.integers<T>(out, in, 200), g.integers<float>(bias, 1, 50)};
+    if constexpr (whole_numbers)
+      return {g.integers<T>(out, in, 200), g.integers<float>(bias, 1, 50)};
     return {g.reals<T>(out, in, 0.5), g.reals<float>(bias, 1, 0.5)};
   }
   template <class F>
   lora::adapter<F> new_adapter_of(index_t rank) {
     const index_t out = m_.W.rows(), in = m_.W.cols();
     if constexpr (whole_numbers)
-      return {g_.integers<F>(rank, in, 2),
-              g_.integers<F>(out, rank, 2),
-              {.alpha = 0.25 * static_cast<double>(g_.integer(-9, 9)), .rule = scaling_rule::fixed}};
+      return {
+          g_.integers<F>(rank, in, 2),
+          g_.integers<F>(out, rank, 2),
+          {.alpha = 0.25 * static_cast<double>(g_.integer(-9, 9)), .rule = scaling_rule::fixed}};
     return {g_.reals<F>(rank, in, 0.4), g_.reals<F>(out, rank, 0.4), {.alpha = g_.uniform(-3, 3)}};
   }
   any_adapter new_adapter() {
@@ -173,7 +183,9 @@ class walk {
       default: return new_adapter_of<lora::bfloat16>(rank);
     }
   }
-  double new_weight() { return whole_numbers ? 0.25 * static_cast<double>(g_.integer(-8, 8)) : g_.uniform(-2, 2); }
+  double new_weight() {
+    return whole_numbers ? 0.25 * static_cast<double>(g_.integer(-8, 8)) : g_.uniform(-2, 2);
+  }
 
   template <class Call>
   void on_both(const Call& call) {
@@ -188,7 +200,9 @@ class walk {
     if (choice == 0 || (choice == 1 && attached.size() < 4)) {
       const std::string fresh = std::string(1, static_cast<char>('a' + g_.integer(0, 5)));
       if (m_.all.count(fresh) != 0) {
-        on_both([&](auto& q) { CHECK_THROWS_AS(attach(q, fresh, m_.all.at(fresh), 0.5), lora::value_error); });
+        on_both([&](auto& q) {
+          CHECK_THROWS_AS(attach(q, fresh, m_.all.at(fresh), 0.5), lora::value_error);
+        });
         return "attach twice";
       }
       entry one{new_adapter(), new_weight()};
@@ -246,12 +260,14 @@ class walk {
     bool as_said = copied_.names() == m_.names();
     for (const auto& [name, one] : m_.all) {
       const auto is = copied_.at(name);
-      as_said = as_said && copied_.contains(name) && is.strength == one.weight && is.active == one.active &&
-                is.merged == one.merged;
+      as_said = as_said && copied_.contains(name) && is.strength == one.weight &&
+                is.active == one.active && is.merged == one.merged;
     }
-    const bool any_inside = std::any_of(m_.all.begin(), m_.all.end(), [](const auto& n) { return n.second.inside(); });
+    const bool any_inside =
+        std::any_of(m_.all.begin(), m_.all.end(), [](const auto& n) { return n.second.inside(); });
     const auto other_way = brought_to(m_, g_);
-    const bool good = as_said && look(copied_) == look(reloaded_) && look(copied_) == look(other_way) &&
+    const bool good = as_said && look(copied_) == look(reloaded_) &&
+                      look(copied_) == look(other_way) &&
                       (any_inside || same_bits(copied_.weight(), m_.W));
     CHECK(as_said);
     CHECK(look(copied_) == look(reloaded_));
@@ -263,12 +279,14 @@ class walk {
   /// The weight is the exact sum, rounded once; the output the exact product with it, rounded once.
   template <class Y>
   bool check_whole_numbers() {
-    test::exact_matrix weight = test::exact(m_.W), beside = test::exact_matrix::Zero(m_.W.rows(), m_.W.cols());
+    test::exact_matrix weight = test::exact(m_.W),
+                       beside = test::exact_matrix::Zero(m_.W.rows(), m_.W.cols());
     for (const auto& named : m_.all) {
       const entry& one = named.second;  // clang 14 captures no part of a structured binding
       std::visit(
           [&](const auto& l) {
-            const test::exact_matrix delta = static_cast<long double>(one.weight) * test::exact_delta(l);
+            const test::exact_matrix delta =
+                static_cast<long double>(one.weight) * test::exact_delta(l);
             if (one.inside()) weight += delta;
             if (one.beside()) beside += delta;
           },
@@ -302,7 +320,8 @@ class walk {
     for (const auto& named : m_.all) {
       const entry& one = named.second;
       const agreement::part part =
-          std::visit([&](const auto& l) { return agreement::part_of(lora::scaled(one.weight, l)); }, one.adapter);
+          std::visit([&](const auto& l) { return agreement::part_of(lora::scaled(one.weight, l)); },
+                     one.adapter);
       if (one.inside()) where.merged.push_back(part);
       if (one.beside()) where.mixed.push_back(part);
       if (one.active) all.push_back(part);
@@ -312,20 +331,23 @@ class walk {
     const auto exact = layers::reference(in_double, bias, all, xs);
     using plain = lora::accumulator_t<T, X, Y>;
     const auto single = agreement::formats_of<T, Y, plain>();
-    const auto merge = m_.holds_double(true) ? agreement::formats_of<T, Y, double>()
-                                             : agreement::formats_of<T, Y, lora::accumulator_t<T>>();
+    const auto merge = m_.holds_double(true)
+                           ? agreement::formats_of<T, Y, double>()
+                           : agreement::formats_of<T, Y, lora::accumulator_t<T>>();
     const auto product = m_.holds_double(false) ? agreement::formats_of<T, Y, double>() : single;
-    const Eigen::MatrixXd bound = agreement::error_bound(in_double, bias, where, xs, product, merge);
+    const Eigen::MatrixXd bound =
+        agreement::error_bound(in_double, bias, where, xs, product, merge);
     const auto y = agreement::in_double(large_y.topLeftCorner(m_.W.rows(), tokens));
-    const Eigen::MatrixXd difference = (y.template cast<long double>() - exact).cwiseAbs().template cast<double>();
+    const Eigen::MatrixXd difference =
+        (y.template cast<long double>() - exact).cwiseAbs().template cast<double>();
     const bool within = (difference.array() <= bound.array()).all();
     CHECK(within);
     // The second test of support/oracle.hpp, over the whole walk.
     const auto coarse = agreement::formats_of<T, Y, lora::accumulator_t<T>>();
     squared_difference_ += difference.squaredNorm();
     squared_expected_ += oracle::expected(in_double, bias, where, xs, coarse).squaredNorm();
-    const bool outside_kept =
-        same_bits(large_y.rightCols(2), around.rightCols(2)) && same_bits(large_y.bottomRows(1), around.bottomRows(1));
+    const bool outside_kept = same_bits(large_y.rightCols(2), around.rightCols(2)) &&
+                              same_bits(large_y.bottomRows(1), around.bottomRows(1));
     CHECK(outside_kept);
     return within && outside_kept;
   }
@@ -338,8 +360,8 @@ class walk {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("random walks on whole numbers: every bit is known", "[linear]", float, double, lora::bfloat16,
-                   lora::float16) {
+TEMPLATE_TEST_CASE("random walks on whole numbers: every bit is known", "[linear]", float, double,
+                   lora::bfloat16, lora::float16) {
   test::random g(901);
   CAPTURE(g.seed());
   for (int trial = 0; trial < 40 / std::min(layers::thinning, 4); ++trial) {
@@ -348,8 +370,8 @@ TEMPLATE_TEST_CASE("random walks on whole numbers: every bit is known", "[linear
   }
 }
 
-TEMPLATE_TEST_CASE("random walks on reals: the same function within the bound", "[linear]", float, double, lora::bfloat16,
-                   lora::float16) {
+TEMPLATE_TEST_CASE("random walks on reals: the same function within the bound", "[linear]", float,
+                   double, lora::bfloat16, lora::float16) {
   test::random g(902);
   CAPTURE(g.seed());
   for (int trial = 0; trial < 40 / std::min(layers::thinning, 4); ++trial) {
@@ -363,12 +385,15 @@ namespace {
 lora::adapter<float> rank_one(const MatrixXf& b, const MatrixXf& a, double s = 0.5) {
   return {a, b / static_cast<float>(s), {.alpha = s, .rule = scaling_rule::fixed}};
 }
-MatrixXf constant(index_t rows, index_t cols, double v) { return MatrixXf::Constant(rows, cols, static_cast<float>(v)); }
+MatrixXf constant(index_t rows, index_t cols, double v) {
+  return MatrixXf::Constant(rows, cols, static_cast<float>(v));
+}
 
 }  // namespace
 
 TEST_CASE("two adapters, one merged and one active, are both computed", "[linear]") {
-  // W x = 1 * 2 + 2 * 3 = 8; "in": 4 * (1 * 2 + 1 * 3) = 20; "beside" at -1/2: -3 * (1 * 2 - 1 * 3) = 3.
+  // W x = 1 * 2 + 2 * 3 = 8; "in": 4 * (1 * 2 + 1 * 3) = 20; "beside" at -1/2: -3 * (1 * 2 - 1 * 3)
+  // = 3.
   const MatrixXf W{{1, 2}}, x{{2}, {3}};
   const auto beside = rank_one(constant(1, 1, 6), MatrixXf{{1, -1}});
   lora::linear<float> q{W};
@@ -409,8 +434,8 @@ TEST_CASE("two adapters, one merged and one active, are both computed", "[linear
   CHECK(q.weight()(0, 0) == 1);
 }
 
-TEMPLATE_TEST_CASE("forward is lora::forward with what is not merged", "[linear]", float, double, lora::bfloat16,
-                   lora::float16) {
+TEMPLATE_TEST_CASE("forward is lora::forward with what is not merged", "[linear]", float, double,
+                   lora::bfloat16, lora::float16) {
   test::random g(903);
   CAPTURE(g.seed());
   const auto W = g.reals<TestType>(37, 53, 0.4);
@@ -420,7 +445,8 @@ TEMPLATE_TEST_CASE("forward is lora::forward with what is not merged", "[linear]
   CHECK((q.has_bias() && q.out_features() == 37 && q.in_features() == 53));
   const lora::adapter<lora::bfloat16> narrow{
       g.reals<lora::bfloat16>(61, 53, 0.2), g.reals<lora::bfloat16>(37, 61, 0.2), {.alpha = 3}};
-  const lora::adapter<double> wide{g.reals<double>(5, 53, 0.2), g.reals<double>(37, 5, 0.2), {.alpha = -4}};
+  const lora::adapter<double> wide{
+      g.reals<double>(5, 53, 0.2), g.reals<double>(37, 5, 0.2), {.alpha = -4}};
   q.attach("wide", lora::scaled(0.3, wide));
   q.attach("narrow", narrow);
   const test::col_matrix<float> x = g.reals<float>(53, 9, 1);
@@ -449,7 +475,8 @@ TEST_CASE("what linear is made of", "[linear]") {
   CHECK(same_bits(lora::linear<lora::bfloat16>{by_cols}.weight(), by_rows));
   CHECK(same_bits(lora::linear<lora::bfloat16>{by_rows.transpose()}.weight(),
                   test::matrix<lora::bfloat16>(by_rows.transpose())));
-  CHECK(same_bits(lora::linear<lora::bfloat16>{by_cols.block(1, 2, 3, 4)}.weight(), by_rows.block(1, 2, 3, 4)));
+  CHECK(same_bits(lora::linear<lora::bfloat16>{by_cols.block(1, 2, 3, 4)}.weight(),
+                  by_rows.block(1, 2, 3, 4)));
   CHECK(same_bits(lora::linear<lora::bfloat16>{lora::as_matrix(by_rows).block(1, 2, 3, 4)}.weight(),
                   by_rows.block(1, 2, 3, 4)));
   // A narrower base, widened exactly; Eigen's types are stored as ours.
@@ -472,21 +499,27 @@ TEST_CASE("what linear is made of", "[linear]") {
   CHECK(owner.weight()(1, 2) == 1);
   // Nothing to multiply: only the bias is left, or no output at all.
   std::vector<float> two(2, 9);
-  lora::linear<float>{lora::with_bias(MatrixXf(2, 0), std::vector<float>{3, 4})}.forward(std::vector<float>(), two);
+  lora::linear<float>{lora::with_bias(MatrixXf(2, 0), std::vector<float>{3, 4})}.forward(
+      std::vector<float>(), two);
   CHECK(two == std::vector<float>{3, 4});
   std::vector<float> none;
   lora::linear<float>{MatrixXf(0, 3)}.forward(std::vector<float>(3), none);
   CHECK(none.empty());
 }
 
-TEMPLATE_TEST_CASE("the base keeps every bit, NaN and -0 too", "[linear]", float, double, lora::float16, lora::bfloat16) {
-  using bits = std::conditional_t<sizeof(TestType) == 2, std::uint16_t,
-                                  std::conditional_t<sizeof(TestType) == 4, std::uint32_t, std::uint64_t>>;
+TEMPLATE_TEST_CASE("the base keeps every bit, NaN and -0 too", "[linear]", float, double,
+                   lora::float16, lora::bfloat16) {
+  using bits =
+      std::conditional_t<sizeof(TestType) == 2, std::uint16_t,
+                         std::conditional_t<sizeof(TestType) == 4, std::uint32_t, std::uint64_t>>;
   const bits top = bits(bits(1) << (8 * sizeof(bits) - 1));
-  const auto infinite = std::bit_cast<bits>(test::stored<TestType>(std::numeric_limits<double>::infinity()));
-  const bits patterns[] = {top, infinite, bits(infinite | 3), bits(infinite | top | 9), bits(top | 1), bits(1)};
+  const auto infinite =
+      std::bit_cast<bits>(test::stored<TestType>(std::numeric_limits<double>::infinity()));
+  const bits patterns[] = {top,           infinite, bits(infinite | 3), bits(infinite | top | 9),
+                           bits(top | 1), bits(1)};
   test::matrix<TestType> W(3, 6);
-  for (index_t j = 0; j < 6; ++j) W(0, j) = W(1, j) = W(2, j) = std::bit_cast<TestType>(patterns[j]);
+  for (index_t j = 0; j < 6; ++j)
+    W(0, j) = W(1, j) = W(2, j) = std::bit_cast<TestType>(patterns[j]);
   const auto check = [&](lora::linear<TestType> q) {
     CHECK(same_bits(q.weight(), W));
     q.attach("one", rank_one(Eigen::Vector3f(0, 1, 0), constant(1, 6, 1)));
@@ -499,7 +532,8 @@ TEMPLATE_TEST_CASE("the base keeps every bit, NaN and -0 too", "[linear]", float
   };
   check(lora::linear<TestType>{W});
   check(lora::linear<TestType>{test::col_matrix<TestType>(W)});
-  check(lora::linear<TestType>{W, [&](std::span<TestType> to) { std::copy_n(W.data(), W.size(), to.data()); }});
+  check(lora::linear<TestType>{
+      W, [&](std::span<TestType> to) { std::copy_n(W.data(), W.size(), to.data()); }});
 }
 
 TEST_CASE("an adapter of any kind is attached, and copied", "[linear]") {
@@ -520,7 +554,8 @@ TEST_CASE("an adapter of any kind is attached, and copied", "[linear]") {
   CHECK(merged_bits(plain) == expected);
   CHECK(merged_bits(lora::adapter_view<float>(plain)) == expected);
   CHECK(merged_bits(lora::adapter<double>(plain)) == expected);
-  CHECK(merged_bits(lora::basic_adapter(test::col_matrix<float>(A), test::col_matrix<double>(B.cast<double>()),
+  CHECK(merged_bits(lora::basic_adapter(test::col_matrix<float>(A),
+                                        test::col_matrix<double>(B.cast<double>()),
                                         lora::scaling{.alpha = 6})) == expected);
   const auto A16 = test::rounded<lora::float16>(test::exact(A));
   const auto B16 = test::rounded<Eigen::bfloat16>(test::exact(B));
@@ -529,21 +564,24 @@ TEST_CASE("an adapter of any kind is attached, and copied", "[linear]") {
   // scaled is kept as the weight, and may be set again.
   lora::linear<float> q{W};
   q.attach("l", lora::scaled(4, lora::scaled(-0.25, plain)));
-  CHECK((q.at("l").strength == -1 && q.at("l").scaling == 2 && q.at("l").active && !q.at("l").merged));
+  CHECK((q.at("l").strength == -1 && q.at("l").scaling == 2 && q.at("l").active &&
+         !q.at("l").merged));
   q.set_strength("l", 1);
   q.merge("l");
   CHECK(test::bytes(q.weight()) == expected);
   // The factors are its own.
   auto own_A = A;
   lora::linear<float> r{W};
-  r.attach("l", lora::adapter_view<float>(lora::as_matrix(own_A), lora::as_matrix(B), {.alpha = 6}));
+  r.attach("l",
+           lora::adapter_view<float>(lora::as_matrix(own_A), lora::as_matrix(B), {.alpha = 6}));
   own_A.setZero();
   r.merge();
   CHECK(test::bytes(r.weight()) == expected);
   // Rank 0 and strength 0 change nothing, and are not read.
   const auto poison = rank_one(constant(4, 1, NAN), constant(1, 6, INFINITY));
   lora::linear<float> s{W};
-  s.attach("empty", lora::adapter<float>{MatrixXf(0, 6), MatrixXf(4, 0), {.alpha = 3, .rule = scaling_rule::fixed}});
+  s.attach("empty", lora::adapter<float>{
+                        MatrixXf(0, 6), MatrixXf(4, 0), {.alpha = 3, .rule = scaling_rule::fixed}});
   s.attach("off", lora::scaled(0, poison));
   MatrixXf y(4, 1);
   s.forward(constant(6, 1, 0), y);
@@ -577,7 +615,9 @@ TEST_CASE("the report counts against the pristine base", "[linear]") {
   W(0, 0) = std::numeric_limits<lora::float16>::infinity();
   for (const bool reload : {false, true}) {
     CAPTURE(reload);
-    const auto again = [&](std::span<lora::float16> to) { std::copy_n(W.data(), W.size(), to.data()); };
+    const auto again = [&](std::span<lora::float16> to) {
+      std::copy_n(W.data(), W.size(), to.data());
+    };
     auto q = reload ? lora::linear<lora::float16>{W, again} : lora::linear<lora::float16>{W};
     q.attach("up", rank_one(constant(2, 1, 6000), constant(1, 3, 1)));
     q.attach("down", rank_one(constant(2, 1, -6000), constant(1, 3, 1)));
@@ -592,7 +632,8 @@ TEST_CASE("the report counts against the pristine base", "[linear]") {
   }
 }
 
-TEST_CASE("with a reload function the base is read again only when the weight changes", "[linear]") {
+TEST_CASE("with a reload function the base is read again only when the weight changes",
+          "[linear]") {
   const MatrixXf W{{1, 2, 3}, {4, 5, 6}};
   int calls = 0;
   lora::linear<float> q{W, [&](std::span<float> to) {
@@ -669,29 +710,36 @@ TEST_CASE("a reload function that throws or gives other bits changes nothing", "
   CHECK(q.weight()(1, 2) == 6);
 }
 
-TEMPLATE_TEST_CASE("an allocation that fails changes nothing", "[linear]", float, double, lora::bfloat16, lora::float16) {
+TEMPLATE_TEST_CASE("an allocation that fails changes nothing", "[linear]", float, double,
+                   lora::bfloat16, lora::float16) {
   test::random g(907);
   CAPTURE(g.seed());
   const index_t out = 19, in = 27;
   model<TestType> m{g.reals<TestType>(out, in, 1), g.reals<float>(out, 1, 1)};
   const lora::adapter<float> a{g.reals<float>(3, in, 1), g.reals<float>(out, 3, 1), {.alpha = 2}};
-  const lora::adapter<double> b{g.reals<double>(40, in, 1), g.reals<double>(out, 40, 1), {.alpha = -3}};
-  const lora::adapter<lora::float16> c{g.reals<lora::float16>(2, in, 1), g.reals<lora::float16>(out, 2, 1), {.alpha = 5}};
+  const lora::adapter<double> b{
+      g.reals<double>(40, in, 1), g.reals<double>(out, 40, 1), {.alpha = -3}};
+  const lora::adapter<lora::float16> c{
+      g.reals<lora::float16>(2, in, 1), g.reals<lora::float16>(out, 2, 1), {.alpha = 5}};
   const std::size_t weight_bytes = static_cast<std::size_t>(out * in) * sizeof(TestType);
   using layer = lora::linear<TestType>;
-  const std::vector<std::pair<const char*, void (*)(layer&, const lora::adapter<lora::float16>&)>> calls{
-      {"attach", [](layer& q, const auto& l) { q.attach("a name too long for the string itself", lora::scaled(0.5, l)); }},
-      {"detach a", [](layer& q, const auto&) { q.detach("a"); }},
-      {"detach b", [](layer& q, const auto&) { q.detach("b"); }},
-      {"set_strength a", [](layer& q, const auto&) { q.set_strength("a", 0.25); }},
-      {"set_strength b", [](layer& q, const auto&) { q.set_strength("b", 0.25); }},
-      {"activate", [](layer& q, const auto&) { q.activate("idle"); }},
-      {"deactivate", [](layer& q, const auto&) { q.deactivate("a"); }},
-      {"merge", [](layer& q, const auto&) { q.merge(); }},
-      {"merge b", [](layer& q, const auto&) { q.merge("b"); }},
-      {"unmerge", [](layer& q, const auto&) { q.unmerge(); }},
-      {"unmerge a", [](layer& q, const auto&) { q.unmerge("a"); }},
-  };
+  const std::vector<std::pair<const char*, void (*)(layer&, const lora::adapter<lora::float16>&)>>
+      calls{
+          {"attach",
+           [](layer& q, const auto& l) {
+             q.attach("a name too long for the string itself", lora::scaled(0.5, l));
+           }},
+          {"detach a", [](layer& q, const auto&) { q.detach("a"); }},
+          {"detach b", [](layer& q, const auto&) { q.detach("b"); }},
+          {"set_strength a", [](layer& q, const auto&) { q.set_strength("a", 0.25); }},
+          {"set_strength b", [](layer& q, const auto&) { q.set_strength("b", 0.25); }},
+          {"activate", [](layer& q, const auto&) { q.activate("idle"); }},
+          {"deactivate", [](layer& q, const auto&) { q.deactivate("a"); }},
+          {"merge", [](layer& q, const auto&) { q.merge(); }},
+          {"merge b", [](layer& q, const auto&) { q.merge("b"); }},
+          {"unmerge", [](layer& q, const auto&) { q.unmerge(); }},
+          {"unmerge a", [](layer& q, const auto&) { q.unmerge("a"); }},
+      };
   for (const bool reload : {false, true})
     for (const int merged : {0, 1, 2})
       for (const auto& [what, call] : calls) {
@@ -742,8 +790,10 @@ TEST_CASE("const calls at the same time give the same bits", "[linear]") {
   test::random g(908);
   CAPTURE(g.seed());
   lora::linear<lora::bfloat16> q{g.reals<lora::bfloat16>(67, 131, 0.5)};
-  q.attach("a", lora::adapter<float>{g.reals<float>(7, 131, 0.2), g.reals<float>(67, 7, 0.2), {.alpha = 3}});
-  q.attach("b", lora::adapter<double>{g.reals<double>(2, 131, 0.2), g.reals<double>(67, 2, 0.2), {.alpha = 5}});
+  q.attach("a", lora::adapter<float>{
+                    g.reals<float>(7, 131, 0.2), g.reals<float>(67, 7, 0.2), {.alpha = 3}});
+  q.attach("b", lora::adapter<double>{
+                    g.reals<double>(2, 131, 0.2), g.reals<double>(67, 2, 0.2), {.alpha = 5}});
   q.merge("a");
   const auto& shared = q;
   const auto before = look(shared);
@@ -764,7 +814,8 @@ TEST_CASE("what does not fit a layer is refused by name, and changes nothing", "
   test::random g(909);
   CAPTURE(g.seed());
   const auto W = g.integers<float>(4, 6, 50);
-  const lora::adapter<float> l{g.integers<float>(3, 6, 3), g.integers<float>(4, 3, 3), {.alpha = 6}},
+  const lora::adapter<float> l{
+      g.integers<float>(3, 6, 3), g.integers<float>(4, 3, 3), {.alpha = 6}},
       turned{g.integers<float>(3, 4, 3), g.integers<float>(6, 3, 3), {.alpha = 6}};
   for (const bool reload : {false, true}) {
     CAPTURE(reload);
@@ -789,17 +840,22 @@ TEST_CASE("what does not fit a layer is refused by name, and changes nothing", "
     // Adapters.
     refuses([&] { q.attach("", l); }, {"lora::linear::attach:", "name is empty"});
     refuses([&] { q.attach("a", l); }, {"lora::linear::attach:", "\"a\" is attached already"});
-    refuses_shape([&] { q.attach("c", turned); }, {"lora::linear::attach:", "6x4", "4x6", "transpose"});
-    refuses_shape([&] { q.attach("c", lora::scaled(0, turned)); }, {"lora::linear::attach:", "6x4", "4x6"});
-    refuses([&] { q.attach("c", lora::scaled(1e308, l)); }, {"lora::linear::attach:", "not finite"});
+    refuses_shape([&] { q.attach("c", turned); },
+                  {"lora::linear::attach:", "6x4", "4x6", "transpose"});
+    refuses_shape([&] { q.attach("c", lora::scaled(0, turned)); },
+                  {"lora::linear::attach:", "6x4", "4x6"});
+    refuses([&] { q.attach("c", lora::scaled(1e308, l)); },
+            {"lora::linear::attach:", "not finite"});
     // 1e200 * 1e200 is no strength, though times 1e-300 it is a scaling.
-    const lora::adapter<float> faint{l.lora_A(), l.lora_B(), {.alpha = 1e-300, .rule = scaling_rule::fixed}};
+    const lora::adapter<float> faint{
+        l.lora_A(), l.lora_B(), {.alpha = 1e-300, .rule = scaling_rule::fixed}};
     refuses([&] { q.attach("c", lora::scaled(1e200, lora::scaled(1e200, faint))); },
             {"lora::linear::attach:", "strength of \"c\"", "not finite"});
     // Strengths.
     for (const double weight : {double{NAN}, double{INFINITY}, -double{INFINITY}, 1e308})
       for (const char* name : {"a", "b"})
-        refuses([&] { q.set_strength(name, weight); }, {"lora::linear::set_strength:", name, "not finite"});
+        refuses([&] { q.set_strength(name, weight); },
+                {"lora::linear::set_strength:", name, "not finite"});
     // Names: each call says what is attached. Of several names none takes effect.
     const auto unknown = [&](const char* operation, const auto& call) {
       refuses(call, {operation, "no adapter named \"z\"", "attached: \"a\", \"b\""});
@@ -816,7 +872,8 @@ TEST_CASE("what does not fit a layer is refused by name, and changes nothing", "
     refuses([&] { q.detach(""); }, {"no adapter named \"\""});
     CHECK_FALSE((q.contains("z") || q.contains("")));
     const lora::linear<float> bare{W};
-    CHECK(mentions(refusal<lora::value_error>([&] { bare.at("z"); }), {"lora::linear::at:", "attached: none"}));
+    CHECK(mentions(refusal<lora::value_error>([&] { bare.at("z"); }),
+                   {"lora::linear::at:", "attached: none"}));
     // Panels of a format that does not hold a factor.
     lora::linear<float> layer{W};
     const lora::adapter<float> large{
@@ -851,14 +908,17 @@ TEST_CASE("activations that do not fit a layer are refused, and y keeps its bits
     std::vector<float> y(4, 7);
     CHECK(mentions(refusal<lora::shape_error>([&] { q.forward(std::span<const float>(), y); }),
                    {"linear::forward", "x is 0x1"}));
-    CHECK(mentions(refusal<lora::shape_error>([&] { q.forward(std::vector<float>(3), std::span<float>()); }), {"y is 0x1"}));
+    CHECK(mentions(
+        refusal<lora::shape_error>([&] { q.forward(std::vector<float>(3), std::span<float>()); }),
+        {"y is 0x1"}));
     // In place, and one element shared.
     CHECK(mentions(refusal<lora::shape_error>([&] { q.forward(std::span(y).first(3), y); }),
                    {"lora::linear::forward:", "y is written and overlaps x"}));
     std::vector<float> buffer(7, 7);
-    CHECK(
-        mentions(refusal<lora::shape_error>([&] { q.forward(std::span(buffer).subspan(3, 3), std::span(buffer).first(4)); }),
-                 {"overlaps x"}));
+    CHECK(mentions(refusal<lora::shape_error>([&] {
+                     q.forward(std::span(buffer).subspan(3, 3), std::span(buffer).first(4));
+                   }),
+                   {"overlaps x"}));
     CHECK((y == std::vector<float>(4, 7) && buffer == std::vector<float>(7, 7)));
     q.forward(std::span(buffer).subspan(4, 3), std::span(buffer).first(4));  // side by side
     CHECK(buffer == std::vector<float>{68, 68, 68, 68, 7, 7, 7});

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// linear with adapters of any kind: every state is one function, the steps in the order of the names; what would not be is
-// refused and changes nothing; transactions, ranges of names, copies.
+// linear with adapters of any kind: every state is one function, the steps in the order of the
+// names; what would not be is refused and changes nothing; transactions, ranges of names, copies.
 #include <string>
 #include <vector>
 
@@ -78,8 +78,10 @@ void check_states(std::uint64_t seed, int trials) {
         CHECK(same_bits(q.weight(), before));
         CHECK((q.at(name).merged == was.merged && q.at(name).active == was.active));
       }
-      exact_matrix weight = test::exact(W), size = weight.cwiseAbs(), inside = weight, inside_size = size;
-      exact_matrix bias = biased ? test::exact(b) : exact_matrix::Zero(out, 1).eval(), bias_size = bias.cwiseAbs();
+      exact_matrix weight = test::exact(W), size = weight.cwiseAbs(), inside = weight,
+                   inside_size = size;
+      exact_matrix bias = biased ? test::exact(b) : exact_matrix::Zero(out, 1).eval(),
+                   bias_size = bias.cwiseAbs();
       index_t roundings = in + 10;
       bool any_inside = false;
       const auto add = [&](bool merged_only) {
@@ -103,13 +105,17 @@ void check_states(std::uint64_t seed, int trials) {
       add(true);
       add(false);
       const exact_matrix ex = test::exact(x);
-      test::expected want{test::times(weight, ex), test::times(size, ex.cwiseAbs()), roundings + in};
+      test::expected want{test::times(weight, ex), test::times(size, ex.cwiseAbs()),
+                          roundings + in};
       want.y.colwise() += bias.col(0);
       want.size.colwise() += bias_size.col(0);
       // The merged weight is stored in T once; what is beside it multiplies that rounding, too.
       const long double u_T =
-          std::is_same_v<T, acc> ? 0 : static_cast<long double>(static_cast<double>(std::numeric_limits<T>::epsilon()));
-      want.least = 0x1p-120L * (1 + want.size.maxCoeff()) + (any_inside ? u_T * want.size.maxCoeff() : 0);
+          std::is_same_v<T, acc>
+              ? 0
+              : static_cast<long double>(static_cast<double>(std::numeric_limits<T>::epsilon()));
+      want.least =
+          0x1p-120L * (1 + want.size.maxCoeff()) + (any_inside ? u_T * want.size.maxCoeff() : 0);
       test::col_matrix<acc> y(out, tokens);
       q.forward(x, y);
       CHECK(want.template holds<acc>(y));
@@ -143,7 +149,9 @@ TEST_CASE("a transaction is one change, or none", "[linear]") {
   test::random g(2405);
   CAPTURE(g.seed());
   const test::matrix<float> W = g.reals<float>(9, 8, 1);
-  const auto low = [&] { return lora::adapter<float>{g.reals<float>(2, 8, 1), g.reals<float>(9, 2, 1), {.alpha = 2}}; };
+  const auto low = [&] {
+    return lora::adapter<float>{g.reals<float>(2, 8, 1), g.reals<float>(9, 2, 1), {.alpha = 2}};
+  };
   const auto a = low(), b = low();
   const auto gain = recipe<float>().gain(g, 9, false).low_rank(g, 9, 8, 2);
   int loads = 0;
@@ -222,10 +230,13 @@ TEST_CASE("what a linear cannot do with a kind is refused", "[linear][mixed]") {
   lora::linear<float> q(W);
   const auto l = recipe<float>().gain(g, 5, false).low_rank(g, 5, 6, 1);
   q.attach("x", l);
-  CHECK(mentions(refusal<lora::value_error>([&] { q.attach("x", l); }), {"linear::attach", "\"x\"", "already"}));
-  CHECK(mentions(refusal<lora::value_error>([&] { q.attach("", l); }), {"linear::attach", "empty"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { q.attach("y", recipe<float>().low_rank(g, 6, 5, 1)); }),
-                 {"linear::attach", "6x5", "5x6"}));
+  CHECK(mentions(refusal<lora::value_error>([&] { q.attach("x", l); }),
+                 {"linear::attach", "\"x\"", "already"}));
+  CHECK(
+      mentions(refusal<lora::value_error>([&] { q.attach("", l); }), {"linear::attach", "empty"}));
+  CHECK(mentions(
+      refusal<lora::shape_error>([&] { q.attach("y", recipe<float>().low_rank(g, 6, 5, 1)); }),
+      {"linear::attach", "6x5", "5x6"}));
   CHECK(mentions(refusal<lora::value_error>([&] { q.set_strength("x", NAN); }),
                  {"linear::set_strength", "\"x\"", "not finite"}));
   CHECK(mentions(refusal<lora::value_error>([&] {

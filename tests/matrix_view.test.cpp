@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A view names exactly the elements of what it looks at: address by address, for every storage order and every kind of
-// argument, with the constness of the data and not of the handle.
+// A view names exactly the elements of what it looks at: address by address, for every storage
+// order and every kind of argument, with the constness of the data and not of the handle.
 #include <array>
 #include <limits>
 #include <span>
@@ -24,7 +24,8 @@ namespace md = test::md;
 template <class View>
 constexpr bool is_row_major = View::order == storage_order::row_major;
 template <class View>
-constexpr bool writes = !std::is_const_v<std::remove_pointer_t<decltype(std::declval<View>().data())>>;
+constexpr bool writes =
+    !std::is_const_v<std::remove_pointer_t<decltype(std::declval<View>().data())>>;
 
 /// The element itself of an Eigen object, const or not.
 template <class M>
@@ -41,7 +42,8 @@ bool names(M&& m) {
   static_assert(writes<type> == Writes);
   bool same = view.rows() == m.rows() && view.cols() == m.cols() && view.size() == m.size();
   for (index_t i = 0; i < m.rows(); ++i)
-    for (index_t j = 0; j < m.cols(); ++j) same = same && static_cast<const void*>(&view(i, j)) == address(m, i, j);
+    for (index_t j = 0; j < m.cols(); ++j)
+      same = same && static_cast<const void*>(&view(i, j)) == address(m, i, j);
   // The rows (columns) that the kernels walk along.
   for (index_t k = 0; k < view.outer_size(); ++k)
     for (index_t l = 0; l < view.inner_size(); ++l)
@@ -89,11 +91,14 @@ TEST_CASE("vectors, arrays and spans of every constness", "[matrix_view]") {
   for (auto& each : c) each = static_cast<float>(k++);
   auto from_a = lora::row_major(a, 2, 2);
   static_assert(std::is_same_v<decltype(from_a), lora::matrix_view<double, row>>);
-  static_assert(std::is_same_v<decltype(lora::col_major(const_a, 2, 2)), lora::matrix_view<const double, col>>);
-  static_assert(std::is_same_v<decltype(lora::row_major(const_v, 2, 2)), lora::matrix_view<const lora::bfloat16, row>>);
-  static_assert(
-      std::is_same_v<decltype(lora::row_major(std::span<const double, 4>(a), 2, 2)), lora::matrix_view<const double, row>>);
-  static_assert(std::is_same_v<decltype(lora::col_major(std::span<double>(a), 2, 2)), lora::matrix_view<double, col>>);
+  static_assert(std::is_same_v<decltype(lora::col_major(const_a, 2, 2)),
+                               lora::matrix_view<const double, col>>);
+  static_assert(std::is_same_v<decltype(lora::row_major(const_v, 2, 2)),
+                               lora::matrix_view<const lora::bfloat16, row>>);
+  static_assert(std::is_same_v<decltype(lora::row_major(std::span<const double, 4>(a), 2, 2)),
+                               lora::matrix_view<const double, row>>);
+  static_assert(std::is_same_v<decltype(lora::col_major(std::span<double>(a), 2, 2)),
+                               lora::matrix_view<double, col>>);
   CHECK(from_a(1, 0) == 3);
   CHECK(lora::col_major(const_a, 2, 2)(1, 0) == 2);
   CHECK(lora::row_major(std::span<const double, 4>(a), 2, 2).data() == a.data());
@@ -109,22 +114,26 @@ TEST_CASE("a span that is longer is fine, one that is too short is not", "[matri
   CHECK(mentions(short_row, {"row_major", "7x1", "6"}));
   const auto short_col = refusal<lora::shape_error>([&] { lora::col_major(v, 2, 4); });
   CHECK(mentions(short_col, {"col_major", "2x4", "6"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::row_major(v, -1, 2); }), {"row_major", "-1x2"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::row_major(v, -1, 2); }),
+                 {"row_major", "-1x2"}));
   CHECK(mentions(refusal<lora::shape_error>([&] { lora::row_major(v, 2, -1); }), {"2x-1"}));
   // rows * cols overflows: it must not wrap round to something that fits.
   constexpr index_t half = index_t{1} << 32, huge = std::numeric_limits<index_t>::max();
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::row_major(v, half, half); }), {"4294967296x4294967296"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::row_major(v, half, half); }),
+                 {"4294967296x4294967296"}));
   CHECK(mentions(refusal<lora::shape_error>([&] { lora::col_major(v, huge, 2); }), {"col_major"}));
   CHECK(mentions(refusal<lora::shape_error>([&] { lora::row_major(v, 2, huge); }), {"row_major"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::row_major(std::span<float>(), 1, 1); }), {"1x1", "0"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::row_major(std::span<float>(), 1, 1); }),
+                 {"1x1", "0"}));
 }
 
 TEST_CASE("sizes and strides that name an element twice, or none, are refused", "[matrix_view]") {
   float v[12] = {};
   CHECK(lora::row_major(v, 3, 4, 4).outer_stride() == 4);
-  CHECK(
-      mentions(refusal<lora::shape_error>([&] { lora::row_major(v + 0, 3, 4, 3); }), {"matrix_view", "3x4", "stride of 3"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::col_major(v + 0, 4, 3, 3); }), {"4x3", "stride of 3"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::row_major(v + 0, 3, 4, 3); }),
+                 {"matrix_view", "3x4", "stride of 3"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::col_major(v + 0, 4, 3, 3); }),
+                 {"4x3", "stride of 3"}));
   CHECK(lora::col_major(v + 0, 3, 4, 3).outer_stride() == 3);
   CHECK(mentions(refusal<lora::shape_error>([&] { lora::row_major(v + 0, 3, 4, -4); }), {"-4"}));
   CHECK(mentions(refusal<lora::shape_error>([&] { lora::row_major(v + 0, -3, 4); }), {"-3x4"}));
@@ -177,9 +186,10 @@ TEST_CASE("blocks lie where they say, and inside", "[matrix_view]") {
                                          {1, 0, huge, 1},
                                          {0, 1, 1, huge}}) {
     CAPTURE(i, j, rows, cols);
-    CHECK(mentions(
-        refusal<lora::shape_error>([&, i = i, j = j, rows = rows, cols = cols] { by_cols.block(i, j, rows, cols); }),
-        {"matrix_view::block", "5x7"}));
+    CHECK(mentions(refusal<lora::shape_error>([&, i = i, j = j, rows = rows, cols = cols] {
+                     by_cols.block(i, j, rows, cols);
+                   }),
+                   {"matrix_view::block", "5x7"}));
   }
   CHECK(mentions(refusal<lora::shape_error>([&] { by_rows.middle_rows(3, 3); }), {"3x7", "5x7"}));
   CHECK(mentions(refusal<lora::shape_error>([&] { by_rows.middle_cols(7, 1); }), {"5x1", "5x7"}));
@@ -203,8 +213,10 @@ TEST_CASE("constness is that of the data", "[matrix_view]") {
   CHECK(v[1] == 5);
   const lora::matrix_view<const float, row> reading = view;
   CHECK(&reading(0, 1) == v.data() + 1);
-  static_assert(!std::is_convertible_v<lora::matrix_view<const float, row>, lora::matrix_view<float, row>>);
-  static_assert(!std::is_convertible_v<lora::matrix_view<float, row>, lora::matrix_view<float, col>>);
+  static_assert(
+      !std::is_convertible_v<lora::matrix_view<const float, row>, lora::matrix_view<float, row>>);
+  static_assert(
+      !std::is_convertible_v<lora::matrix_view<float, row>, lora::matrix_view<float, col>>);
 }
 
 TEST_CASE("Eigen matrices, owners", "[matrix_view]") {
@@ -239,7 +251,8 @@ TEST_CASE("Eigen maps", "[matrix_view]") {
   CHECK(names<col, true>(Eigen::Map<MatrixXf, 0, stride>(data, 3, 4, stride(7))));
   CHECK(names<row, true>(Eigen::Map<row_matrix, 0, stride>(data, 4, 3, stride(9))));
   CHECK(names<row, false>(Eigen::Map<const row_matrix, 0, stride>(data, 4, 3, stride(9))));
-  CHECK(lora::as_matrix(Eigen::Map<row_matrix, 0, stride>(data, 4, 3, stride(9))).outer_stride() == 9);
+  CHECK(lora::as_matrix(Eigen::Map<row_matrix, 0, stride>(data, 4, 3, stride(9))).outer_stride() ==
+        9);
   const Eigen::Map<MatrixXf> shallow(data, 3, 4);
   CHECK(names<col, true>(shallow));
   // Vectors with a stride: matrices in the other order.
@@ -248,12 +261,14 @@ TEST_CASE("Eigen maps", "[matrix_view]") {
   CHECK(names<col, true>(Eigen::Map<Eigen::RowVectorXf, 0, inner>(data, 5, inner(3))));
   CHECK(names<row, true>(Eigen::Map<Eigen::VectorXf, 0, Eigen::InnerStride<2>>(data, 5)));
   CHECK(names<row, true>(Eigen::Map<Eigen::VectorXf, 0, inner>(data, 1, inner(0))));
-  CHECK(mentions(
-      refusal<lora::shape_error>([&] { lora::as_matrix(Eigen::Map<Eigen::VectorXf, 0, inner>(data, 5, inner(0))); }),
-      {"matrix_view", "5x1", "stride of 0"}));
-  CHECK(
-      mentions(refusal<lora::shape_error>([&] { lora::as_matrix(Eigen::Map<MatrixXf, 0, stride>(data, 3, 4, stride(2))); }),
-               {"3x4", "stride of 2"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] {
+                   lora::as_matrix(Eigen::Map<Eigen::VectorXf, 0, inner>(data, 5, inner(0)));
+                 }),
+                 {"matrix_view", "5x1", "stride of 0"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] {
+                   lora::as_matrix(Eigen::Map<MatrixXf, 0, stride>(data, 3, 4, stride(2)));
+                 }),
+                 {"3x4", "stride of 2"}));
 }
 
 TEST_CASE("Eigen blocks, rows, columns and segments", "[matrix_view]") {
@@ -335,10 +350,12 @@ TEST_CASE("mdspan of layout_right and layout_left", "[matrix_view]") {
   const auto check = [&](auto span, auto order) {
     const auto view = lora::as_matrix(span);
     static_assert(decltype(view)::order == order());
-    bool same = view.rows() == static_cast<index_t>(span.extent(0)) && view.cols() == static_cast<index_t>(span.extent(1));
+    bool same = view.rows() == static_cast<index_t>(span.extent(0)) &&
+                view.cols() == static_cast<index_t>(span.extent(1));
     for (index_t i = 0; i < view.rows(); ++i)
       for (index_t j = 0; j < view.cols(); ++j)
-        same = same && &view(i, j) == &span.at(static_cast<std::size_t>(i), static_cast<std::size_t>(j));
+        same = same &&
+               &view(i, j) == &span.at(static_cast<std::size_t>(i), static_cast<std::size_t>(j));
     return same;
   };
   using in_rows = std::integral_constant<storage_order, row>;
@@ -364,8 +381,9 @@ TEST_CASE("mdspan of layout_right and layout_left", "[matrix_view]") {
 
   static_assert(lora::matrix_like<md::mdspan<lora::float16, dynamic>>);
   static_assert(!lora::matrix_like<md::mdspan<int, dynamic>>);
-  static_assert(std::is_same_v<decltype(lora::as_matrix(std::declval<md::mdspan<const float, dynamic>>())),
-                               lora::matrix_view<const float, row>>);
+  static_assert(
+      std::is_same_v<decltype(lora::as_matrix(std::declval<md::mdspan<const float, dynamic>>())),
+                     lora::matrix_view<const float, row>>);
 }
 
 TEST_CASE("mdspan of layout_stride, whose order the caller names", "[matrix_view]") {
@@ -382,16 +400,19 @@ TEST_CASE("mdspan of layout_stride, whose order the caller names", "[matrix_view
   CHECK(&lora::col_major(cols)(2, 3) == &cols.at(2, 3));
   const auto wrong = refusal<lora::shape_error>([&] { lora::row_major(cols); });
   CHECK(mentions(wrong, {"row_major", "dimension 1", "9", "not 1"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::col_major(rows); }), {"col_major", "dimension 0", "7"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::col_major(rows); }),
+                 {"col_major", "dimension 0", "7"}));
   const span both(v.data(), mapping(extents(3, 4), {10, 2}));
   CHECK(mentions(refusal<lora::shape_error>([&] { lora::row_major(both); }), {"2, not 1"}));
-  // With one row the stride between rows says nothing, with one element in a row the stride inside it neither.
+  // With one row the stride between rows says nothing, with one element in a row the stride inside
+  // it neither.
   CHECK(lora::row_major(span(v.data(), mapping(extents(1, 4), {0, 1}))).cols() == 4);
   const span column(v.data(), mapping(extents(3, 1), {5, 2}));
   CHECK(&lora::row_major(column)(2, 0) == &column.at(2, 0));
   // More rows than an index counts.
   const extents endless(std::size_t{1} << 63, 4);
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::as_matrix(md::mdspan<float, extents>(v.data(), endless)); }),
+  CHECK(mentions(refusal<lora::shape_error>(
+                     [&] { lora::as_matrix(md::mdspan<float, extents>(v.data(), endless)); }),
                  {"matrix_view", "x4", "must not be negative"}));
   // Rows closer than they are long share elements.
   CHECK(mentions(refusal<lora::shape_error>([&] {
@@ -403,14 +424,18 @@ TEST_CASE("mdspan of layout_stride, whose order the caller names", "[matrix_view
 TEST_CASE("what is a matrix and what is not", "[matrix_view]") {
   static_assert(lora::matrix_like<MatrixXf> && lora::matrix_like<const MatrixXf&>);
   static_assert(lora::matrix_like<lora::matrix_view<const lora::float16, row>>);
-  static_assert(lora::matrix_like<decltype(MatrixXf() + MatrixXf())>, "refused by a sentence, not by the concept");
+  static_assert(lora::matrix_like<decltype(MatrixXf() + MatrixXf())>,
+                "refused by a sentence, not by the concept");
   static_assert(!lora::matrix_like<Eigen::MatrixXi> && !lora::matrix_like<Eigen::MatrixXcf>);
   static_assert(!lora::matrix_like<Eigen::ArrayXXf> && !lora::matrix_like<std::vector<float>>);
   static_assert(!lora::matrix_like<float> && !lora::matrix_like<float*>);
-  static_assert(lora::activations<std::vector<float>> && lora::activations<std::span<const lora::bfloat16>>);
+  static_assert(lora::activations<std::vector<float>> &&
+                lora::activations<std::span<const lora::bfloat16>>);
   static_assert(lora::activations<std::array<double, 3>> && lora::activations<MatrixXf>);
-  static_assert(!lora::activations<std::vector<int>> && !lora::activations<std::vector<std::vector<float>>>);
-  static_assert(lora::scalar<float> && lora::scalar<Eigen::bfloat16> && !lora::scalar<int> && !lora::scalar<long double>);
+  static_assert(!lora::activations<std::vector<int>> &&
+                !lora::activations<std::vector<std::vector<float>>>);
+  static_assert(lora::scalar<float> && lora::scalar<Eigen::bfloat16> && !lora::scalar<int> &&
+                !lora::scalar<long double>);
   static_assert(std::is_same_v<lora::accumulator_t<float, lora::bfloat16>, float>);
   static_assert(std::is_same_v<lora::accumulator_t<MatrixXf, Eigen::MatrixXd>, double>);
   static_assert(std::is_same_v<lora::accumulator_t<lora::bfloat16, std::vector<double>>, double>);

@@ -35,7 +35,9 @@ TEST_CASE("arrays of every size are aligned, keep what is written, and lie apart
     return true;
   };
   for (std::uint32_t n = 0; n < 200; ++n) {
-    const index_t size = n == 0 ? 0 : g.one_in(20) ? g.integer(400'000, 1'200'000) : g.integer(1, 60'000);
+    const index_t size = n == 0         ? 0
+                         : g.one_in(20) ? g.integer(400'000, 1'200'000)
+                                        : g.integer(1, 60'000);
     all.emplace_back(size);
     keys.push_back(n);
     REQUIRE(all.back().size() == size);
@@ -58,7 +60,8 @@ TEST_CASE("arrays of every size are aligned, keep what is written, and lie apart
 }
 
 TEST_CASE("large arrays begin at a huge page", "[memory]") {
-  const array<char> large(static_cast<index_t>(huge_page) + 1), half(static_cast<index_t>(huge_page) / 2);
+  const array<char> large(static_cast<index_t>(huge_page) + 1),
+      half(static_cast<index_t>(huge_page) / 2);
   CHECK(address(large.data()) % huge_page == 0);
   CHECK(address(half.data()) % huge_page == 0);
 }

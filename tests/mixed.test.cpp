@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Mixed forms: every sort of step, alone and in lists, against a dense oracle in long double with a bound; the same bits for a
-// token alone and among others, from a matrix and from panels; no allocation in the second call.
+// Mixed forms: every sort of step, alone and in lists, against a dense oracle in long double with a
+// bound; the same bits for a token alone and among others, from a matrix and from panels; no
+// allocation in the second call.
 #include "lora/mixed.hpp"
 
 #include <array>
@@ -68,7 +69,8 @@ void check_forms(std::uint64_t seed, int trials) {
     lora::apply(input, own, form);
     if (!biased) CHECK(want.template holds<acc>(own));
     if (form.has_input_map()) {
-      CHECK(mentions(refusal<lora::value_error>([&] { lora::apply(x, own, form); }), {"apply", "form.input(x)"}));
+      CHECK(mentions(refusal<lora::value_error>([&] { lora::apply(x, own, form); }),
+                     {"apply", "form.input(x)"}));
     } else {
       test::col_matrix<acc> again(out, tokens);
       lora::forward(W, input.matrix(), again);
@@ -95,7 +97,8 @@ TEST_CASE("a form of low-rank adapters has the bits of forward with them", "[mix
   const test::matrix<float> W = g.reals<float>(45, 77, 1);
   const test::col_matrix<float> x = g.reals<float>(77, 40, 1);
   const lora::adapter<float> a{g.reals<float>(5, 77, 1), g.reals<float>(45, 5, 1), {.alpha = 3}};
-  const std::vector<lora::adapter<float>> more{{g.reals<float>(40, 77, 1), g.reals<float>(45, 40, 1), {.alpha = 3}}, a};
+  const std::vector<lora::adapter<float>> more{
+      {g.reals<float>(40, 77, 1), g.reals<float>(45, 40, 1), {.alpha = 3}}, a};
   const auto form = lora::mixed(W, lora::scaled(0.3, a), more, lora::scaled(0, a));
   CHECK(form.additive());
   CHECK(form.steps().size() == 3);
@@ -120,12 +123,14 @@ TEST_CASE("kinds go to forward and apply without a form, too", "[mixed]") {
   const std::vector<float> b(33, 0.5F);
   const test::col_matrix<float> x = g.reals<float>(20, 9, 1);
   const auto one = recipe<float>::drawn(g, 33, 20, 4), other = recipe<float>::drawn(g, 33, 20, 4);
-  const lora::adapter<float> plain{g.reals<float>(2, 20, 1), g.reals<float>(33, 2, 1), {.alpha = 3}};
+  const lora::adapter<float> plain{
+      g.reals<float>(2, 20, 1), g.reals<float>(33, 2, 1), {.alpha = 3}};
   const std::vector<recipe<float>> both{one, other};
   const auto form = lora::mixed(W, both, lora::scaled(0.5, plain), lora::scaled(0.25, one));
   test::col_matrix<float> y(33, 9), want(33, 9);
   lora::forward(lora::with_bias(W, b), x, want, form);
-  lora::forward(lora::with_bias(W, b), x, y, both, lora::scaled(0.5, plain), lora::scaled(0.25, one));
+  lora::forward(lora::with_bias(W, b), x, y, both, lora::scaled(0.5, plain),
+                lora::scaled(0.25, one));
   CHECK(same_bits(y, want));
   const auto added = recipe<float>().low_rank(g, 33, 20, 3).delta(g, 33, 20).gain(g, 33, false);
   y = want = g.reals<float>(33, 9, 1);
@@ -153,13 +158,15 @@ TEST_CASE("a form takes W as it is stored", "[mixed]") {
   const auto form = lora::mixed(stored.transpose(), l).for_in_out();
   CHECK(form.stored_in_out());
   test::col_matrix<float> y(33, 9), want(33, 9), packed(33, 9);
-  lora::forward(lora::with_bias(stored.transpose(), b), x, want, lora::mixed(stored.transpose(), l));
+  lora::forward(lora::with_bias(stored.transpose(), b), x, want,
+                lora::mixed(stored.transpose(), l));
   lora::forward(lora::with_bias(stored, b, form), x, y, form);
   CHECK(same_bits(y, want));
   const lora::packed_weight panels{stored.transpose()};
   lora::forward(lora::with_bias(panels, b), x, packed, form);
   CHECK(same_bits(packed, want));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(stored.transpose(), x, y, form); }), {"forward", "20x33"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(stored.transpose(), x, y, form); }),
+                 {"forward", "20x33"}));
 }
 
 TEST_CASE("threads change no bit of a form", "[mixed][threads]") {
@@ -193,7 +200,12 @@ TEST_CASE("a form allocates nothing in the second call", "[mixed]") {
   CAPTURE(g.seed());
   const lora::packed_weight W{g.reals<float>(33, 65, 1)};
   const test::col_matrix<float> x = g.reals<float>(65, 12, 1);
-  const auto l = recipe<float>().low_rank(g, 33, 65, 4).gain(g, 33, true).map(g, 65).low_rank(g, 33, 65, 3).shift(g, 33);
+  const auto l = recipe<float>()
+                     .low_rank(g, 33, 65, 4)
+                     .gain(g, 33, true)
+                     .map(g, 65)
+                     .low_rank(g, 33, 65, 3)
+                     .shift(g, 33);
   const auto form = lora::mixed(W, l);
   test::col_matrix<float> y(33, 12);
   lora::workspace space;
@@ -210,29 +222,38 @@ TEST_CASE("what a form cannot mean is refused, and nothing is written", "[mixed]
   CAPTURE(g.seed());
   const test::matrix<float> W = g.reals<float>(5, 6, 1);
   const auto l = recipe<float>().low_rank(g, 5, 6, 2).gain(g, 5, false);
-  CHECK(mentions(refusal<lora::shape_error>([&] { (void)lora::mixed(W.transpose(), l); }), {"mixed", "5x6", "6x5"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { (void)lora::mixed(W.transpose(), l); }),
+                 {"mixed", "5x6", "6x5"}));
   CHECK(mentions(refusal<lora::shape_error>([&] { (void)lora::mixed(-1, 6); }), {"mixed"}));
   using steps = std::vector<lora::step<float>>;
   const auto made = [](steps s) {
     return refusal<lora::value_error>([&] { (void)lora::mixed_form<float>("mixed", 5, 6, s); });
   };
-  CHECK(mentions(made({lora::gain_step<float>{{1, 1, NAN, 1, 1}}}), {"mixed", "gains", "output 2"}));
-  CHECK(mentions(made({lora::shift_step{{1, 1, 1, 1, INFINITY}}}), {"mixed", "shifts", "output 4"}));
-  CHECK(mentions(made({lora::gain_step<float>{{1e30F, 1, 1, 1, 1}}, lora::gain_step<float>{{1e30F, 1, 1, 1, 1}}}),
+  CHECK(
+      mentions(made({lora::gain_step<float>{{1, 1, NAN, 1, 1}}}), {"mixed", "gains", "output 2"}));
+  CHECK(
+      mentions(made({lora::shift_step{{1, 1, 1, 1, INFINITY}}}), {"mixed", "shifts", "output 4"}));
+  CHECK(mentions(made({lora::gain_step<float>{{1e30F, 1, 1, 1, 1}},
+                       lora::gain_step<float>{{1e30F, 1, 1, 1, 1}}}),
                  {"mixed", "product of the gains", "output 0"}));
   CHECK(mentions(made({lora::delta_step<float>{}}), {"mixed", "no source"}));
   CHECK(mentions(made({lora::input_step<float>{}}), {"mixed", "no map"}));
-  CHECK_THROWS_AS(lora::mixed_form<float>("mixed", 5, 6, steps{lora::gain_step<float>{{1, 1}}}), lora::shape_error);
+  CHECK_THROWS_AS(lora::mixed_form<float>("mixed", 5, 6, steps{lora::gain_step<float>{{1, 1}}}),
+                  lora::shape_error);
   const auto form = lora::mixed(W, l);
   test::col_matrix<float> y = g.reals<float>(5, 2, 1), x = g.reals<float>(6, 2, 1);
   const auto before = y;
-  CHECK(
-      mentions(refusal<lora::shape_error>([&] { lora::forward(W.topRows(4), x, y.topRows(4), form); }), {"forward", "5x6"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::apply(x.topRows(4), y, form); }), {"apply", "5x6"}));
+  CHECK(mentions(
+      refusal<lora::shape_error>([&] { lora::forward(W.topRows(4), x, y.topRows(4), form); }),
+      {"forward", "5x6"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::apply(x.topRows(4), y, form); }),
+                 {"apply", "5x6"}));
   CHECK_THROWS_AS(lora::forward(W, x, x, form), lora::shape_error);
-  CHECK_THROWS_AS(lora::forward(W.leftCols(5), x.topRows(5), x.bottomRows(5), lora::mixed(W.leftCols(5))),
-                  lora::shape_error);
+  CHECK_THROWS_AS(
+      lora::forward(W.leftCols(5), x.topRows(5), x.bottomRows(5), lora::mixed(W.leftCols(5))),
+      lora::shape_error);
   const auto other = lora::mixed(W, l);
-  CHECK(mentions(refusal<lora::value_error>([&] { lora::apply(other.input(x), y, form); }), {"apply", "another form"}));
+  CHECK(mentions(refusal<lora::value_error>([&] { lora::apply(other.input(x), y, form); }),
+                 {"apply", "another form"}));
   CHECK(same_bits(y, before));
 }

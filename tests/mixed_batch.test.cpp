@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Batches of mixed forms, whose tokens have adapters of different kinds: each token gets what it gets alone, bit for bit, and
-// that is what its adapters make of it; lists of pointers, which grow while a server runs.
+// Batches of mixed forms, whose tokens have adapters of different kinds: each token gets what it
+// gets alone, bit for bit, and that is what its adapters make of it; lists of pointers, which grow
+// while a server runs.
 #include <algorithm>
 #include <memory>
 #include <vector>
@@ -15,7 +16,7 @@
 
 namespace {
 
-using lora::batch_entry;
+using lora::assignment;
 using lora::index_t;
 using test::exact_matrix;
 using test::mentions;
@@ -42,13 +43,15 @@ void check_batches(std::uint64_t seed, int trials) {
       forms.push_back(lora::mixed<acc>(W, list.back()));
     }
     lora::batch who{forms};
-    std::vector<std::vector<batch_entry>> lists(static_cast<std::size_t>(tokens));
+    std::vector<std::vector<assignment>> lists(static_cast<std::size_t>(tokens));
     for (auto& entries : lists) {
       for (index_t n = g.integer(0, 3); n > 0; --n) {
         const index_t k = g.integer(0, static_cast<index_t>(forms.size()) - 1);
         const auto& form = forms[static_cast<std::size_t>(k)];
         const double strength = g.one_in(5) ? 0.0 : form.additive() ? g.uniform(-2, 2) : 1.0;
-        if (!entries.empty() && forms[static_cast<std::size_t>(entries.back().adapter)].has_input_map()) break;
+        if (!entries.empty() &&
+            forms[static_cast<std::size_t>(entries.back().adapter)].has_input_map())
+          break;
         entries.push_back({k, strength});
       }
       who.add(entries);
@@ -81,9 +84,10 @@ void check_batches(std::uint64_t seed, int trials) {
       }
       if (t % often != 0) continue;
       exact_matrix weight = test::exact(W), size = weight.cwiseAbs();
-      exact_matrix bias = biased ? test::exact(b) : exact_matrix::Zero(out, 1).eval(), bias_size = bias.cwiseAbs();
+      exact_matrix bias = biased ? test::exact(b) : exact_matrix::Zero(out, 1).eval(),
+                   bias_size = bias.cwiseAbs();
       index_t roundings = in + 8;
-      for (const batch_entry& e : entries) {
+      for (const assignment& e : entries) {
         if (e.weight == 0) continue;
         const auto& l = list[static_cast<std::size_t>(e.adapter)];
         std::tie(weight, bias) = l.merged(weight, bias, false, e.weight);
@@ -91,7 +95,8 @@ void check_batches(std::uint64_t seed, int trials) {
         roundings += l.roundings() + 2;
       }
       const exact_matrix ex = test::exact(x.col(t));
-      test::expected want{test::times(weight, ex) + bias, test::times(size, ex.cwiseAbs()) + bias_size, roundings};
+      test::expected want{test::times(weight, ex) + bias,
+                          test::times(size, ex.cwiseAbs()) + bias_size, roundings};
       want.least = 0x1p-126L * static_cast<long double>(2 * roundings) * (1 + want.size.maxCoeff());
       CHECK(want.template holds<acc>(y.col(t).eval()));
     }
@@ -115,14 +120,15 @@ TEST_CASE("a batch of low-rank forms has the bits of one of packed adapters", "[
   std::vector<lora::packed_adapter<float>> packed;
   std::vector<lora::mixed_form<float>> forms;
   for (const index_t rank : {3, 16, 16, 40}) {
-    const lora::adapter<float> l{g.reals<float>(rank, 50, 1), g.reals<float>(70, rank, 1), {.alpha = 3}};
+    const lora::adapter<float> l{
+        g.reals<float>(rank, 50, 1), g.reals<float>(70, rank, 1), {.alpha = 3}};
     packed.emplace_back(l);
     forms.push_back(lora::mixed(70, 50, l));
   }
   lora::batch by_panels{packed};
   lora::batch by_forms{forms};
   for (index_t t = 0; t < 31; ++t) {
-    const std::vector<batch_entry> entries{{t % 4, 0.5}, {(t / 3) % 4, -1.5}};
+    const std::vector<assignment> entries{{t % 4, 0.5}, {(t / 3) % 4, -1.5}};
     by_panels.add(entries);
     by_forms.add(entries);
   }
@@ -202,15 +208,17 @@ TEST_CASE("what a batch of forms cannot mean is refused", "[mixed][batch]") {
   test::random g(2208);
   CAPTURE(g.seed());
   const test::matrix<float> W = g.reals<float>(5, 6, 1);
-  std::vector<lora::mixed_form<float>> forms{lora::mixed(W, recipe<float>().low_rank(g, 5, 6, 2)),
-                                             lora::mixed(W, recipe<float>().low_rank(g, 5, 6, 1).gain(g, 5, false)),
-                                             lora::mixed(W, recipe<float>().low_rank(g, 5, 6, 1).map(g, 6))};
+  std::vector<lora::mixed_form<float>> forms{
+      lora::mixed(W, recipe<float>().low_rank(g, 5, 6, 2)),
+      lora::mixed(W, recipe<float>().low_rank(g, 5, 6, 1).gain(g, 5, false)),
+      lora::mixed(W, recipe<float>().low_rank(g, 5, 6, 1).map(g, 6))};
   lora::batch who{forms};
-  const auto refused = [&](std::initializer_list<batch_entry> entries) {
+  const auto refused = [&](std::initializer_list<assignment> entries) {
     return refusal<lora::value_error>([&] { who.add(entries); });
   };
   CHECK(mentions(refused({{0}, {3}}), {"batch::add", "adapter 3", "of the 3"}));
-  CHECK(mentions(refused({{1, 0.5}}), {"batch::add", "adapter 1 of token 0", "strength 0.5", "not additive"}));
+  CHECK(mentions(refused({{1, 0.5}}),
+                 {"batch::add", "adapter 1 of token 0", "strength 0.5", "not additive"}));
   CHECK(mentions(refused({{2, -1}}), {"batch::add", "adapter 2", "not additive"}));
   CHECK(mentions(refused({{2}, {0}}), {"batch::add", "adapter 2", "changes the input"}));
   CHECK(mentions(refused({{0, NAN}}), {"batch::add", "not finite"}));
@@ -219,7 +227,8 @@ TEST_CASE("what a batch of forms cannot mean is refused", "[mixed][batch]") {
   test::col_matrix<float> y = g.reals<float>(5, 1, 1);
   const test::col_matrix<float> before = y, x = g.reals<float>(6, 1, 1);
   forms[0] = lora::mixed(W, recipe<float>().low_rank(g, 5, 6, 2));
-  CHECK(mentions(refusal<lora::value_error>([&] { lora::forward(W, x, y, who); }), {"forward", "form 0", "changed"}));
+  CHECK(mentions(refusal<lora::value_error>([&] { lora::forward(W, x, y, who); }),
+                 {"forward", "form 0", "changed"}));
   CHECK(same_bits(y, before));
   who.clear();
   who.add({{0}});

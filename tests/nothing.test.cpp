@@ -1,16 +1,17 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Nothing to do is done: every verb takes no adapters, as an empty range or as no argument, and leaves every bit as it was.
-// The numbers have bits that an addition of zero would change: -0, and NaN with a payload.
+// Nothing to do is done: every verb takes no adapters, as an empty range or as no argument, and
+// leaves every bit as it was. The numbers have bits that an addition of zero would change: -0, and
+// NaN with a payload.
 #include <bit>
 #include <limits>
 #include <string>
 #include <vector>
 
 #include "lora/dora.hpp"
+#include "lora/embed.hpp"
 #include "lora/lora.hpp"
 #include "lora/rounding.hpp"
-#include "lora/rows.hpp"
 #include "lora/through.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
@@ -30,7 +31,8 @@ template <class M>
 M delicate(lora::index_t rows, lora::index_t cols, bool finite = false) {
   M m(rows, cols);
   for (lora::index_t i = 0; i < rows; ++i)
-    for (lora::index_t j = 0; j < cols; ++j) m(i, j) = (i + j) % 2 == 0 ? -0.0F : static_cast<float>(i - 2 * j);
+    for (lora::index_t j = 0; j < cols; ++j)
+      m(i, j) = (i + j) % 2 == 0 ? -0.0F : static_cast<float>(i - 2 * j);
   if (!finite) m(0, 1) = std::bit_cast<float>(0x7fc0'1234u);
   return m;
 }
@@ -80,7 +82,8 @@ TEST_CASE("a merge of nothing changes no bit", "[nothing]") {
   CHECK(lora::merge(empty, none).became_nonfinite == 0);
 }
 
-TEST_CASE("a checked merge of nothing changes no bit, and still says what is not finite", "[nothing]") {
+TEST_CASE("a checked merge of nothing changes no bit, and still says what is not finite",
+          "[nothing]") {
   const auto base = delicate<matrix<float>>(3, 4, true);
   auto W = base;
   lora::merge_checked(W);
@@ -128,15 +131,16 @@ TEST_CASE("rows of an embedding without adapters are those of W, bit for bit", "
   const auto W = delicate<matrix<float>>(4, 3);
   const std::vector<int> ids{0, 3, 1};
   columns y(3, 3), expected(3, 3);
-  for (lora::index_t t = 0; t < 3; ++t) expected.col(t) = W.row(ids[static_cast<std::size_t>(t)]).transpose();
-  lora::rows(W, ids, y);
+  for (lora::index_t t = 0; t < 3; ++t)
+    expected.col(t) = W.row(ids[static_cast<std::size_t>(t)]).transpose();
+  lora::embed(W, ids, y);
   CHECK(test::same_bits(y, expected));
-  lora::rows(W, ids, y, none);
+  lora::embed(W, ids, y, none);
   CHECK(test::same_bits(y, expected));
-  lora::rows(W, ids, y, lora::mixed(W.transpose(), none));
+  lora::embed(W, ids, y, lora::mixed(W.transpose(), none));
   CHECK(test::same_bits(y, expected));
   columns no_tokens(3, 0);
-  lora::rows(W, std::vector<int>(), no_tokens, none);
+  lora::embed(W, std::vector<int>(), no_tokens, none);
 }
 
 TEST_CASE("what nothing was attached to stays", "[nothing]") {
@@ -170,7 +174,8 @@ TEST_CASE("a range of DoRA adapters merges as its elements do, in order", "[noth
   A << 1, 2;
   B << 1, -1;
   base << 3, 4, -1, 2;
-  const lora::dora_adapter<float> first{A, B, {.alpha = 1}, {2, 3}}, second{A, B, {.alpha = 2}, {1, 5}};
+  const lora::dora_adapter<float> first{A, B, {.alpha = 1}, {2, 3}},
+      second{A, B, {.alpha = 2}, {1, 5}};
   auto one_by_one = base, as_a_range = base, scaled = base;
   lora::merge(one_by_one, first, second);
   lora::merge(as_a_range, std::vector{first, second});

@@ -13,9 +13,9 @@
 #include <vector>
 
 #include "lora/dora.hpp"
+#include "lora/embed.hpp"
 #include "lora/lora.hpp"
 #include "lora/rounding.hpp"
-#include "lora/rows.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
 
@@ -46,7 +46,8 @@ TEST_CASE("a workspace of one's own is one", "[overloads]") {
   CHECK(y == Eigen::VectorXf::Constant(2, 3));
 }
 
-TEST_CASE("const and temporary views, expressions of memory and plain vectors are arguments", "[overloads]") {
+TEST_CASE("const and temporary views, expressions of memory and plain vectors are arguments",
+          "[overloads]") {
   matrix W = matrix::Zero(2, 6);
   const auto block = W.middleCols(1, 3);
   lora::merge(block, l);
@@ -65,7 +66,7 @@ TEST_CASE("const and temporary views, expressions of memory and plain vectors ar
 TEST_CASE("numbers are converted", "[overloads]") {
   const lora::replaced_rows<float> replaced({1}, matrix::Ones(1, 2));
   Eigen::MatrixXf y = Eigen::MatrixXf::Zero(2, 1);
-  lora::apply(std::vector<int>{1}, y, replaced, 2);
+  lora::overwrite_rows(std::vector<int>{1}, y, replaced, 2);
   CHECK(y == Eigen::MatrixXf::Constant(2, 1, 2));
   CHECK(lora::scaled(2, l).weight() == 2);
   CHECK(lora::scaled(2, lora::packed_adapter<float>{l}.rank() == 1 ? l : l).weight() == 2);
@@ -85,15 +86,15 @@ TEST_CASE("more special verbs are taken first", "[overloads]") {
   lora::merge(W, layer);
   CHECK(W == matrix::Constant(2, 3, 3));
   matrix embedding = matrix::Zero(2, 2);
-  lora::merge(embedding, lora::replaced_rows<float>({1}, matrix::Ones(1, 2)));
+  lora::assign_rows(embedding, lora::replaced_rows<float>({1}, matrix::Ones(1, 2)));
   CHECK(embedding(1, 0) == 1);
 }
 
 TEST_CASE("unqualified names of the standard library stay theirs", "[overloads]") {
   using std::forward;
   using std::merge;
-  const std::vector<lora::batch_entry> a{{0}, {2}}, b{{1}};
-  std::vector<lora::batch_entry> all(3);
+  const std::vector<lora::assignment> a{{0}, {2}}, b{{1}};
+  std::vector<lora::assignment> all(3);
   merge(a.begin(), a.end(), b.begin(), b.end(), all.begin(),
         [](const auto& left, const auto& right) { return left.adapter < right.adapter; });
   CHECK(all[1].adapter == 1);
@@ -128,7 +129,9 @@ int apply(const factors&, std::span<const lora::bfloat16>, std::span<lora::bfloa
 int forward(const layer&, std::span<const lora::bfloat16>, std::span<lora::bfloat16>) { return 1; }
 int rows(const layer&, std::span<const int>, std::span<lora::bfloat16>) { return 1; }
 
-int merge_forward_declared(forward_declared& layer, lora::bfloat16* data) { return merge(layer, data); }
+int merge_forward_declared(forward_declared& layer, lora::bfloat16* data) {
+  return merge(layer, data);
+}
 struct forward_declared {};
 
 }  // namespace mine
@@ -209,10 +212,10 @@ struct my_dora : lora::dora_adapter<float> {
 TEST_CASE("what derives from a class of the library is one", "[overloads]") {
   matrix embedding = matrix::Zero(2, 2);
   const my_rows replaced({1}, matrix::Ones(1, 2));
-  lora::merge(embedding, replaced);
+  lora::assign_rows(embedding, replaced);
   CHECK(embedding(1, 0) == 1);
   Eigen::MatrixXf out = Eigen::MatrixXf::Zero(2, 1);
-  lora::apply(std::vector<int>{1}, out, replaced, std::atomic<double>(3));
+  lora::overwrite_rows(std::vector<int>{1}, out, replaced, std::atomic<double>(3));
   CHECK(out == Eigen::MatrixXf::Constant(2, 1, 3));
 
   matrix W = matrix::Zero(2, 3);
@@ -264,13 +267,15 @@ static_assert(!std::is_constructible_v<lora::packed_weight<float>, std::string>)
 static_assert(std::is_constructible_v<lora::packed_adapter<float>, lora::adapter<float>>);
 static_assert(!std::is_constructible_v<lora::packed_adapter<float>, std::string>);
 static_assert(!std::is_constructible_v<lora::packed_adapter<float>, matrix>);
-static_assert(std::is_constructible_v<lora::batch<float>, std::vector<lora::packed_adapter<float>>&>);
+static_assert(
+    std::is_constructible_v<lora::batch<float>, std::vector<lora::packed_adapter<float>>&>);
 static_assert(!std::is_constructible_v<lora::batch<float>, std::string>);
 static_assert(!std::is_constructible_v<lora::batch<float>, std::vector<float>>);
 static_assert(std::is_constructible_v<lora::adapter<float>, matrix, matrix, lora::scaling>);
 static_assert(!std::is_constructible_v<lora::adapter<float>, matrix, matrix, int>);
 static_assert(!std::is_constructible_v<lora::adapter<float>, matrix, matrix, double>);
-static_assert(!std::is_constructible_v<lora::adapter<float>, std::string, std::string, lora::scaling>);
+static_assert(
+    !std::is_constructible_v<lora::adapter<float>, std::string, std::string, lora::scaling>);
 
 }  // namespace
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// packed_weight and packed_adapter hold every bit, and what is computed from panels has the bits of what is computed from
-// plain matrices: products, merges, and merges where infinities and NaN end the fast path.
+// packed_weight and packed_adapter hold every bit, and what is computed from panels has the bits of
+// what is computed from plain matrices: products, merges, and merges where infinities and NaN end
+// the fast path.
 #include <cstring>
 #include <limits>
 #include <string>
@@ -30,7 +31,9 @@ namespace {
 template <class F>
 lora::adapter<F> random_adapter(test::random& g, index_t out, index_t in) {
   const index_t rank = g.one_in(3) ? g.integer(1, 3 * std::min(out, in)) : g.integer(1, 40);
-  return {g.reals<F>(rank, in, 0.4), g.reals<F>(out, rank, 0.4), {.alpha = g.uniform(0.2, 3) * static_cast<double>(rank)}};
+  return {g.reals<F>(rank, in, 0.4),
+          g.reals<F>(out, rank, 0.4),
+          {.alpha = g.uniform(0.2, 3) * static_cast<double>(rank)}};
 }
 
 template <class T, class F>
@@ -45,7 +48,8 @@ void check_products(std::uint64_t seed) {
   CAPTURE(g.seed());
   lora::workspace space;
   for (int trial = 0; trial < 25; ++trial) {
-    const index_t out = g.integer(1, 90), in = g.one_in(5) ? g.integer(250, 1100) : g.integer(1, 90);
+    const index_t out = g.integer(1, 90),
+                  in = g.one_in(5) ? g.integer(250, 1100) : g.integer(1, 90);
     const index_t tokens = g.one_in(5) ? g.integer(100, 220) : g.integer(1, 19);
     CAPTURE(trial, out, in, tokens);
     const test::matrix<T> W = g.reals<T>(out, in, 1);
@@ -83,7 +87,8 @@ void check_products(std::uint64_t seed) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("panels hold every bit", "[packed]", float, double, lora::float16, lora::bfloat16) {
+TEMPLATE_TEST_CASE("panels hold every bit", "[packed]", float, double, lora::float16,
+                   lora::bfloat16) {
   test::random g(1001);
   CAPTURE(g.seed());
   for (int trial = 0; trial < 60; ++trial) {
@@ -110,7 +115,8 @@ TEMPLATE_TEST_CASE("panels hold every bit", "[packed]", float, double, lora::flo
     large.setConstant(test::stored<TestType>(7));
     large.block(1, 2, out, in) = W;
     check(lora::packed_weight<TestType>{large.block(1, 2, out, in)});
-    packed.assign(test::matrix<TestType>(test::matrix<TestType>::Constant(out, in, test::stored<TestType>(3))));
+    packed.assign(test::matrix<TestType>(
+        test::matrix<TestType>::Constant(out, in, test::stored<TestType>(3))));
     CHECK((W.size() == 0 || test::value(packed(out - 1, in - 1)) == 3));
     packed.assign(W_cols);
     check(packed);
@@ -120,16 +126,23 @@ TEMPLATE_TEST_CASE("panels hold every bit", "[packed]", float, double, lora::flo
 TEST_CASE("products from panels have the bits of products from matrices", "[packed]") {
   SECTION("float") { check_products<float, float, float>(1002); }
   SECTION("double") { check_products<double, double, double>(1003); }
-  SECTION("bfloat16, all of it") { check_products<lora::bfloat16, lora::bfloat16, lora::bfloat16>(1004); }
+  SECTION("bfloat16, all of it") {
+    check_products<lora::bfloat16, lora::bfloat16, lora::bfloat16>(1004);
+  }
   SECTION("float16, float factors") { check_products<lora::float16, float, lora::float16>(1005); }
-  SECTION("bfloat16, float factors and activations") { check_products<lora::bfloat16, float, float>(1006); }
+  SECTION("bfloat16, float factors and activations") {
+    check_products<lora::bfloat16, float, float>(1006);
+  }
   SECTION("float, float16 factors") { check_products<float, lora::float16, float>(1007); }
-  SECTION("bfloat16 panels in a sum of doubles") { check_products<lora::bfloat16, lora::float16, double>(1008); }
+  SECTION("bfloat16 panels in a sum of doubles") {
+    check_products<lora::bfloat16, lora::float16, double>(1008);
+  }
 }
 
 TEMPLATE_TEST_CASE("chunks of W, widened or not, and turns of two panels change no bit", "[packed]",
-                   (std::pair<float, float>), (std::pair<double, double>), (std::pair<lora::bfloat16, float>),
-                   (std::pair<lora::float16, float>), (std::pair<lora::bfloat16, lora::bfloat16>)) {
+                   (std::pair<float, float>), (std::pair<double, double>),
+                   (std::pair<lora::bfloat16, float>), (std::pair<lora::float16, float>),
+                   (std::pair<lora::bfloat16, lora::bfloat16>)) {
   using T = typename TestType::first_type;
   using X = typename TestType::second_type;
   test::random g(1021);
@@ -151,10 +164,10 @@ TEMPLATE_TEST_CASE("chunks of W, widened or not, and turns of two panels change 
   }
 }
 
-TEMPLATE_TEST_CASE("merging panels has the bits of merging the matrix, and of its definition", "[packed]",
-                   (formats<float, float>), (formats<double, float>), (formats<lora::float16, float>),
-                   (formats<lora::bfloat16, float>), (formats<lora::bfloat16, lora::bfloat16>),
-                   (formats<float, lora::bfloat16>)) {
+TEMPLATE_TEST_CASE("merging panels has the bits of merging the matrix, and of its definition",
+                   "[packed]", (formats<float, float>), (formats<double, float>),
+                   (formats<lora::float16, float>), (formats<lora::bfloat16, float>),
+                   (formats<lora::bfloat16, lora::bfloat16>), (formats<float, lora::bfloat16>)) {
   test::random g(1010);
   CAPTURE(g.seed());
   using T = typename TestType::weight;
@@ -177,11 +190,13 @@ TEMPLATE_TEST_CASE("merging panels has the bits of merging the matrix, and of it
                               static_cast<double>(std::numeric_limits<T>::max()),
                               static_cast<double>(std::numeric_limits<T>::denorm_min())};
     if (trial % 2 == 1)
-      for (int n = 0; n < 6; ++n) W(g.integer(0, out - 1), g.integer(0, in - 1)) = test::stored<T>(special[g.integer(0, 9)]);
+      for (int n = 0; n < 6; ++n)
+        W(g.integer(0, out - 1), g.integer(0, in - 1)) = test::stored<T>(special[g.integer(0, 9)]);
     if (trial % 4 == 3) {  // rows of the delta that are zero
       auto B = test::matrix<F>(l.lora_B());
       B.row(g.integer(0, out - 1)).setConstant(F(0));
-      l = lora::adapter<F>{l.lora_A(), B, {.alpha = l.scaling(), .rule = lora::scaling_rule::fixed}};
+      l = lora::adapter<F>{
+          l.lora_A(), B, {.alpha = l.scaling(), .rule = lora::scaling_rule::fixed}};
     }
     const auto delta = lora::delta_weight(l).template cast<acc>().eval();
     test::matrix<T> expected = W;
@@ -189,8 +204,10 @@ TEMPLATE_TEST_CASE("merging panels has the bits of merging the matrix, and of it
     for (index_t i = 0; i < out; ++i)
       for (index_t j = 0; j < in; ++j) {
         // delta_weight in float is the chain that a merge into float or 16 bits adds.
-        if (delta(i, j) != acc(0)) expected(i, j) = lora::detail::narrow<T>(lora::detail::widen<acc>(W(i, j)) + delta(i, j));
-        became_nonfinite += std::isfinite(test::value(W(i, j))) && !std::isfinite(test::value(expected(i, j)));
+        if (delta(i, j) != acc(0))
+          expected(i, j) = lora::detail::narrow<T>(lora::detail::widen<acc>(W(i, j)) + delta(i, j));
+        became_nonfinite +=
+            std::isfinite(test::value(W(i, j))) && !std::isfinite(test::value(expected(i, j)));
       }
     test::matrix<T> in_rows = W;
     test::col_matrix<T> in_cols = W;
@@ -212,17 +229,21 @@ TEMPLATE_TEST_CASE("merging panels has the bits of merging the matrix, and of it
   }
 }
 
-TEST_CASE("adapters of several formats merge to the same bits in every layout, with any number of threads", "[packed]") {
+TEST_CASE(
+    "adapters of several formats merge to the same bits in every layout, with any number of "
+    "threads",
+    "[packed]") {
   using lora::bfloat16;
   test::random g(1016);
   CAPTURE(g.seed());
-  // Large enough that the factors are packed on several threads; ranks odd and even, one format after the other, and a
-  // scaling and a rank beyond those that dot products take.
+  // Large enough that the factors are packed on several threads; ranks odd and even, one format
+  // after the other, and a scaling and a rank beyond those that dot products take.
   const index_t out = 331, in = 517;
   const auto W = g.reals<bfloat16>(out, in, 1);
   const auto of_rank = [&]<class F>(F, index_t rank, double s) {
-    return lora::adapter<F>{
-        g.reals<F>(rank, in, 0.3), g.reals<F>(out, rank, 0.3), {.alpha = s, .rule = lora::scaling_rule::fixed}};
+    return lora::adapter<F>{g.reals<F>(rank, in, 0.3),
+                            g.reals<F>(out, rank, 0.3),
+                            {.alpha = s, .rule = lora::scaling_rule::fixed}};
   };
   const auto a = of_rank(bfloat16(), 7, 0.3), b = of_rank(bfloat16(), 64, -1.7);
   const auto c = of_rank(0.0F, 33, 0.7), d = of_rank(0.0F, 1, 2.5);
@@ -268,10 +289,13 @@ TEST_CASE("adapters of several formats merge to the same bits in every layout, w
 }
 
 TEST_CASE("merge_checked leaves panels as they are when a result is not finite", "[packed]") {
-  test::matrix<lora::float16> W = test::matrix<lora::float16>::Constant(19, 23, lora::float16(60000));
+  test::matrix<lora::float16> W =
+      test::matrix<lora::float16>::Constant(19, 23, lora::float16(60000));
   lora::packed_weight packed{W};
-  const lora::adapter<float> up{Eigen::MatrixXf::Constant(1, 23, 1), Eigen::MatrixXf::Constant(19, 1, 6000), {.alpha = 1}};
-  CHECK(mentions(refusal<lora::value_error>([&] { lora::merge_checked(packed, up); }), {"merge_checked", "437 of 437"}));
+  const lora::adapter<float> up{
+      Eigen::MatrixXf::Constant(1, 23, 1), Eigen::MatrixXf::Constant(19, 1, 6000), {.alpha = 1}};
+  CHECK(mentions(refusal<lora::value_error>([&] { lora::merge_checked(packed, up); }),
+                 {"merge_checked", "437 of 437"}));
   CHECK(same_bits(packed.matrix(), W));
   lora::merge_checked(packed, lora::scaled(-1, up));
   CHECK(test::value(packed(18, 22)) == 54016);  // 54000, rounded to a multiple of 32
@@ -281,22 +305,27 @@ TEST_CASE("packing to 16 bits rounds each factor once", "[packed]") {
   test::random g(1011);
   CAPTURE(g.seed());
   const index_t out = 37, in = 300, rank = 19;
-  const lora::adapter<float> l{g.reals<float>(rank, in, 0.4), g.reals<float>(out, rank, 0.4), {.alpha = 30}};
-  const lora::adapter<lora::bfloat16> rounded{test::rounded<lora::bfloat16>(test::exact(l.lora_A())),
-                                              test::rounded<lora::bfloat16>(test::exact(l.lora_B())),
-                                              {.alpha = 30}};
+  const lora::adapter<float> l{
+      g.reals<float>(rank, in, 0.4), g.reals<float>(out, rank, 0.4), {.alpha = 30}};
+  const lora::adapter<lora::bfloat16> rounded{
+      test::rounded<lora::bfloat16>(test::exact(l.lora_A())),
+      test::rounded<lora::bfloat16>(test::exact(l.lora_B())),
+      {.alpha = 30}};
   const test::matrix<float> W = g.reals<float>(out, in, 1);
   const test::col_matrix<float> x = g.reals<float>(in, 7, 1);
   test::col_matrix<float> y(out, 7), expected(out, 7);
   lora::forward(W, x, y, lora::packed_adapter<lora::bfloat16>{l});
   lora::forward(W, x, expected, rounded);
   CHECK(same_bits(y, expected));
-  CHECK(lora::packed_adapter<lora::bfloat16>{l}.bytes() * 2 <= lora::packed_adapter<float>{l}.bytes() + 4096);
+  CHECK(lora::packed_adapter<lora::bfloat16>{l}.bytes() * 2 <=
+        lora::packed_adapter<float>{l}.bytes() + 4096);
   // The stated bound of the delta.
   const double u = 0x1p-8;
-  const test::exact_matrix limit = (2 * u + u * u) * std::abs(static_cast<long double>(l.scaling())) *
-                                   test::times(test::exact(l.lora_B()).cwiseAbs(), test::exact(l.lora_A()).cwiseAbs());
-  CHECK(((test::exact_delta(rounded) - test::exact_delta(l)).cwiseAbs().array() <= limit.array()).all());
+  const test::exact_matrix limit =
+      (2 * u + u * u) * std::abs(static_cast<long double>(l.scaling())) *
+      test::times(test::exact(l.lora_B()).cwiseAbs(), test::exact(l.lora_A()).cwiseAbs());
+  CHECK(((test::exact_delta(rounded) - test::exact_delta(l)).cwiseAbs().array() <= limit.array())
+            .all());
 }
 
 TEST_CASE("U rounded to the format of the factors", "[packed]") {
@@ -305,14 +334,16 @@ TEST_CASE("U rounded to the format of the factors", "[packed]") {
     // s A x = 3 (1 + 2^-9) lies between 3 and 3 + 2^-6, nearer to 3.
     const bfloat16 A(1), B(5);
     const float x = 1 + 0x1p-9F, W = 0;
-    const lora::adapter<bfloat16> l{lora::row_major(&A, 1, 1), lora::row_major(&B, 1, 1), {.alpha = 3}};
+    const lora::adapter<bfloat16> l{
+        lora::row_major(&A, 1, 1), lora::row_major(&B, 1, 1), {.alpha = 3}};
     float kept = 0, rounded = 0, strong = 0;
     const auto forward = [&](float& y, const auto& one) {
-      lora::forward(lora::row_major(&W, 1, 1), lora::col_major(&x, 1, 1), lora::col_major(&y, 1, 1), one);
+      lora::forward(lora::row_major(&W, 1, 1), lora::col_major(&x, 1, 1), lora::col_major(&y, 1, 1),
+                    one);
     };
-    const lora::packed_adapter<bfloat16> exact{l}, coarse{l, lora::U_format::factors};
-    CHECK(exact.U_format() == lora::U_format::accumulator);
-    CHECK(coarse.U_format() == lora::U_format::factors);
+    const lora::packed_adapter<bfloat16> exact{l}, coarse{l, lora::intermediate_format::factors};
+    CHECK(exact.intermediate_format() == lora::intermediate_format::accumulator);
+    CHECK(coarse.intermediate_format() == lora::intermediate_format::factors);
     forward(kept, exact);
     forward(rounded, coarse);
     forward(strong, lora::scaled(4.0 / 3, coarse));
@@ -333,11 +364,13 @@ TEST_CASE("U rounded to the format of the factors", "[packed]") {
         for (const index_t tokens : {1, 3, 9, 70}) {
           const index_t out = 37, in = 301;
           const auto W = g.reals<T>(out, in, 1);
-          const lora::adapter<bfloat16> l{g.reals<bfloat16>(rank, in, 1), g.reals<bfloat16>(out, rank, 1), {.alpha = 0.7}};
-          const lora::adapter<float> beside{g.reals<float>(3, in, 1), g.reals<float>(out, 3, 1), {.alpha = 5}};
+          const lora::adapter<bfloat16> l{
+              g.reals<bfloat16>(rank, in, 1), g.reals<bfloat16>(out, rank, 1), {.alpha = 0.7}};
+          const lora::adapter<float> beside{
+              g.reals<float>(3, in, 1), g.reals<float>(out, 3, 1), {.alpha = 5}};
           const test::col_matrix<X> x = g.reals<X>(in, tokens, 1);
           const lora::packed_weight packed{W};
-          const lora::packed_adapter<bfloat16> coarse{l, lora::U_format::factors};
+          const lora::packed_adapter<bfloat16> coarse{l, lora::intermediate_format::factors};
           test::col_matrix<float> y(out, tokens), kept(out, tokens), one(out, 1);
           lora::forward(packed, x, y, coarse, beside);
           lora::forward(packed, x, kept, l, beside);
@@ -346,14 +379,16 @@ TEST_CASE("U rounded to the format of the factors", "[packed]") {
           REQUIRE(same_bits(one, test::col_matrix<float>(y.col(tokens - 1))));
           auto part = agreement::part_of(l);
           part.U = agreement::format_of<bfloat16>();
-          const auto exact =
-              (test::times(test::exact(W) + test::exact_delta(l) + test::exact_delta(beside), test::exact(x)));
+          const auto exact = (test::times(
+              test::exact(W) + test::exact_delta(l) + test::exact_delta(beside), test::exact(x)));
           const Eigen::MatrixXd bound = agreement::error_bound(
-              agreement::in_double(W), {}, {.merged = {}, .mixed = {part, agreement::part_of(beside)}},
-              agreement::in_double(x), agreement::formats_of<T, float, float, X>());
+              agreement::in_double(W), {},
+              {.merged = {}, .mixed = {part, agreement::part_of(beside)}}, agreement::in_double(x),
+              agreement::formats_of<T, float, float, X>());
           worst = std::max(
-              worst,
-              ((agreement::in_double(y) - exact.template cast<double>()).cwiseAbs().array() / bound.array()).maxCoeff());
+              worst, ((agreement::in_double(y) - exact.template cast<double>()).cwiseAbs().array() /
+                      bound.array())
+                         .maxCoeff());
         }
       CHECK(worst <= 1);
       CHECK(worst > 0.01);
@@ -374,18 +409,22 @@ TEST_CASE("a factor that the panels' format does not hold is refused", "[packed]
   CHECK(lora::packed_adapter<lora::bfloat16>{l}.rank() == 3);
   // What is not finite already stays that.
   A(1, 2) = std::numeric_limits<float>::infinity();
-  CHECK(lora::packed_adapter<lora::float16>{lora::adapter<float>{A, g.reals<float>(5, 3, 1), {.alpha = 2}}}.rank() == 3);
+  CHECK(lora::packed_adapter<lora::float16>{
+            lora::adapter<float>{A, g.reals<float>(5, 3, 1), {.alpha = 2}}}
+            .rank() == 3);
 }
 
-TEMPLATE_TEST_CASE("a merged copy has the panels of the merged weight, padding too", "[packed]", float, double,
-                   lora::float16, lora::bfloat16) {
+TEMPLATE_TEST_CASE("a merged copy has the panels of the merged weight, padding too", "[packed]",
+                   float, double, lora::float16, lora::bfloat16) {
   using T = TestType;
   test::random g(1022);
-  for (const auto& [out, in] : std::vector<std::pair<index_t, index_t>>{{1, 1}, {33, 7}, {16, 5}, {47, 32}}) {
+  for (const auto& [out, in] :
+       std::vector<std::pair<index_t, index_t>>{{1, 1}, {33, 7}, {16, 5}, {47, 32}}) {
     CAPTURE(out, in);
     const test::matrix<T> W = g.reals<T>(out, in, 1);
     const auto l = random_adapter<float>(g, out, in);
-    const lora::packed_weight<T> ours = lora::merged(lora::packed_weight<T>{W}, l), want{lora::merged(W, l)};
+    const lora::packed_weight<T> ours = lora::merged(lora::packed_weight<T>{W}, l),
+                                 want{lora::merged(W, l)};
     REQUIRE(ours.bytes() == want.bytes());
     CHECK(std::memcmp(ours.panels(), want.panels(), want.bytes()) == 0);
   }
@@ -403,7 +442,8 @@ TEST_CASE("a workspace makes steady calls allocate nothing", "[packed]") {
   test::random g(1012);
   const auto W = g.reals<float>(61, 130, 1);
   const lora::packed_weight packed{W};
-  const lora::adapter<float> plain{g.reals<float>(9, 130, 0.4), g.reals<float>(61, 9, 0.4), {.alpha = 13}};
+  const lora::adapter<float> plain{
+      g.reals<float>(9, 130, 0.4), g.reals<float>(61, 9, 0.4), {.alpha = 13}};
   const lora::packed_adapter<float> l{plain};
   // Small enough for one thread: what OpenMP's own runtime allocates is not ours.
   const test::col_matrix<float> x = g.reals<float>(130, 7, 1);
@@ -441,19 +481,31 @@ TEST_CASE("panels that do not fit are refused, and nothing is written", "[packed
   const test::col_matrix<float> x = g.reals<float>(7, 2, 1);
   test::col_matrix<float> y = g.reals<float>(5, 2, 1);
   const test::col_matrix<float> before = y;
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(packed, x, y, other_packed); }), {"forward", "7x5", "5x7"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(packed, x.topRows(6), y); }), {"forward", "5x7", "6x2"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(packed, x, y.leftCols(1)); }), {"forward", "7x2", "5x1"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::merge(packed, other); }), {"merge", "7x5", "5x7"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { packed.copy_to(y); }), {"copy_to", "5x2", "5x7"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(packed, x, y, other_packed); }),
+                 {"forward", "7x5", "5x7"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(packed, x.topRows(6), y); }),
+                 {"forward", "5x7", "6x2"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::forward(packed, x, y.leftCols(1)); }),
+                 {"forward", "7x2", "5x1"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::merge(packed, other); }),
+                 {"merge", "7x5", "5x7"}));
+  CHECK(
+      mentions(refusal<lora::shape_error>([&] { packed.copy_to(y); }), {"copy_to", "5x2", "5x7"}));
   CHECK(mentions(refusal<lora::shape_error>([&] { packed.assign(x); }), {"assign", "7x2", "5x7"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::packed_weight<float>(-1, 3); }), {"packed_weight", "-1x3"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::apply(x, y, other_packed); }), {"apply", "7x5"}));
-  CHECK(mentions(refusal<lora::value_error>([&] { (void)lora::scaled(NAN, other_packed); }), {"scaled", "not finite"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::with_bias(packed, std::vector<float>(4)); }), {"with_bias", "4x1"}));
-  const lora::adapter<double> huge{Eigen::MatrixXd::Ones(1, 7), Eigen::MatrixXd::Ones(5, 1), {.alpha = 1e300}};
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::packed_weight<float>(-1, 3); }),
+                 {"packed_weight", "-1x3"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::apply(x, y, other_packed); }),
+                 {"apply", "7x5"}));
+  CHECK(mentions(refusal<lora::value_error>([&] { (void)lora::scaled(NAN, other_packed); }),
+                 {"scaled", "not finite"}));
+  CHECK(
+      mentions(refusal<lora::shape_error>([&] { lora::with_bias(packed, std::vector<float>(4)); }),
+               {"with_bias", "4x1"}));
+  const lora::adapter<double> huge{
+      Eigen::MatrixXd::Ones(1, 7), Eigen::MatrixXd::Ones(5, 1), {.alpha = 1e300}};
   const lora::packed_adapter<double> huge_packed{huge};
-  CHECK(mentions(refusal<lora::value_error>([&] { lora::forward(packed, x, y, lora::scaled(1e300, huge_packed)); }),
+  CHECK(mentions(refusal<lora::value_error>(
+                     [&] { lora::forward(packed, x, y, lora::scaled(1e300, huge_packed)); }),
                  {"forward", "not finite"}));
   CHECK(same_bits(y, before));
   CHECK(same_bits(packed.matrix(), W));

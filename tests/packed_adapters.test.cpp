@@ -25,15 +25,16 @@ template <class F>
 std::vector<lora::adapter<F>> some_adapters(test::random& g) {
   std::vector<lora::adapter<F>> all;
   for (const index_t rank : {3, 0, 17, 90, 1})
-    all.push_back(
-        {g.reals<F>(rank, in, 0.3), g.reals<F>(out, rank, 0.3), {.alpha = 0.7, .rule = lora::scaling_rule::fixed}});
+    all.push_back({g.reals<F>(rank, in, 0.3),
+                   g.reals<F>(out, rank, 0.3),
+                   {.alpha = 0.7, .rule = lora::scaling_rule::fixed}});
   return all;
 }
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("adapters in one block mix to the bits of adapters packed alone", "[packed_adapters]", float, double,
-                   lora::float16, lora::bfloat16) {
+TEMPLATE_TEST_CASE("adapters in one block mix to the bits of adapters packed alone",
+                   "[packed_adapters]", float, double, lora::float16, lora::bfloat16) {
   test::random g(3101);
   CAPTURE(g.seed());
   const auto adapters = some_adapters<TestType>(g);
@@ -84,8 +85,9 @@ TEST_CASE("U in the format of the factors goes to every adapter", "[packed_adapt
   test::random g(3103);
   CAPTURE(g.seed());
   const auto adapters = some_adapters<float>(g);
-  const lora::packed_adapters<lora::bfloat16> served(adapters, lora::U_format::factors);
-  for (const auto& one : served) CHECK(one.U_format() == lora::U_format::factors);
+  const lora::packed_adapters<lora::bfloat16> served(adapters, lora::intermediate_format::factors);
+  for (const auto& one : served)
+    CHECK(one.intermediate_format() == lora::intermediate_format::factors);
 }
 
 TEST_CASE("an empty list, and one with an adapter that cannot be packed", "[packed_adapters]") {
@@ -97,6 +99,7 @@ TEST_CASE("an empty list, and one with an adapter that cannot be packed", "[pack
   test::matrix<float> large = g.reals<float>(2, in, 1);
   large(1, 3) = 1e30F;
   adapters.push_back({large, g.reals<float>(out, 2, 1), {.alpha = 3}});
-  const auto text = test::refusal<lora::value_error>([&] { lora::packed_adapters<lora::float16>(adapters).size(); });
+  const auto text = test::refusal<lora::value_error>(
+      [&] { lora::packed_adapters<lora::float16>(adapters).size(); });
   CHECK(test::mentions(text, {"packed_adapter", "element 1, 3 of lora_A"}));
 }

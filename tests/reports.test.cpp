@@ -1,14 +1,15 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A merge into 16 bits may round a small adapter away, and users found out only when the model answered as before. Every merge
-// counts the elements that it changed, and those that are not finite.
+// A merge into 16 bits may round a small adapter away, and users found out only when the model
+// answered as before. Every merge counts the elements that it changed, and those that are not
+// finite.
 #include <random>
 
 #include "lora/dora.hpp"
+#include "lora/embed.hpp"
 #include "lora/kinds/ia3.hpp"
 #include "lora/merge.hpp"
 #include "lora/rounding.hpp"
-#include "lora/rows.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
 #include "support/dense_delta.hpp"
@@ -59,38 +60,48 @@ void check(index_t out, index_t in, float size) {
   };
   look("merge", [&](auto& V) { return lora::merge(V, l); });
   look("unmerge", [&](auto& V) { return lora::unmerge(V, l); });
-  look("any kind", [&](auto& V) { return lora::merge(V, test::dense_delta(Eigen::MatrixXf(lora::delta_weight(l)))); });
+  look("any kind", [&](auto& V) {
+    return lora::merge(V, test::dense_delta(Eigen::MatrixXf(lora::delta_weight(l))));
+  });
   look("as_peft", [&](auto& V) { return lora::merge(lora::rounding::as_peft, V, l); });
 }
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("a merge counts the elements whose bits it changed", "[reports]", float, double, lora::float16,
-                   lora::bfloat16) {
-  for (const auto& [out, in] : std::vector<std::pair<index_t, index_t>>{{1, 1}, {7, 13}, {33, 65}, {64, 256}, {70, 300}})
+TEMPLATE_TEST_CASE("a merge counts the elements whose bits it changed", "[reports]", float, double,
+                   lora::float16, lora::bfloat16) {
+  for (const auto& [out, in] :
+       std::vector<std::pair<index_t, index_t>>{{1, 1}, {7, 13}, {33, 65}, {64, 256}, {70, 300}})
     for (const float size : {1e-9F, 1e-3F, 1.0F}) {
       check<TestType, Eigen::RowMajor>(out, in, size);
       check<TestType, Eigen::ColMajor>(out, in, size);
     }
 }
 
-TEST_CASE("an adapter that 16 bits round away changes nothing, and the report says so", "[reports]") {
-  const auto W = stored<lora::bfloat16, Eigen::RowMajor>::Constant(40, 64, lora::bfloat16(1.0F)).eval();
-  const lora::adapter<float> tiny{
-      Eigen::MatrixXf::Constant(1, 64, 1e-3F), Eigen::MatrixXf::Constant(40, 1, 1.0F), {.alpha = 1}};
+TEST_CASE("an adapter that 16 bits round away changes nothing, and the report says so",
+          "[reports]") {
+  const auto W =
+      stored<lora::bfloat16, Eigen::RowMajor>::Constant(40, 64, lora::bfloat16(1.0F)).eval();
+  const lora::adapter<float> tiny{Eigen::MatrixXf::Constant(1, 64, 1e-3F),
+                                  Eigen::MatrixXf::Constant(40, 1, 1.0F),
+                                  {.alpha = 1}};
   auto V = W;
   CHECK(lora::merge(V, tiny).changed == 0);
   CHECK(test::same_bits(W, V));
-  const lora::adapter<float> more{
-      Eigen::MatrixXf::Constant(1, 64, 1e-2F), Eigen::MatrixXf::Constant(40, 1, 1.0F), {.alpha = 1}};
+  const lora::adapter<float> more{Eigen::MatrixXf::Constant(1, 64, 1e-2F),
+                                  Eigen::MatrixXf::Constant(40, 1, 1.0F),
+                                  {.alpha = 1}};
   CHECK(lora::merge(V, more).changed == 40 * 64);
 }
 
 TEST_CASE("merge_checked reports what it merged, and throws before it writes", "[reports]") {
-  stored<lora::float16, Eigen::ColMajor> W = stored<lora::float16, Eigen::ColMajor>::Constant(9, 5, lora::float16(2.0F));
+  stored<lora::float16, Eigen::ColMajor> W =
+      stored<lora::float16, Eigen::ColMajor>::Constant(9, 5, lora::float16(2.0F));
   const auto before = W;
-  const lora::adapter<float> l{Eigen::MatrixXf::Ones(2, 5), Eigen::MatrixXf::Ones(9, 2), {.alpha = 1}};
-  const lora::adapter<float> huge{Eigen::MatrixXf::Ones(2, 5), Eigen::MatrixXf::Ones(9, 2), {.alpha = 1e6}};
+  const lora::adapter<float> l{
+      Eigen::MatrixXf::Ones(2, 5), Eigen::MatrixXf::Ones(9, 2), {.alpha = 1}};
+  const lora::adapter<float> huge{
+      Eigen::MatrixXf::Ones(2, 5), Eigen::MatrixXf::Ones(9, 2), {.alpha = 1e6}};
   const lora::dora_adapter<float> dora(huge, std::vector<float>(9, 1e6F));
   CHECK_THROWS_AS(lora::merge_checked(W, huge), lora::value_error);
   CHECK_THROWS_AS(lora::merge_checked(W, dora), lora::value_error);
@@ -100,7 +111,8 @@ TEST_CASE("merge_checked reports what it merged, and throws before it writes", "
   CHECK(lora::merge_checked(W, mild).changed == 45);
 }
 
-TEST_CASE("a report says when an adapter also scales a bias that the call did not give", "[reports]") {
+TEST_CASE("a report says when an adapter also scales a bias that the call did not give",
+          "[reports]") {
   Eigen::MatrixXf W = Eigen::MatrixXf::Ones(2, 3);
   lora::packed_weight<float> packed(W);
   const auto l = lora::ia3_adapter<float>::of_outputs({2, 3}, 3);
@@ -114,13 +126,14 @@ TEST_CASE("a report says when an adapter also scales a bias that the call did no
 
 TEST_CASE("a merged copy has its report, and replaced rows count what they changed", "[reports]") {
   const Eigen::MatrixXf W = Eigen::MatrixXf::Ones(4, 3);
-  const lora::adapter<float> l{Eigen::MatrixXf::Ones(1, 3), Eigen::MatrixXf{{0}, {1}, {0}, {2}}, {.alpha = 2}};
+  const lora::adapter<float> l{
+      Eigen::MatrixXf::Ones(1, 3), Eigen::MatrixXf{{0}, {1}, {0}, {2}}, {.alpha = 2}};
   CHECK(lora::merged(W, l).report.changed == 6);
   CHECK(lora::merged(lora::packed_weight<float>(W), l).report.changed == 6);
   Eigen::MatrixXf embedding = W;
   Eigen::MatrixXf values(2, 3);
   values << 1, 5, 1, 7, 1, std::numeric_limits<float>::infinity();
-  const auto report = lora::merge(embedding, lora::replaced_rows<float>({3, 0}, values));
+  const auto report = lora::assign_rows(embedding, lora::replaced_rows<float>({3, 0}, values));
   CHECK(report.elements == 12);
   CHECK(report.changed == 3);
   CHECK(report.became_nonfinite == 1);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// PEFT's roundings on numbers small enough to follow by hand; golden/peft_rounding compares them with PEFT's own.
+// PEFT's roundings on numbers small enough to follow by hand; golden/peft_rounding compares them
+// with PEFT's own.
 #include "lora/rounding.hpp"
 
 #include "support/bits.hpp"
@@ -12,12 +13,14 @@ template <class T>
 using matrix = test::matrix<T>;
 
 TEST_CASE("peft rounds the sum once, peft_safe the delta first", "[rounding]") {
-  // bfloat16 has 8 bits: 256 + 1.5 is 258, a tie between 256 and 258 is 256; 1.5 + 2^-8 rounds to 1.5 first.
+  // bfloat16 has 8 bits: 256 + 1.5 is 258, a tie between 256 and 258 is 256; 1.5 + 2^-8 rounds to
+  // 1.5 first.
   const matrix<float> A = matrix<float>::Ones(1, 2);
   matrix<float> B(2, 1);
   B << 1.50390625F, 1.0F;
   const lora::adapter<float> l{A, B, {.alpha = 1}};
-  const auto base = matrix<float>::Constant(2, 2, 255.5F).cast<bfloat16>().eval();  // 256, the tie's even side
+  const auto base =
+      matrix<float>::Constant(2, 2, 255.5F).cast<bfloat16>().eval();  // 256, the tie's even side
   auto W = base, S = base;
   lora::merge(lora::rounding::as_peft, W, l);
   lora::merge(lora::rounding::as_peft_safe, S, l);
@@ -25,7 +28,8 @@ TEST_CASE("peft rounds the sum once, peft_safe the delta first", "[rounding]") {
   CHECK(static_cast<float>(S(0, 0)) == 258.0F);
   CHECK(static_cast<float>(W(1, 0)) == 256.0F);
   CHECK(static_cast<float>(S(1, 0)) == 256.0F);
-  // 128 + (0.5 + 2^-9): above the tie of 128 and 129; the delta rounds to 0.5 first and the tie goes to 128.
+  // 128 + (0.5 + 2^-9): above the tie of 128 and 129; the delta rounds to 0.5 first and the tie
+  // goes to 128.
   matrix<float> tie(2, 1);
   tie << 0.5F + 0x1p-9F, 0.25F;
   const lora::adapter<float> t{A, tie, {.alpha = 1}};
@@ -37,7 +41,8 @@ TEST_CASE("peft rounds the sum once, peft_safe the delta first", "[rounding]") {
 }
 
 TEST_CASE("a rounding policy checks what merge checks and writes nothing before", "[rounding]") {
-  matrix<float> W = matrix<float>::Constant(3, 4, 1), A = matrix<float>::Ones(2, 4), B = matrix<float>::Ones(3, 2);
+  matrix<float> W = matrix<float>::Constant(3, 4, 1), A = matrix<float>::Ones(2, 4),
+                B = matrix<float>::Ones(3, 2);
   const lora::adapter<float> l{A, B, {.alpha = 4}};
   matrix<float> wrong = matrix<float>::Constant(4, 3, 1);
   CHECK_THROWS_AS(lora::merge(lora::rounding::as_peft, wrong, l), lora::shape_error);

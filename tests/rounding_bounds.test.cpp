@@ -32,8 +32,8 @@ using double_factors = formats<float, double>;
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("PEFT's roundings are within their bounds", "", all_float, all_double, all_bfloat16, all_float16,
-                   bfloat16_base, mixed, double_factors) {
+TEMPLATE_TEST_CASE("PEFT's roundings are within their bounds", "", all_float, all_double,
+                   all_bfloat16, all_float16, bfloat16_base, mixed, double_factors) {
   test::random g(20261204);
   CAPTURE(g.seed());
   using T = typename TestType::weight;
@@ -45,7 +45,8 @@ TEMPLATE_TEST_CASE("PEFT's roundings are within their bounds", "", all_float, al
     exact_matrix delta = exact_matrix::Zero(out, in);
     for (index_t count = g.integer(1, 3); count > 0; --count) {
       const index_t rank = g.integer(1, g.one_in(3) ? 2 * std::max(out, in) : 6);
-      all.push_back({g.reals<F>(rank, in, 0.3), g.reals<F>(out, rank, 0.3), {.alpha = g.uniform(-9, 9)}});
+      all.push_back(
+          {g.reals<F>(rank, in, 0.3), g.reals<F>(out, rank, 0.3), {.alpha = g.uniform(-9, 9)}});
       delta += test::exact_delta(all.back());
     }
     const auto check = [&](const auto& policy) {
@@ -69,7 +70,9 @@ TEMPLATE_TEST_CASE("PEFT's roundings are within their bounds", "", all_float, al
 }
 
 TEST_CASE("a step of PEFT's rounding has the bound of docs/numerics.md") {
-  const auto one = [](double v) { return test::matrix<bfloat16>::Constant(1, 1, bfloat16(v)).eval(); };
+  const auto one = [](double v) {
+    return test::matrix<bfloat16>::Constant(1, 1, bfloat16(v)).eval();
+  };
   const lora::adapter<bfloat16> l{one(0.5), one(0.25), {.alpha = 3}};
   const double u = 0x1p-24, u_s = 0x1p-8, eta = 0x1p-149, eta_s = 0x1p-133, d = 0.375, W = 2;
   const double t = 3 * u / (1 - 3 * u) * d + eta * 4;

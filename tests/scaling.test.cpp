@@ -47,18 +47,24 @@ TEST_CASE("rank 0 has a scaling only where the rule does not divide by it", "[sc
     CHECK(mentions(text, {"lora::scaling", "rank 0", "fixed"}));
   }
   CHECK(resolve({.alpha = 3, .rule = scaling_rule::fixed}, 0) == 3.0);
-  for (const auto rule : {scaling_rule::standard, scaling_rule::rank_stabilized, scaling_rule::fixed})
-    CHECK(mentions(refusal<lora::value_error>([&] { resolve({.alpha = 16, .rule = rule}, -2); }), {"rank -2", "negative"}));
+  for (const auto rule :
+       {scaling_rule::standard, scaling_rule::rank_stabilized, scaling_rule::fixed})
+    CHECK(mentions(refusal<lora::value_error>([&] { resolve({.alpha = 16, .rule = rule}, -2); }),
+                   {"rank -2", "negative"}));
 }
 
 TEST_CASE("an alpha that is not finite is refused under every rule", "[scaling]") {
   constexpr double infinity = std::numeric_limits<double>::infinity();
   for (const double alpha : {infinity, -infinity, std::numeric_limits<double>::quiet_NaN(),
                              static_cast<double>(std::numeric_limits<float>::infinity())})
-    for (const auto rule : {scaling_rule::standard, scaling_rule::rank_stabilized, scaling_rule::fixed})
-      CHECK(mentions(refusal<lora::value_error>([&] { resolve({.alpha = alpha, .rule = rule}, 4); }),
-                     {"lora::scaling", "alpha", "not finite"}));
+    for (const auto rule :
+         {scaling_rule::standard, scaling_rule::rank_stabilized, scaling_rule::fixed})
+      CHECK(
+          mentions(refusal<lora::value_error>([&] { resolve({.alpha = alpha, .rule = rule}, 4); }),
+                   {"lora::scaling", "alpha", "not finite"}));
   // A long double beyond double.
-  CHECK(mentions(refusal<lora::value_error>([&] { resolve({.alpha = 1e4000L}, 4); }), {"lora::scaling", "not finite"}));
-  CHECK(resolve({.alpha = std::numeric_limits<double>::max()}, 1) == std::numeric_limits<double>::max());
+  CHECK(mentions(refusal<lora::value_error>([&] { resolve({.alpha = 1e4000L}, 4); }),
+                 {"lora::scaling", "not finite"}));
+  CHECK(resolve({.alpha = std::numeric_limits<double>::max()}, 1) ==
+        std::numeric_limits<double>::max());
 }

@@ -31,7 +31,8 @@ TEST_CASE("slices of a tensor down to a matrix name the row-major elements", "[t
   for (index_t a = 0; a < 2; ++a)
     for (index_t b = 0; b < 3; ++b) {
       const auto m = t.slice(a).slice(b).matrix();
-      static_assert(std::is_same_v<decltype(m), const lora::matrix_view<float, lora::storage_order::row_major>>);
+      static_assert(std::is_same_v<decltype(m),
+                                   const lora::matrix_view<float, lora::storage_order::row_major>>);
       same = same && m.rows() == 4 && m.cols() == 5;
       for (index_t i = 0; i < 4; ++i)
         for (index_t j = 0; j < 5; ++j)
@@ -80,17 +81,28 @@ TEST_CASE("tensors that do not fit are refused", "[tensor_view]") {
                    lora::tensor_view<float, 2>(v, {5, 5});
                  }),
                  {"tensor_view", "[5, 5]", "24"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::tensor_view<float, 2>(v, {-2, 3}); }), {"[-2, 3]", "negative"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::tensor_view<float, 3>(v, {0, -1, 2}); }), {"negative"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] {
+                   lora::tensor_view<float, 2>(v, {-2, 3});
+                 }),
+                 {"[-2, 3]", "negative"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] {
+                   lora::tensor_view<float, 3>(v, {0, -1, 2});
+                 }),
+                 {"negative"}));
   constexpr index_t big = index_t{1} << 32;
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::tensor_view<float, 2>(v, {big, big}); }), {"too many elements"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] {
+                   lora::tensor_view<float, 2>(v, {big, big});
+                 }),
+                 {"too many elements"}));
   const lora::tensor_view<float, 2> t(v, {4, 6});
-  CHECK(mentions(refusal<lora::shape_error>([&] { t.slice(4); }), {"tensor_view::slice", "4", "[4, 6]"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { t.slice(4); }),
+                 {"tensor_view::slice", "4", "[4, 6]"}));
   CHECK(mentions(refusal<lora::shape_error>([&] { t.slice(-1); }), {"-1", "[4, 6]"}));
   const std::span<float> nothing;
-  CHECK(
-      mentions(refusal<lora::shape_error>([&] { lora::tensor_view<float, 1>(nothing, {1}); }), {"tensor_view", "[1]", "0"}));
-  CHECK(mentions(refusal<lora::shape_error>([&] { lora::tensor_view<float, 1>(v, {-3}); }), {"[-3]", "negative"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::tensor_view<float, 1>(nothing, {1}); }),
+                 {"tensor_view", "[1]", "0"}));
+  CHECK(mentions(refusal<lora::shape_error>([&] { lora::tensor_view<float, 1>(v, {-3}); }),
+                 {"[-3]", "negative"}));
   CHECK(mentions(refusal<lora::shape_error>([&] {
                    lora::tensor_view<float, 2>(v, {0, 6}).slice(0);
                  }),

@@ -33,7 +33,8 @@ void at_once(int threads, const Call& call) {
 
 }  // namespace
 
-TEST_CASE("one packed weight, adapter, batch and linear serve several threads at once", "[threads]") {
+TEST_CASE("one packed weight, adapter, batch and linear serve several threads at once",
+          "[threads]") {
   constexpr int threads = 4;
   const matrix W = pattern(out, in, 7), X = pattern(in, tokens, 3);
   const lora::adapter<float> l{pattern(rank, in, 5), pattern(out, rank, 11), {.alpha = 3}};

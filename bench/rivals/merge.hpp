@@ -25,12 +25,15 @@ template <class V>
 using eigen_rows = Eigen::Matrix<V, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
 template <class T>
-void merge_with_eigen(weight_rows<T>& weight, float s, const eigen_rows<float>& B, const eigen_rows<float>& A) {
+void merge_with_eigen(weight_rows<T>& weight, float s, const eigen_rows<float>& B,
+                      const eigen_rows<float>& A) {
   if constexpr (std::is_same_v<T, float>) {
     Eigen::Map<eigen_rows<float>>(weight.values.data(), B.rows(), A.cols()).noalias() += s * B * A;
   } else {
-    using stored = std::conditional_t<std::is_same_v<T, lora::float16>, Eigen::half, Eigen::bfloat16>;
-    Eigen::Map<eigen_rows<stored>> W(reinterpret_cast<stored*>(weight.values.data()), B.rows(), A.cols());
+    using stored =
+        std::conditional_t<std::is_same_v<T, lora::float16>, Eigen::half, Eigen::bfloat16>;
+    Eigen::Map<eigen_rows<stored>> W(reinterpret_cast<stored*>(weight.values.data()), B.rows(),
+                                     A.cols());
     eigen_rows<float> widened = W.template cast<float>();
     widened.noalias() += s * B * A;
     W = widened.template cast<stored>();
@@ -44,17 +47,19 @@ std::vector<merge_rival<T>> merge_rivals(const shape& layer, const lora::adapter
   // A temporary of the largest layers takes seconds to touch for the first time, on every call.
   if (std::is_same_v<T, float> || layer.size() < 1e8)
     rivals.push_back({"eigen", [&l](weight_rows<T>& W, double sign) {
-                        merge_with_eigen(W, static_cast<float>(sign * l.scaling()), l.lora_B(), l.lora_A());
+                        merge_with_eigen(W, static_cast<float>(sign * l.scaling()), l.lora_B(),
+                                         l.lora_A());
                       }});
 #if defined(LORA_BENCH_OPENBLAS)
   if constexpr (std::is_same_v<T, float>)
-    rivals.push_back(
-        {"openblas", [&l](weight_rows<float>& W, double sign) {
-           const auto [out, in, rank] =
-               std::tuple(static_cast<int>(l.out_features()), static_cast<int>(l.in_features()), static_cast<int>(l.rank()));
-           cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, out, in, rank, static_cast<float>(sign * l.scaling()),
-                       l.lora_B().data(), rank, l.lora_A().data(), in, 1, W.values.data(), in);
-         }});
+    rivals.push_back({"openblas", [&l](weight_rows<float>& W, double sign) {
+                        const auto [out, in, rank] = std::tuple(static_cast<int>(l.out_features()),
+                                                                static_cast<int>(l.in_features()),
+                                                                static_cast<int>(l.rank()));
+                        cblas_sgemm(CblasRowMajor, CblasNoTrans, CblasNoTrans, out, in, rank,
+                                    static_cast<float>(sign * l.scaling()), l.lora_B().data(), rank,
+                                    l.lora_A().data(), in, 1, W.values.data(), in);
+                      }});
 #endif
   return rivals;
 }

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The base product of other libraries, on the same values: Y = W X with W out x in as a pool of layers, and tokens as
-// columns. A rival that is absent, or has no fast kernel for the formats, adds nothing.
+// The base product of other libraries, on the same values: Y = W X with W out x in as a pool of
+// layers, and tokens as columns. A rival that is absent, or has no fast kernel for the formats,
+// adds nothing.
 //   eigen         Y.noalias() = W * X, float only: its 16-bit products are 10 to 100 times slower
 //   openblas      cblas_sgemm (one token: cblas_sgemv), float only: Debian's build has no other
-//   onednn        matmul with weights reordered once to the format that it prefers (dnnl::memory::format_tag::any)
+//   onednn        matmul with weights reordered once to the format that it prefers
+//                 (dnnl::memory::format_tag::any)
 //   onednn_plain  the same on W as it lies in rows
 #pragma once
 
@@ -39,35 +41,38 @@ struct product_operands {
 template <class T, class X>
 void add_eigen(std::vector<rival>& rivals, const product_operands<T, X>& o) {
   if constexpr (std::is_same_v<T, float> && std::is_same_v<X, float>) {
-    rivals.push_back({"eigen", [o, turn = rotation(o.weights)]() mutable {
-                        const auto& W = turn.next();
-                        using rows = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-                        const Eigen::Map<const rows> w(W.values.data(), W.layer.out, W.layer.in);
-                        if (o.tokens == 1)  // a vector by its type: Eigen then takes its matrix-vector product
-                          Eigen::Map<Eigen::VectorXf>(o.y.data(), W.layer.out).noalias() =
-                              w * Eigen::Map<const Eigen::VectorXf>(o.x.data(), W.layer.in);
-                        else
-                          Eigen::Map<Eigen::MatrixXf>(o.y.data(), W.layer.out, o.tokens).noalias() =
-                              w * Eigen::Map<const Eigen::MatrixXf>(o.x.data(), W.layer.in, o.tokens);
-                      }});
+    rivals.push_back(
+        {"eigen", [o, turn = rotation(o.weights)]() mutable {
+           const auto& W = turn.next();
+           using rows = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+           const Eigen::Map<const rows> w(W.values.data(), W.layer.out, W.layer.in);
+           if (o.tokens == 1)  // a vector by its type: Eigen then takes its matrix-vector product
+             Eigen::Map<Eigen::VectorXf>(o.y.data(), W.layer.out).noalias() =
+                 w * Eigen::Map<const Eigen::VectorXf>(o.x.data(), W.layer.in);
+           else
+             Eigen::Map<Eigen::MatrixXf>(o.y.data(), W.layer.out, o.tokens).noalias() =
+                 w * Eigen::Map<const Eigen::MatrixXf>(o.x.data(), W.layer.in, o.tokens);
+         }});
   }
 }
 
 template <class T, class X>
-void add_openblas([[maybe_unused]] std::vector<rival>& rivals, [[maybe_unused]] const product_operands<T, X>& o) {
+void add_openblas([[maybe_unused]] std::vector<rival>& rivals,
+                  [[maybe_unused]] const product_operands<T, X>& o) {
 #if defined(LORA_BENCH_OPENBLAS)
   if constexpr (std::is_same_v<T, float> && std::is_same_v<X, float>) {
-    rivals.push_back(
-        {"openblas", [o, turn = rotation(o.weights)]() mutable {
-           const auto& W = turn.next();
-           const auto [out, in, tokens] =
-               std::tuple(static_cast<int>(W.layer.out), static_cast<int>(W.layer.in), static_cast<int>(o.tokens));
-           if (tokens == 1)
-             cblas_sgemv(CblasRowMajor, CblasNoTrans, out, in, 1, W.values.data(), in, o.x.data(), 1, 0, o.y.data(), 1);
-           else
-             cblas_sgemm(CblasColMajor, CblasTrans, CblasNoTrans, out, tokens, in, 1, W.values.data(), in, o.x.data(), in, 0,
-                         o.y.data(), out);
-         }});
+    rivals.push_back({"openblas", [o, turn = rotation(o.weights)]() mutable {
+                        const auto& W = turn.next();
+                        const auto [out, in, tokens] =
+                            std::tuple(static_cast<int>(W.layer.out), static_cast<int>(W.layer.in),
+                                       static_cast<int>(o.tokens));
+                        if (tokens == 1)
+                          cblas_sgemv(CblasRowMajor, CblasNoTrans, out, in, 1, W.values.data(), in,
+                                      o.x.data(), 1, 0, o.y.data(), 1);
+                        else
+                          cblas_sgemm(CblasColMajor, CblasTrans, CblasNoTrans, out, tokens, in, 1,
+                                      W.values.data(), in, o.x.data(), in, 0, o.y.data(), out);
+                      }});
   }
 #endif
 }
@@ -90,7 +95,8 @@ class onednn_product {
     const dnnl::memory::desc y({o.tokens, layer.out}, onednn_type<X>(), tag::ab);
     const dnnl::memory::desc rows({layer.in, layer.out}, onednn_type<T>(), tag::ba);
     const dnnl::memory::desc any({layer.in, layer.out}, onednn_type<T>(), tag::any);
-    const dnnl::matmul::primitive_desc kernel(dnnl::matmul::desc(x, reorder ? any : rows, y), engine_);
+    const dnnl::matmul::primitive_desc kernel(dnnl::matmul::desc(x, reorder ? any : rows, y),
+                                              engine_);
     implementation_ = kernel.impl_info_str();
     if (is_reference()) return;
     primitive_ = dnnl::matmul(kernel);
@@ -114,8 +120,9 @@ class onednn_product {
   bool is_reference() const { return implementation_.find("ref") != std::string::npos; }
 
   void run() {
-    primitive_.execute(stream_,
-                       {{DNNL_ARG_SRC, x_}, {DNNL_ARG_WEIGHTS, weights_[turn_++ % weights_.size()]}, {DNNL_ARG_DST, y_}});
+    primitive_.execute(stream_, {{DNNL_ARG_SRC, x_},
+                                 {DNNL_ARG_WEIGHTS, weights_[turn_++ % weights_.size()]},
+                                 {DNNL_ARG_DST, y_}});
     stream_.wait();
   }
 
@@ -132,13 +139,14 @@ class onednn_product {
 #endif
 
 template <class T, class X>
-void add_onednn([[maybe_unused]] std::vector<rival>& rivals, [[maybe_unused]] const product_operands<T, X>& o,
-                [[maybe_unused]] bool reorder) {
+void add_onednn([[maybe_unused]] std::vector<rival>& rivals,
+                [[maybe_unused]] const product_operands<T, X>& o, [[maybe_unused]] bool reorder) {
 #if defined(LORA_BENCH_ONEDNN)
   if constexpr (std::is_same_v<T, X> && !std::is_same_v<T, lora::float16>) {
     try {
       const auto product = std::make_shared<onednn_product<T, X>>(o, reorder);
-      if (!product->is_reference()) rivals.push_back({reorder ? "onednn" : "onednn_plain", [product] { product->run(); }});
+      if (!product->is_reference())
+        rivals.push_back({reorder ? "onednn" : "onednn_plain", [product] { product->run(); }});
     } catch (const dnnl::error& e) {
       if (e.status != dnnl_unimplemented) throw;
     }

@@ -6,7 +6,7 @@
 //   const auto report = set.matched_against(names_of_base);         // before anything is merged
 //   if (!report.complete()) std::puts(report.text().c_str());
 //   lora::merge(W, set.at("model.layers.0.self_attn.q_proj"));
-//   lora::merge(weights, set);                                      // a map of weights by name: all of it, or an error
+//   lora::merge(weights, set);   // a map of weights by name: all, or an error
 #pragma once
 
 #include <algorithm>
@@ -47,8 +47,8 @@ struct [[nodiscard]] match_report {
   /// "2 of 8 adapters have a weight in this base; ...", with the first misses.
   std::string text() const {
     const std::size_t all = matched.size() + unmatched.size();
-    std::string result =
-        std::to_string(matched.size()) + " of " + std::to_string(all) + " adapters have a weight in this base";
+    std::string result = std::to_string(matched.size()) + " of " + std::to_string(all) +
+                         " adapters have a weight in this base";
     if (renaming)
       result += "; with \"" + renaming->from + "\" renamed to \"" + renaming->to + "\" " +
                 std::to_string(matched_when_renamed) + " would";
@@ -58,13 +58,15 @@ struct [[nodiscard]] match_report {
       for (std::size_t n = 0; n < unmatched[k].nearest.size(); ++n)
         result += (n == 0 ? "; near: " : ", ") + unmatched[k].nearest[n];
     }
-    if (unmatched.size() > most) result += "\n  and " + std::to_string(unmatched.size() - most) + " more";
+    if (unmatched.size() > most)
+      result += "\n  and " + std::to_string(unmatched.size() - most) + " more";
     return result;
   }
 };
 
 /// Values in the format that they were stored in.
-using stored_values = std::variant<std::vector<float>, std::vector<double>, std::vector<float16>, std::vector<bfloat16>>;
+using stored_values = std::variant<std::vector<float>, std::vector<double>, std::vector<float16>,
+                                   std::vector<bfloat16>>;
 
 /// A tensor that replaces one of the base: values, not a difference.
 struct replaced_tensor {
@@ -115,8 +117,10 @@ class [[nodiscard]] adapter_set {
     std::vector<std::string> names;
     for (const auto& each : adapters_) names.push_back(each.first);
     std::string near;
-    for (const auto& name : detail::nearest_names(module, names)) near += (near.empty() ? "; near: " : ", ") + name;
-    detail::raise_value("adapter_set::at", "no adapter for the module \"" + std::string(module) + "\"" +
+    for (const auto& name : detail::nearest_names(module, names))
+      near += (near.empty() ? "; near: " : ", ") + name;
+    detail::raise_value("adapter_set::at", "no adapter for the module \"" + std::string(module) +
+                                               "\"" +
                                                (adapters_.empty() ? "; the set is empty" : near));
   }
   const std::vector<std::string>& notes() const { return notes_; }
@@ -133,21 +137,25 @@ class [[nodiscard]] adapter_set {
   /// Throws value_error where there is more than adapters.
   void check_adapters_alone(const char* operation) const {
     if (replaced_.empty() && rows_.empty()) return;
-    const std::string first = replaced_.empty() ? "rows of " + rows_.front().embedding : replaced_.front().name;
-    detail::raise_value(operation, "the set also replaces " + std::to_string(replaced_.size() + rows_.size()) +
-                                       " tensors or rows of the base (the first: " + first +
-                                       "): put those of replaced() and rows() into the base, and pass adapters_alone()");
+    const std::string first =
+        replaced_.empty() ? "rows of " + rows_.front().embedding : replaced_.front().name;
+    detail::raise_value(
+        operation,
+        "the set also replaces " + std::to_string(replaced_.size() + rows_.size()) +
+            " tensors or rows of the base (the first: " + first +
+            "): put those of replaced() and rows() into the base, and pass adapters_alone()");
   }
 
-  /// The same adapters with rename(name) in place of the name of every module and of its tensors. Throws value_error for two
-  /// names that become one.
+  /// The same adapters with rename(name) in place of the name of every module and of its tensors.
+  /// Throws value_error for two names that become one.
   template <class Rename>
   adapter_set renamed(const Rename& rename) const {
     adapter_set result;
     result.notes_ = notes_;
     for (const auto& [name, l] : adapters_) {
       const adapter_target& t = l.target();
-      result.add(l.moved_to({rename(t.module), rename(t.weight), rename(t.bias), t.first_row, t.weight_rows}));
+      result.add(l.moved_to(
+          {rename(t.module), rename(t.weight), rename(t.bias), t.first_row, t.weight_rows}));
     }
     result.replaced_ = replaced_;
     for (auto& each : result.replaced_) each.name = rename(each.name);
@@ -156,10 +164,12 @@ class [[nodiscard]] adapter_set {
     return result;
   }
 
-  /// Which adapters have a weight in a base with these tensor names, which have not, and whether moving a prefix would help.
+  /// Which adapters have a weight in a base with these tensor names, which have not, and whether
+  /// moving a prefix would help.
   template <class Names>
   match_report matched_against(const Names& names_of_base) const {
-    const std::set<std::string, std::less<>> base(std::begin(names_of_base), std::end(names_of_base));
+    const std::set<std::string, std::less<>> base(std::begin(names_of_base),
+                                                  std::end(names_of_base));
     match_report report;
     std::vector<std::string> missing;
     for (const auto& [name, l] : adapters_) {
@@ -181,8 +191,9 @@ class [[nodiscard]] adapter_set {
   }
 
  private:
-  void find_renaming(const std::set<std::string, std::less<>>& base, const std::vector<std::string>& all,
-                     const std::vector<std::string>& missing, match_report& report) const {
+  void find_renaming(const std::set<std::string, std::less<>>& base,
+                     const std::vector<std::string>& all, const std::vector<std::string>& missing,
+                     match_report& report) const {
     std::size_t best = report.matched.size();
     for (const auto& [from, to] : detail::prefix_moves(missing, all)) {
       const moved_prefix move{from, to};
@@ -204,9 +215,10 @@ class [[nodiscard]] adapter_set {
   std::vector<std::string> notes_;
 };
 
-/// Merges a whole set into weights by name: every adapter into weights.at(its target's weight, or its module), as the base
-/// stores it, at a strength. Weights is a map-like container of matrices. Throws value_error with the report where a weight is
-/// missing or the set also replaces tensors, shape_error where one does not fit: all names and
+/// Merges a whole set into weights by name: every adapter into weights.at(its target's weight, or
+/// its module), as the base stores it, at a strength. Weights is a map-like container of matrices.
+/// Throws value_error with the report where a weight is missing or the set also replaces tensors,
+/// shape_error where one does not fit: all names and
 /// shapes are checked before the first weight is written.
 template <class Weights>
   requires requires(Weights& w, const std::string& name) {
@@ -230,7 +242,8 @@ merge_report merge(Weights& weights, const adapter_set& set, double strength = 1
     detail::check_can_merge("merge", weight_of(l)->second, scaled(strength, l));
   }
   merge_report report;
-  for (const auto& each : set) report += merge(weight_of(each.second)->second, scaled(strength, each.second));
+  for (const auto& each : set)
+    report += merge(weight_of(each.second)->second, scaled(strength, each.second));
   return report;
 }
 

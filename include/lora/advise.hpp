@@ -1,15 +1,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// advise: merge or mix? Merging costs one pass over the weight each time the adapters change; mixing costs a little on every
-// token. From the machine's limits, the layer and how long a set of adapters stays, this says which is faster and by how much.
+// advise: merge or mix? Merging costs one pass over the weight each time the adapters change;
+// mixing costs a little on every token. From the machine's limits, the layer and how long a set of
+// adapters stays, this says which is faster and by how much.
 //
-//   const lora::limits machine = lora::machine_limits();              // once
-//   const auto what = lora::advise<lora::bfloat16>(machine, {.out_features = 4096, .in_features = 4096},
-//                                                  {16}, {.tokens_per_switch = 500});
+//   const lora::machine_rates machine = lora::machine_limits();              // once
+//   const lora::layer_shape layer{.out_features = 4096, .in_features = 4096};
+//   const auto what = lora::advise<lora::bfloat16>(machine, layer, {16}, {.tokens_per_switch = 500});
 //   if (what.merge) ...
 //
-// The times are those that the limits allow, perfectly overlapped; bench/break_even compares them with measured ones.
-// Merging pays after merge time / (mixed - merged time of a token) tokens.
+// The times are those that the limits allow, perfectly overlapped; bench/break_even compares them
+// with measured ones. Merging pays after merge time / (mixed - merged time of a token) tokens.
 #pragma once
 
 #include <initializer_list>
@@ -20,7 +21,7 @@
 #include "lora/error.hpp"
 #include "lora/kernel/merge/stacked_factors.hpp"
 #include "lora/kernel/tile.hpp"
-#include "lora/limits.hpp"
+#include "lora/machine.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
 
@@ -39,8 +40,10 @@ struct advice {
   bool merge;          ///< merging is faster over one stay of the adapters
   double merged_call;  ///< a call with the adapters in the weight
   double mixed_call;   ///< a call with the adapters beside it
-  double merge_once;   ///< rounding all of them into the weight; unmerging costs nothing (linear drops the merged copy)
-  double break_even_tokens;  ///< from this stay on merging pays; infinity where mixing costs nothing
+  /// Rounding all of them into the weight; unmerging costs nothing (linear drops the merged copy).
+  double merge_once;
+  /// From this stay on merging pays; infinity where mixing costs nothing.
+  double break_even_tokens;
 };
 
 namespace detail {
@@ -53,12 +56,14 @@ struct work_of_call {
 
 }  // namespace detail
 
-/// T the weight's scalar, F the factors', X the activations'. Float arithmetic takes the limits' time, double twice that; in
-/// a build with dot products of bfloat16 W x, lora_A x and deltas take theirs, where both operands are bfloat16 (deltas: of
-/// rank 4 or more; smallest_in_delta). Ranks: of the adapters that every token has. Throws value_error when a size, a rank
-/// or a count is negative, tokens_per_call is 0, or the limits were not measured.
+/// T the weight's scalar, F the factors', X the activations'. Float arithmetic takes the limits'
+/// time, double twice that; in a build with dot products of bfloat16 W x, lora_A x and deltas take
+/// theirs, where both operands are bfloat16 (deltas: of rank 4 or more; flush_threshold_of_delta).
+/// Ranks: of the adapters that every token has. Throws value_error when a size, a rank or a count
+/// is negative, tokens_per_call is 0, or the limits were not measured.
 template <scalar T, scalar F = T, scalar X = T>
-advice advise(const limits& machine, const layer_shape& layer, std::span<const index_t> ranks, const usage& use) {
+advice advise(const machine_rates& machine, const layer_shape& layer,
+              std::span<const index_t> ranks, const usage& use) {
   double rank = 0;
   bool negative = layer.out_features < 0 || layer.in_features < 0;
   for (const index_t r : ranks) {
@@ -66,13 +71,15 @@ advice advise(const limits& machine, const layer_shape& layer, std::span<const i
     rank += static_cast<double>(r);
   }
   if (negative || !(use.tokens_per_call > 0) || !(use.tokens_per_switch >= 0))
-    detail::raise_value("advise",
-                        "sizes and ranks must not be negative, tokens_per_call must be positive and "
-                        "tokens_per_switch not negative");
+    detail::raise_value(
+        "advise",
+        "sizes and ranks must not be negative, tokens_per_call must be positive and "
+        "tokens_per_switch not negative");
   if (!(machine.flops > 0 && machine.read > 0 && machine.read_write > 0))
     detail::raise_value("advise", "the limits are not those of a machine: use machine_limits()");
   const double slower = std::is_same_v<accumulator_t<T, F>, double> ? 2 : 1;
-  const auto out = static_cast<double>(layer.out_features), in = static_cast<double>(layer.in_features);
+  const auto out = static_cast<double>(layer.out_features),
+             in = static_cast<double>(layer.in_features);
   const double flops = slower * 2 * use.tokens_per_call;
   constexpr bool dots = detail::by_dots<accumulator_t<T, F, X>, T, X>;
   constexpr bool bfloat16_factors = std::is_same_v<detail::storage_t<F>, bfloat16>;
@@ -83,11 +90,13 @@ advice advise(const limits& machine, const layer_shape& layer, std::span<const i
   mixed.add(flops * rank * out, false);
   for (const index_t r : ranks)
     merging.add(slower * 2 * static_cast<double>(r) * out * in,
-                detail::has_dots<accumulator_t<T, F>, detail::storage_t<F>> && r >= detail::least_rank_of_dots);
+                detail::has_dots<accumulator_t<T, F>, detail::storage_t<F>> &&
+                    r >= detail::least_rank_of_dots);
   advice a{};
   const double bytes = out * in * sizeof(T);
   a.merged_call = machine.reading(merged.multiply_adds, merged.dots, bytes);
-  a.mixed_call = machine.reading(mixed.multiply_adds, mixed.dots, bytes + rank * (out + in) * sizeof(F));
+  a.mixed_call =
+      machine.reading(mixed.multiply_adds, mixed.dots, bytes + rank * (out + in) * sizeof(F));
   a.merge_once = machine.updating(merging.multiply_adds, merging.dots, 2 * bytes);
   const double saved = (a.mixed_call - a.merged_call) / use.tokens_per_call;
   a.break_even_tokens = saved > 0 ? a.merge_once / saved : std::numeric_limits<double>::infinity();
@@ -95,7 +104,8 @@ advice advise(const limits& machine, const layer_shape& layer, std::span<const i
   return a;
 }
 template <scalar T, scalar F = T, scalar X = T>
-advice advise(const limits& machine, const layer_shape& layer, std::initializer_list<index_t> ranks, const usage& use) {
+advice advise(const machine_rates& machine, const layer_shape& layer,
+              std::initializer_list<index_t> ranks, const usage& use) {
   return advise<T, F, X>(machine, layer, std::span(ranks.begin(), ranks.size()), use);
 }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// any_kind: an adapter of a kind that is known at run time. Every verb takes it where it takes an adapter.
+// any_kind: an adapter of a kind that is known at run time. Every verb takes it where it takes an
+// adapter.
 #pragma once
 
 #include <memory>
@@ -24,7 +25,9 @@ class strong_kind {
   index_t in_features() const { return of_.in_features(); }
   bool holds_double() const { return holds_double_now(of_); }
   bool stored_in_out() const { return is_stored_in_out(of_); }
-  void check_fits(const char* operation, index_t out, index_t in) const { check_kind(operation, of_, out, in); }
+  void check_fits(const char* operation, index_t out, index_t in) const {
+    check_kind(operation, of_, out, in);
+  }
   template <class Acc>
   std::vector<step<Acc>> steps(step_request<Acc> request) const {
     request.strength *= strength_;
@@ -37,8 +40,8 @@ class strong_kind {
 };
 }  // namespace detail
 
-/// An adapter of any kind in the format that it came in. Immutable, never empty; copies share what they hold. holds_double()
-/// says whether its numbers are double: verbs then accumulate in double.
+/// An adapter of any kind in the format that it came in. Immutable, never empty; copies share what
+/// they hold. holds_double() says whether its numbers are double: verbs then accumulate in double.
 class [[nodiscard]] any_kind {
  public:
   using value_type = float;
@@ -67,7 +70,8 @@ class [[nodiscard]] any_kind {
   template <class K>
     requires(adapter_kind<K> && !low_rank<K>)
   const K* get_if() const {
-    return held_->type() == &type_of<K> ? &static_cast<const model<K>*>(held_.get())->kind() : nullptr;
+    return held_->type() == &type_of<K> ? &static_cast<const model<K>*>(held_.get())->kind()
+                                        : nullptr;
   }
   /// Whether both are one adapter in memory.
   friend bool operator==(const any_kind& a, const any_kind& b) { return a.held_ == b.held_; }
@@ -85,7 +89,8 @@ class [[nodiscard]] any_kind {
     virtual index_t in_features() const = 0;
     virtual bool holds_double() const = 0;
     virtual bool stored_in_out() const = 0;
-    virtual void check_fits(const char* operation, index_t out_features, index_t in_features) const = 0;
+    virtual void check_fits(const char* operation, index_t out_features,
+                            index_t in_features) const = 0;
     virtual std::vector<step<float>> steps(const step_request<float>& request) const = 0;
     virtual std::vector<step<double>> steps(const step_request<double>& request) const = 0;
   };
@@ -96,7 +101,8 @@ class [[nodiscard]] any_kind {
     if constexpr (low_rank<K>)
       return any_factors::copy_of(kind);
     else if constexpr (detail::is_scaled_kind<K>)
-      return detail::strong_kind<std::remove_cvref_t<decltype(kind.of())>>(kind);  // kind looks at an adapter
+      return detail::strong_kind<std::remove_cvref_t<decltype(kind.of())>>(
+          kind);  // kind looks at an adapter
     else
       return kind;
   }
@@ -111,11 +117,16 @@ class [[nodiscard]] any_kind {
     index_t in_features() const override { return kind_.in_features(); }
     bool holds_double() const override { return detail::holds_double_now(kind_); }
     bool stored_in_out() const override { return detail::is_stored_in_out(kind_); }
-    void check_fits(const char* operation, index_t out_features, index_t in_features) const override {
+    void check_fits(const char* operation, index_t out_features,
+                    index_t in_features) const override {
       detail::check_kind(operation, kind_, out_features, in_features);
     }
-    std::vector<step<float>> steps(const step_request<float>& request) const override { return of(request); }
-    std::vector<step<double>> steps(const step_request<double>& request) const override { return of(request); }
+    std::vector<step<float>> steps(const step_request<float>& request) const override {
+      return of(request);
+    }
+    std::vector<step<double>> steps(const step_request<double>& request) const override {
+      return of(request);
+    }
 
    private:
     template <class Acc>

@@ -1,28 +1,35 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // apply(x, y, l...)       y := round(y + sum of s * lora_B * (lora_A * x))
-// apply(x, y, form)       y := round(diag(g) y + sum of ... + c), for y = W x without bias: adapters of any kind (mixed.hpp)
-// apply(x, y, batch)      y_t := the same with the adapters of token t: packed ones, or forms (batch.hpp)
+// apply(x, y, form)       y := round(diag(g) y + sum of ... + c), for y = W x without bias:
+//                         adapters of any kind (mixed.hpp)
+// apply(x, y, batch)      y_t := the same with the adapters of token t: packed ones, or forms
+//                         (batch.hpp)
 // apply(space, x, y, ...) the same with scratch that the caller keeps (workspace.hpp)
 //
-// The adapters' part alone, for an engine that has its own (quantized, BLAS, oneDNN) base product: compute y = W * x, then
-// apply. The base weight is not touched, and adapters and weights may change between two calls.
-//   shapes   x in_features x tokens, y out_features x tokens; tokens are columns (a row-major PyTorch activation
-//            [tokens, features] is col_major(data, features, tokens)); a vector, std::vector or std::span is one token.
-//   adapters any number of low_rank types, packed_adapter (nothing is packed in the call), and ranges of them; or a mixed
-//            form alone. Adapters of other kinds are made a form in the call; those that look at W throw value_error: make
-//            it by mixed(W, l...).
-//   rounding once, to y's scalar: U = lora_A * x and the sum over the stacked ranks are chains of multiply-adds from zero
-//            in float (double if x, y or any factor is double), U times s in between; then y is added. U_format::factors
-//            (packed_adapter.hpp) rounds once more, and adds its term to the error.
-//   error    |result - exact| <= u_y |exact| + (1+u_y) (u |y| + gamma_{in+R+3} sum |s| |lora_B| |lora_A| |x|) + eta_y/2, and
-//            what underflows; the names are those of docs/numerics.md.
+// The adapters' part alone, for an engine that has its own (quantized, BLAS, oneDNN) base product:
+// compute y = W * x, then apply. The base weight is not touched, and adapters and weights may
+// change between two calls.
+//   shapes   x in_features x tokens, y out_features x tokens; tokens are columns (a row-major
+//            PyTorch activation [tokens, features] is col_major(data, features, tokens)); a vector,
+//            std::vector or std::span is one token.
+//   adapters any number of low_rank types, packed_adapter (nothing is packed in the call), and
+//            ranges of them; or a mixed form alone. Adapters of other kinds are made a form in the
+//            call; those that look at W throw value_error: make it by mixed(W, l...).
+//   rounding once, to y's scalar: U = lora_A * x and the sum over the stacked ranks are chains of
+//            multiply-adds from zero in float (double if x, y or any factor is double), U times s
+//            in between; then y is added. intermediate_format::factors (packed_adapter.hpp) rounds
+//            once more, and adds its term to the error.
+//   error    |result - exact| <= u_y |exact| + (1+u_y) (u |y| + gamma_{in+R+3} sum |s| |lora_B|
+//            |lora_A| |x|) + eta_y/2, and what underflows; the names are those of docs/numerics.md.
 //   overflow counted nowhere: y holds the infinity (docs/numerics.md).
-//   cost     2 R (in + out) FLOPs per token; y is read and written once, tile by tile; scratch: the activations and A x
-//            of a block of tokens, sums and a chunk of the weight for each thread, for adapters that are not packed
-//            R (in + out) accumulators more.
-//   aliasing y must not overlap x or a factor: shape_error. An x that is an Eigen expression is evaluated first.
-//   throws   shape_error, value_error (scaling not finite), before anything is written; std::bad_alloc.
+//   cost     2 R (in + out) FLOPs per token; y is read and written once, tile by tile; scratch: the
+//            activations and A x of a block of tokens, sums and a chunk of the weight for each
+//            thread, for adapters that are not packed R (in + out) accumulators more.
+//   aliasing y must not overlap x or a factor: shape_error. An x that is an Eigen expression is
+//            evaluated first.
+//   throws   shape_error, value_error (scaling not finite), before anything is written;
+//            std::bad_alloc.
 #pragma once
 
 #include <algorithm>
@@ -43,7 +50,8 @@ namespace detail {
 template <class X, class Y>
 void check_activations(const char* operation, const X& x, const Y& y) {
   if (x.cols() != y.cols())
-    raise_shape(operation, "x is " + shape_text(x.rows(), x.cols()) + " and y is " + shape_text(y.rows(), y.cols()) +
+    raise_shape(operation, "x is " + shape_text(x.rows(), x.cols()) + " and y is " +
+                               shape_text(y.rows(), y.cols()) +
                                "; both need one column for each token");
   refuse_overlap(operation, "y", y, "x", x);
 }
@@ -51,7 +59,8 @@ void check_activations(const char* operation, const X& x, const Y& y) {
 /// What the terms of a token add to its outputs where there is no bias: null, a column of a term,
 /// or `more`.
 template <class Acc>
-const Acc* shifts_of(std::span<const bias_term<Acc>> terms, index_t first, index_t count, Acc* more) {
+const Acc* shifts_of(std::span<const bias_term<Acc>> terms, index_t first, index_t count,
+                     Acc* more) {
   if (terms.size() == 1 && (terms[0].shift == nullptr || terms[0].strength == 1))
     return terms[0].shift == nullptr ? nullptr : terms[0].shift + first;
   if (terms.empty()) return nullptr;
@@ -61,7 +70,8 @@ const Acc* shifts_of(std::span<const bias_term<Acc>> terms, index_t first, index
 }
 /// The product of a token's gains: null, a column of a form, or `product`.
 template <class Acc>
-const Acc* product_of(std::span<const Acc* const> gains, index_t first, index_t count, Acc* product) {
+const Acc* product_of(std::span<const Acc* const> gains, index_t first, index_t count,
+                      Acc* product) {
   if (gains.size() < 2) return gains.empty() ? nullptr : gains[0] + first;
   std::copy_n(gains[0] + first, count, product);
   for (const Acc* const gain : gains.subspan(1))
@@ -73,8 +83,10 @@ const Acc* product_of(std::span<const Acc* const> gains, index_t first, index_t 
 template <class Acc, class X, class Y, class Parts>
 void apply_forms(workspace& space, const X& from, const Y& to, const Parts& parts) {
   using value = typename Y::value_type;
-  static_assert(std::is_same_v<Acc, double> || !(holds_double<typename X::value_type> || holds_double<value>),
-                "lora::apply: x or y holds double and the form float: make the form by mixed<double>(W, l...)");
+  static_assert(
+      std::is_same_v<Acc, double> || !(holds_double<typename X::value_type> || holds_double<value>),
+      "lora::apply: x or y holds double and the form float: make the form by mixed<double>(W, "
+      "l...)");
   check_activations("apply", from, to);
   const auto pack_X = token_packer<Acc>(from);
   const auto write = [&](index_t first, index_t count, index_t token, const Acc* sums) {
@@ -88,8 +100,8 @@ void apply_forms(workspace& space, const X& from, const Y& to, const Parts& part
       out = narrow<value>(plus(base, more));
     })(first, count, token, sums);
   };
-  parts.run(space, to.rows(), from.rows(), to.cols(), weight_source<Acc, Acc>{}, activation_source<Acc>{.widened = pack_X},
-            finish_function<Acc>(write));
+  parts.run(space, to.rows(), from.rows(), to.cols(), weight_source<Acc, Acc>{},
+            activation_source<Acc>{.widened = pack_X}, finish_function<Acc>(write));
 }
 template <class Acc, class X, class Y>
 void apply_form(workspace& space, const X& from, const Y& to, const mixed_form<Acc>& form) {
@@ -118,10 +130,11 @@ void apply(workspace& space, const X& x, Y&& y, const L&... l) {
   if (rank == 0) return;
   using value = typename decltype(to)::value_type;
   const auto pack_X = detail::token_packer<acc>(from);
-  const auto write = detail::token_writer<acc>(
-      to, [](value& out, acc sum, index_t) { out = detail::narrow<value>(detail::widen<acc>(out) + sum); });
-  detail::mix<acc>(space, to.rows(), from.rows(), to.cols(), detail::weight_source<acc, acc>{}, each, {.widened = pack_X},
-                   write);
+  const auto write = detail::token_writer<acc>(to, [](value& out, acc sum, index_t) {
+    out = detail::narrow<value>(detail::widen<acc>(out) + sum);
+  });
+  detail::mix<acc>(space, to.rows(), from.rows(), to.cols(), detail::weight_source<acc, acc>{},
+                   each, {.widened = pack_X}, write);
 }
 template <class X, class Y, class... L>
   requires activations<X> && activations<Y> && (detail::mixables<L> && ...)
@@ -130,18 +143,20 @@ void apply(const X& x, Y&& y, const L&... l) {
   apply(space, x, std::forward<Y>(y), l...);
 }
 
-/// y := round(diag(g) y + S + c) for y = W x without bias, with S the steps from zero and g the product of all gains. Rounding
-/// as above; a gain rounds once more. Throws value_error when the form has an input map: then the product is W times what
-/// form.input(x) holds, and the call apply(input, y, form).
+/// y := round(diag(g) y + S + c) for y = W x without bias, with S the steps from zero and g the
+/// product of all gains. Rounding as above; a gain rounds once more. Throws value_error when the
+/// form has an input map: then the product is W times what form.input(x) holds, and the call
+/// apply(input, y, form).
 template <class X, class Y, class Acc>
   requires activations<X> && activations<Y>
 void apply(workspace& space, const X& x, Y&& y, const mixed_form<Acc>& form) {
   detail::refuse_temporary<Y>();
   const detail::default_environment environment;
   if (form.has_input_map())
-    detail::raise_value("apply",
-                        "an adapter changes what W is multiplied by: const auto input = form.input(x), then "
-                        "y = W * input.matrix() and apply(input, y, form)");
+    detail::raise_value(
+        "apply",
+        "an adapter changes what W is multiplied by: const auto input = form.input(x), then "
+        "y = W * input.matrix() and apply(input, y, form)");
   decltype(auto) input = detail::in_memory(x);
   detail::apply_form(space, detail::input_view(input), detail::output_view(y), form);
 }
@@ -163,17 +178,20 @@ void apply(const mixed_input<Acc>& input, Y&& y, const mixed_form<Acc>& form) {
 
 /// The same with adapters of any kind that need no W: makes their form in the call, at its cost.
 template <class X, class Y, class... L>
-  requires activations<X> && activations<Y> && (detail::any_adapters<L> && ...) && (detail::kinds<L> || ...)
+  requires activations<X> && activations<Y> && (detail::any_adapters<L> && ...) &&
+           (detail::kinds<L> || ...)
 void apply(workspace& space, const X& x, Y&& y, const L&... l) {
   detail::refuse_temporary<Y>();
   using acc = accumulator_t<X, Y, L...>;
   decltype(auto) input = detail::in_memory(x);
   const auto from = detail::input_view(input);
   apply(space, from, y,
-        detail::form_alone<acc>("apply", step_use::product, detail::output_view(y).rows(), from.rows(), l...));
+        detail::form_alone<acc>("apply", step_use::product, detail::output_view(y).rows(),
+                                from.rows(), l...));
 }
 template <class X, class Y, class... L>
-  requires activations<X> && activations<Y> && (detail::any_adapters<L> && ...) && (detail::kinds<L> || ...)
+  requires activations<X> && activations<Y> && (detail::any_adapters<L> && ...) &&
+           (detail::kinds<L> || ...)
 void apply(const X& x, Y&& y, const L&... l) {
   workspace space;
   apply(space, x, std::forward<Y>(y), l...);
@@ -200,22 +218,26 @@ void apply(workspace& space, const X& x, Y&& y, const batch<F>& who) {
   if constexpr (detail::is_mixed_form<F>) {
     for (const auto& one : who.used())
       if (!one.state->maps().empty())
-        detail::raise_value("apply", "form " + std::to_string(who.place_of(one)) +
-                                         " changes what W is multiplied by, and a batch multiplies no W: take it out, and "
-                                         "apply(form.input(x), y, form) to its tokens");
+        detail::raise_value(
+            "apply",
+            "form " + std::to_string(who.place_of(one)) +
+                " changes what W is multiplied by, and a batch multiplies no W: take it out, and "
+                "apply(form.input(x), y, form) to its tokens");
     detail::apply_forms<typename F::accumulator>(space, from, to, parts);
   } else {
     using acc = accumulator_t<X, Y, batch<F>>;
     using value = typename std::remove_const_t<decltype(to)>::value_type;
     detail::check_activations("apply", from, to);
     const auto pack_X = detail::token_packer<acc>(from);
-    const auto add = detail::token_writer<acc>(
-        to, [](value& out, acc sum, index_t) { out = detail::narrow<value>(detail::widen<acc>(out) + sum); });
+    const auto add = detail::token_writer<acc>(to, [](value& out, acc sum, index_t) {
+      out = detail::narrow<value>(detail::widen<acc>(out) + sum);
+    });
     const auto write = [&](index_t first, index_t count, index_t token, const acc* sums) {
       if (who.parts().count(token) != 0) add(first, count, token, sums);
     };
     parts.run(space, to.rows(), from.rows(), to.cols(), detail::weight_source<acc, acc>{},
-              detail::activation_source<acc>{.widened = pack_X}, detail::finish_function<acc>(write));
+              detail::activation_source<acc>{.widened = pack_X},
+              detail::finish_function<acc>(write));
   }
 }
 template <class X, class Y, class F>

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// batch: which adapters each token of a call gets, so that requests with different adapters share one product.
+// batch: which adapters each token of a call gets, so that requests with different adapters share
+// one product.
 //
 //   lora::batch who{adapters};               // packed adapters, which live elsewhere
 //   who.add();                               // token 0: the base alone
@@ -9,12 +10,13 @@
 //   lora::forward(space, packed, X, Y, who);
 //   Y.noalias() = W * X;   lora::apply(space, X, Y, who);     // your product, our correction
 //
-// A vector of mixed forms (mixed.hpp) takes adapters of any kind, which may differ from token to token. Vectors of pointers to
-// packed adapters or to forms serve adapters that come and go: those that stay are not moved.
+// A vector of mixed forms (mixed.hpp) takes adapters of any kind, which may differ from token to
+// token. Vectors of pointers to packed adapters or to forms serve adapters that come and go: those
+// that stay are not moved.
 //
-// Ranks are exact, nothing is padded to a common one; a token without adapters costs what the base costs; tokens with the
-// same adapters share their panels wherever they stand; and a token's result does not depend on what else is in the batch,
-// bit for bit.
+// Ranks are exact, nothing is padded to a common one; a token without adapters costs what the base
+// costs; tokens with the same adapters share their panels wherever they stand; and a token's result
+// does not depend on what else is in the batch, bit for bit.
 #pragma once
 
 #include <algorithm>
@@ -33,7 +35,7 @@
 namespace lora::inline LORA_DETAIL_ABI {
 
 /// An adapter of a batch, by its place in the list, and its strength for one token.
-struct batch_entry {
+struct assignment {
   index_t adapter;
   double weight = 1;
 };
@@ -63,11 +65,12 @@ struct batch_item<mixed_form<Acc>> {
 
 }  // namespace detail
 
-/// The adapters of each token, in the order in which they are added to its result: packed adapters, or mixed forms (of any
-/// kinds; then F is mixed_form<Acc>, and forward takes W as out_features x in_features). Looks at the adapters, which must stay
-/// where they are and as they are until clear() (forward refuses a batch whose adapters are others by then). clear() keeps the
-/// memory, so that a batch that is filled again allocates nothing. A list of pointers may grow while the adapters stay: assign
-/// the list again.
+/// The adapters of each token, in the order in which they are added to its result: packed adapters,
+/// or mixed forms (of any kinds; then F is mixed_form<Acc>, and forward takes W as out_features x
+/// in_features). Looks at the adapters, which must stay where they are and as they are until
+/// clear() (forward refuses a batch whose adapters are others by then). clear() keeps the memory,
+/// so that a batch that is filled again allocates nothing. A list of pointers may grow while the
+/// adapters stay: assign the list again.
 template <class F>
 class batch {
   static constexpr bool of_forms = detail::is_mixed_form<F>;
@@ -79,23 +82,26 @@ class batch {
   explicit batch(std::span<const item> adapters) { assign(adapters); }
   explicit batch(const std::vector<item>& adapters) : batch(std::span(adapters)) {}
   explicit batch(std::span<const item* const> adapters) { assign(adapters); }
-  explicit batch(const std::vector<const item*>& adapters) : batch(std::span<const item* const>(adapters)) {}
+  explicit batch(const std::vector<const item*>& adapters)
+      : batch(std::span<const item* const>(adapters)) {}
   explicit batch(const std::vector<item>&&) {
-    static_assert(
-        detail::never<F>,
-        "lora::batch: the vector of adapters is a temporary, and the batch would look at it: give it a name first");
+    static_assert(detail::never<F>,
+                  "lora::batch: the vector of adapters is a temporary, and the batch would look at "
+                  "it: give it a name first");
   }
   template <class G>
     requires std::is_same_v<G, F>
   explicit batch(const packed_adapters<G>&&) {
-    static_assert(detail::never<G>,
-                  "lora::batch: the packed adapters are a temporary, and the batch would look at them: give "
-                  "them a name first");
+    static_assert(
+        detail::never<G>,
+        "lora::batch: the packed adapters are a temporary, and the batch would look at them: give "
+        "them a name first");
   }
   /// A mistaken list gets a sentence.
   template <class R>
-    requires detail::mistaken_list<R> && (!std::is_convertible_v<const R&, std::span<const item>> &&
-                                          !std::is_convertible_v<const R&, std::span<const item* const>>)
+    requires detail::mistaken_list<R> &&
+             (!std::is_convertible_v<const R&, std::span<const item>> &&
+              !std::is_convertible_v<const R&, std::span<const item* const>>)
   explicit batch(const R&) {
     static_assert(detail::refuse_adapter<detail::verb::batch, R>());
   }
@@ -118,17 +124,18 @@ class batch {
     clear();
   }
 
-  /// The next token gets these; none: the base alone. Strength 0 means that the adapter is not read. Throws value_error when
-  /// an adapter is not in the list or its strength, alone or times its scaling, is not finite; of forms also for one that is
-  /// not additive at another strength than 1 or 0, and for one with an input map before others (make one form of them by
-  /// mixed). Then nothing is added.
-  void add(std::span<const batch_entry> entries) {
+  /// The next token gets these; none: the base alone. Strength 0 means that the adapter is not
+  /// read. Throws value_error when an adapter is not in the list or its strength, alone or times
+  /// its scaling, is not finite; of forms also for one that is not additive at another strength
+  /// than 1 or 0, and for one with an input map before others (make one form of them by mixed).
+  /// Then nothing is added.
+  void add(std::span<const assignment> entries) {
     const detail::default_environment environment;
-    for (const batch_entry& e : entries) check(e, tokens());
+    for (const assignment& e : entries) check(e, tokens());
     if constexpr (of_forms) check_order(entries);
     make_room(1, entries.size(), parts_of(entries));
     index_t rank = 0;
-    for (const batch_entry& e : entries) {
+    for (const assignment& e : entries) {
       const item& l = at(e.adapter);
       if (strength_of(l, e.weight) == 0) continue;
       index_t& slot = slot_of_[static_cast<std::size_t>(e.adapter)];
@@ -145,14 +152,16 @@ class batch {
       gain_begin_.push_back(gains_.size());
     }
   }
-  void add(std::initializer_list<batch_entry> entries) { add(std::span(entries.begin(), entries.size())); }
-  void add() { add(std::span<const batch_entry>()); }
+  void add(std::initializer_list<assignment> entries) {
+    add(std::span(entries.begin(), entries.size()));
+  }
+  void add() { add(std::span<const assignment>()); }
   /// The next tokens get one adapter each, -1 for none. Throws as add; then none is added.
   void add_each(std::span<const index_t> adapters) {
     std::size_t parts = 0;
     for (std::size_t k = 0; k < adapters.size(); ++k) {
       if (adapters[k] == -1) continue;
-      const batch_entry e{adapters[k]};
+      const assignment e{adapters[k]};
       check(e, tokens() + static_cast<index_t>(k));
       parts += parts_of({&e, 1});
     }
@@ -179,17 +188,19 @@ class batch {
   /// The list; empty for a list of pointers.
   std::span<const item> adapters() const { return adapters_; }
 
-  // For the library's own verbs: the adapters in use, and the tokens' lists of places among those (of forms: among the parts
-  // of all of them).
+  // For the library's own verbs: the adapters in use, and the tokens' lists of places among those
+  // (of forms: among the parts of all of them).
   using used_adapter = typename detail::batch_item<F>::used;
   std::span<const used_adapter> used() const { return used_; }
   index_t most_rank() const { return most_rank_; }
   detail::token_parts parts() const {
-    return {.parts = parts_, .begin = begin_.data(), .index = index_.data(), .weight = weight_.data()};
+    return {
+        .parts = parts_, .begin = begin_.data(), .index = index_.data(), .weight = weight_.data()};
   }
   /// The place of a used adapter in the list.
   index_t place_of(const used_adapter& one) const {
-    const auto found = std::find(slot_of_.begin(), slot_of_.end(), static_cast<index_t>(&one - used_.data()));
+    const auto found =
+        std::find(slot_of_.begin(), slot_of_.end(), static_cast<index_t>(&one - used_.data()));
     return static_cast<index_t>(found - slot_of_.begin());
   }
   /// Of forms: the content of the used ones, and what is added to a token's outputs last.
@@ -258,10 +269,10 @@ class batch {
       return l.rank();
     }
   }
-  std::size_t parts_of(std::span<const batch_entry> entries) const {
+  std::size_t parts_of(std::span<const assignment> entries) const {
     if constexpr (of_forms) {
       std::size_t all = 0;
-      for (const batch_entry& e : entries) all += at(e.adapter).state().parts().size();
+      for (const assignment& e : entries) all += at(e.adapter).state().parts().size();
       return all;
     } else {
       return entries.size();
@@ -285,28 +296,37 @@ class batch {
   static void grow(V& v, std::size_t more) {
     if (v.capacity() - v.size() < more) v.reserve(std::max(v.size() + more, 2 * v.size()));
   }
-  void check(const batch_entry& e, index_t token) const {
-    const auto of_token = [&] { return std::to_string(e.adapter) + " of token " + std::to_string(token); };
+  void check(const assignment& e, index_t token) const {
+    const auto of_token = [&] {
+      return std::to_string(e.adapter) + " of token " + std::to_string(token);
+    };
     if (e.adapter < 0 || e.adapter >= count())
-      detail::raise_value("batch::add", "adapter " + of_token() + " is not one of the " + std::to_string(count()) +
+      detail::raise_value("batch::add", "adapter " + of_token() + " is not one of the " +
+                                            std::to_string(count()) +
                                             " that the batch was made with");
     if (!detail::is_finite(e.weight) || !detail::is_finite(strength_of(at(e.adapter), e.weight)))
-      detail::raise_value("batch::add", "the weight of adapter " + std::to_string(e.adapter) + " for token " +
-                                            std::to_string(token) + ", alone or times its scaling, is not finite");
+      detail::raise_value("batch::add", "the weight of adapter " + std::to_string(e.adapter) +
+                                            " for token " + std::to_string(token) +
+                                            ", alone or times its scaling, is not finite");
     if constexpr (of_forms)
       if (e.weight != 0 && e.weight != 1 && !at(e.adapter).additive())
-        detail::raise_value("batch::add", "adapter " + of_token() + " has the strength " + std::to_string(e.weight) +
-                                              ", but it is not additive: make a form at that strength, "
-                                              "mixed(W, scaled(strength, adapter))");
+        detail::raise_value("batch::add",
+                            "adapter " + of_token() + " has the strength " +
+                                std::to_string(e.weight) +
+                                ", but it is not additive: make a form at that strength, "
+                                "mixed(W, scaled(strength, adapter))");
   }
-  /// A form's input map changes what all forms of its token before it see, and none after it: it must be the last.
-  void check_order(std::span<const batch_entry> entries) const {
+  /// A form's input map changes what all forms of its token before it see, and none after it: it
+  /// must be the last.
+  void check_order(std::span<const assignment> entries) const {
     for (std::size_t k = 0; k + 1 < entries.size(); ++k)
       if (entries[k].weight != 0 && at(entries[k].adapter).has_input_map())
-        detail::raise_value("batch::add", "adapter " + std::to_string(entries[k].adapter) + " of token " +
-                                              std::to_string(tokens()) +
-                                              " changes the input, so that no other may follow it: make one form of them, "
-                                              "mixed(W, adapters...)");
+        detail::raise_value(
+            "batch::add",
+            "adapter " + std::to_string(entries[k].adapter) + " of token " +
+                std::to_string(tokens()) +
+                " changes the input, so that no other may follow it: make one form of them, "
+                "mixed(W, adapters...)");
   }
 
   std::span<const item> adapters_;

@@ -15,14 +15,15 @@
 //
 //   const auto bound = lora::merge_bound(W, style);
 //   if (!(std::abs(W_merged(i, j) - exact(i, j)) <= bound(i, j))) ...     // a mistake: no rounding
-//   if (!(bound.share(W_merged) <= 1)) ...                                // the same of all elements
+//   if (!(bound.share(W_merged) <= 1)) ...                                // the same of all
+//                                                                         elements
 //
 // A difference within the bound may be rounding; a larger one is a mistake (a lost adapter, a scale
 // used twice). Two results of one function, by two states or two programs, differ by at most the
 // sum of their bounds. Each comparison is written !(difference <= bound), so that NaN fails it.
 //   formula  docs/numerics.md, "The bounds": e, and what is rounded when the result is stored. The
 //            thresholds below which a build for AVX512-BF16 takes numbers for zero are in it
-//            (smallest_in_product, smallest_in_delta).
+//            (flush_threshold_of_product, flush_threshold_of_delta).
 //   shapes   as the verb's. A weight's bound is a weight_bound, out x in, which computes its
 //            elements when they are asked for. The others are Eigen::MatrixXd, out x tokens.
 //   units    those of the result; absolute.
@@ -64,7 +65,8 @@ template <class To = double, class V>
 Eigen::Matrix<To, Eigen::Dynamic, Eigen::Dynamic> widened(const V& view) {
   Eigen::Matrix<To, Eigen::Dynamic, Eigen::Dynamic> result(view.rows(), view.cols());
   for (index_t j = 0; j < view.cols(); ++j)
-    for (index_t i = 0; i < view.rows(); ++i) result(i, j) = static_cast<To>(widen<double>(view(i, j)));
+    for (index_t i = 0; i < view.rows(); ++i)
+      result(i, j) = static_cast<To>(widen<double>(view(i, j)));
   return result;
 }
 
@@ -73,12 +75,13 @@ template <class Acc, low_rank L>
 error_part error_part_of(const L& l) {
   const auto& lora_A = l.lora_A();
   const auto& lora_B = l.lora_B();
-  return {.A = widened(as_matrix(lora_A)),
-          .B = widened(as_matrix(lora_B)),
-          .s = static_cast<double>(l.scaling()),
-          .U = {},
-          .flushed = uses_dots<Acc>(l) ? static_cast<double>(std::numeric_limits<float>::min()) : 0.0,
-          .in_pairs = std::is_same_v<typename panels_in_call<Acc, L>::type, bfloat16>};
+  return {
+      .A = widened(as_matrix(lora_A)),
+      .B = widened(as_matrix(lora_B)),
+      .s = static_cast<double>(l.scaling()),
+      .U = {},
+      .flushed = uses_dots<Acc>(l) ? static_cast<double>(std::numeric_limits<float>::min()) : 0.0,
+      .in_pairs = std::is_same_v<typename panels_in_call<Acc, L>::type, bfloat16>};
 }
 /// The same of a packed one: the factors as they are in the panels.
 template <class Acc, packed_factors L>
@@ -93,21 +96,24 @@ error_part error_part_of(const L& l) {
                     .U = {},
                     .flushed = 0,
                     .in_pairs = std::is_same_v<typename panels_in_call<Acc, L>::type, bfloat16>};
-  if (packed.U_format() == U_format::factors) result.U = unit_of<F>();
+  if (packed.intermediate_format() == intermediate_format::factors) result.U = unit_of<F>();
   for (index_t r = 0; r < where.rank; ++r) {
     const index_t panel = r / width;
     for (index_t k = 0; k < where.in_features; ++k)
       result.A(r, k) =
-          widen<double>(packed.A_panels()[panel * where.A_panel() + panel_offset<F>(r % width, k, where.A_width(panel))]);
+          widen<double>(packed.A_panels()[panel * where.A_panel() +
+                                          panel_offset<F>(r % width, k, where.A_width(panel))]);
     for (index_t i = 0; i < where.out_features; ++i)
-      result.B(i, r) = widen<double>(packed.B_panels()[i / width * where.B_panel() + panel_offset<F>(i % width, r, width)]);
+      result.B(i, r) = widen<double>(
+          packed.B_panels()[i / width * where.B_panel() + panel_offset<F>(i % width, r, width)]);
   }
   return result;
 }
 
 /// The adapters that take part, checked.
 template <class Acc, class Each>
-std::vector<error_part> error_parts(const char* operation, const Each& each, index_t out_features, index_t in_features) {
+std::vector<error_part> error_parts(const char* operation, const Each& each, index_t out_features,
+                                    index_t in_features) {
   checked_total_rank(operation, each, out_features, in_features);
   std::vector<error_part> parts;
   each([&](const auto& l) {
@@ -146,7 +152,8 @@ class weight_rows {
   template <class Block>
   void read(index_t first, Block& block) const {
     for (index_t i = 0; i < block.rows(); ++i)
-      for (index_t j = 0; j < block.cols(); ++j) block(i, j) = static_cast<typename Block::Scalar>((*this)(first + i, j));
+      for (index_t j = 0; j < block.cols(); ++j)
+        block(i, j) = static_cast<typename Block::Scalar>((*this)(first + i, j));
   }
 
  private:
@@ -211,7 +218,8 @@ class weight_bound {
     const detail::default_environment environment;
     each_block([&](index_t first, const block&, const block& bounds) {
       for (index_t i = 0; i < bounds.rows(); ++i)
-        visit(first + i, std::span<const double>(bounds.data() + i * cols(), static_cast<std::size_t>(cols())));
+        visit(first + i, std::span<const double>(bounds.data() + i * cols(),
+                                                 static_cast<std::size_t>(cols())));
     });
   }
 
@@ -219,7 +227,9 @@ class weight_bound {
   double largest() const {
     const detail::default_environment environment;
     double result = 0;
-    each_block([&](index_t, const block&, const block& bounds) { result = std::max(result, bounds.maxCoeff()); });
+    each_block([&](index_t, const block&, const block& bounds) {
+      result = std::max(result, bounds.maxCoeff());
+    });
     return result;
   }
 
@@ -233,21 +243,25 @@ class weight_bound {
     const detail::default_environment environment;
     const auto got = detail::rows_of_weight(result);
     if (got.rows() != rows() || got.cols() != cols())
-      detail::raise_shape("share", "the result is " + detail::shape_text(got.rows(), got.cols()) + " and the bound is " +
-                                       detail::shape_text(rows(), cols()));
+      detail::raise_shape("share", "the result is " + detail::shape_text(got.rows(), got.cols()) +
+                                       " and the bound is " + detail::shape_text(rows(), cols()));
     constexpr double infinity = std::numeric_limits<double>::infinity();
-    const double slack = detail::gamma(error_.rank() + 3, static_cast<double>(std::numeric_limits<wide>::epsilon() / 2));
+    const double slack = detail::gamma(
+        error_.rank() + 3, static_cast<double>(std::numeric_limits<wide>::epsilon() / 2));
     double largest = 0;
     each_block([&](index_t first, const block& size, const block& bounds) {
-      Eigen::Matrix<wide, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> exact(size.rows(), cols());
+      Eigen::Matrix<wide, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> exact(size.rows(),
+                                                                                 cols());
       weight_.read(first, exact);
       for (const auto& p : error_.parts())
         if (p.rank() != 0)
           exact += static_cast<wide>(sign_ * p.s) *
-                   detail::multiplied(p.B.middleRows(first, size.rows()).template cast<wide>(), p.A.template cast<wide>());
+                   detail::multiplied(p.B.middleRows(first, size.rows()).template cast<wide>(),
+                                      p.A.template cast<wide>());
       for (index_t i = 0; i < size.rows(); ++i)
         for (index_t j = 0; j < cols(); ++j) {
-          const auto difference = static_cast<double>(std::abs(static_cast<wide>(got(first + i, j)) - exact(i, j)));
+          const auto difference =
+              static_cast<double>(std::abs(static_cast<wide>(got(first + i, j)) - exact(i, j)));
           const double bound = bounds(i, j) + slack * size(i, j);
           if (!detail::is_finite(difference) || !detail::is_finite(bound))
             largest = infinity;
@@ -362,23 +376,29 @@ concept bounded_base = base<M> || is_merged_base<bare<M>>;
 /// forward_bound with everything found out but the parts: add(error) adds those of every token.
 /// Operands are what the accumulator depends on besides W, x and y.
 template <class... Operands, class M, class X, class Y, class Check, class Add>
-Eigen::MatrixXd forward_bound_of(const M& W, const X& x, const Y& y, const Check& check, const Add& add) {
+Eigen::MatrixXd forward_bound_of(const M& W, const X& x, const Y& y, const Check& check,
+                                 const Add& add) {
   const default_environment environment;
   decltype(auto) input = in_memory(x);
   const auto from = input_view(input);
   const auto to = input_view(y);
   const auto weight = rows_of_weight(weight_of_base(W));
   using value = typename std::remove_const_t<decltype(weight)>::value_type;
-  using acc = std::conditional_t<bias_is_double<M>, double, accumulator_t<value, X, Y, Operands...>>;
+  using acc =
+      std::conditional_t<bias_is_double<M>, double, accumulator_t<value, X, Y, Operands...>>;
   const index_t out = weight.rows(), in = weight.cols();
   if (from.rows() != in || to.rows() != out || from.cols() != to.cols())
-    raise_shape("forward_bound", "W is " + shape_text(out, in) + " (out_features x in_features), x is " +
-                                     shape_text(from.rows(), from.cols()) + " and y is " + shape_text(to.rows(), to.cols()) +
-                                     ": x needs in_features rows, y out_features rows, both one column for each token");
+    raise_shape(
+        "forward_bound",
+        "W is " + shape_text(out, in) + " (out_features x in_features), x is " +
+            shape_text(from.rows(), from.cols()) + " and y is " + shape_text(to.rows(), to.cols()) +
+            ": x needs in_features rows, y out_features rows, both one column for each token");
   check(out, in, from.cols());
   const Eigen::MatrixXd bias = bias_of_base("forward_bound", out, W);
-  product_error error(widened(from), out, unit_of<acc>(), smallest_in_product<acc, value, element_t<X>>());
-  error.add_weight([&](index_t first, auto& block) { weight.read(first, block); }, merged_in_base(W));
+  product_error error(widened(from), out, unit_of<acc>(),
+                      flush_threshold_of_product<acc, value, element_t<X>>());
+  error.add_weight([&](index_t first, auto& block) { weight.read(first, block); },
+                   merged_in_base(W));
   add(std::type_identity<acc>(), error, out, in, from.cols());
   return std::move(error).stored(bias, unit_of_stored<element_t<Y>, acc>());
 }
@@ -420,10 +440,18 @@ auto delta_weight_bound(const L&... l) {
     out = as_matrix(lora_B).rows();
     in = as_matrix(lora_A).cols();
   });
-  if (out < 0) detail::raise_value("delta_weight_bound", "no adapter is given, so the shape is not known");
+  if (out < 0)
+    detail::raise_value("delta_weight_bound", "no adapter is given, so the shape is not known");
   return weight_bound<acc, detail::no_weight>(
       {out, in},
-      {detail::error_parts<acc>("delta_weight_bound", each, out, in), out, in, 0.0, 2, detail::unit_of<acc>(), {}}, 1);
+      {detail::error_parts<acc>("delta_weight_bound", each, out, in),
+       out,
+       in,
+       0.0,
+       2,
+       detail::unit_of<acc>(),
+       {}},
+      1);
 }
 
 /// A base of forward_bound with adapters inside its weight: that of a layer whose W took merge(W,
@@ -449,12 +477,17 @@ auto with_merged(const M& W, const L&... l) {
 /// Of forward. W is what forward takes, or with_merged(it, ...). Of y the shape and the scalar
 /// count.
 template <class M, class X, class Y, class... L>
-  requires detail::bounded_base<M> && activations<X> && activations<Y> && (detail::mixables<L> && ...)
+  requires detail::bounded_base<M> && activations<X> && activations<Y> &&
+           (detail::mixables<L> && ...)
 Eigen::MatrixXd forward_bound(const M& W, const X& x, const Y& y, const L&... l) {
   const auto each = detail::each_of(l...);
   return detail::forward_bound_of<L...>(
-      W, x, y, [&](index_t out, index_t in, index_t) { detail::checked_total_rank("forward_bound", each, out, in); },
-      [&]<class Acc>(std::type_identity<Acc>, detail::product_error& error, index_t out, index_t in, index_t tokens) {
+      W, x, y,
+      [&](index_t out, index_t in, index_t) {
+        detail::checked_total_rank("forward_bound", each, out, in);
+      },
+      [&]<class Acc>(std::type_identity<Acc>, detail::product_error& error, index_t out, index_t in,
+                     index_t tokens) {
         const auto parts = detail::error_parts<Acc>("forward_bound", each, out, in);
         error.add_parts(0, tokens, detail::at_own_strength(parts));
       });
@@ -465,8 +498,11 @@ template <class M, class X, class Y, class F>
 Eigen::MatrixXd forward_bound(const M& W, const X& x, const Y& y, const batch<F>& who) {
   return detail::forward_bound_of<batch<F>>(
       W, x, y,
-      [&](index_t out, index_t in, index_t tokens) { detail::by_token<F>{who}.check("forward_bound", out, in, tokens); },
-      [&]<class Acc>(std::type_identity<Acc>, detail::product_error& error, index_t, index_t, index_t tokens) {
+      [&](index_t out, index_t in, index_t tokens) {
+        detail::by_token<F>{who}.check("forward_bound", out, in, tokens);
+      },
+      [&]<class Acc>(std::type_identity<Acc>, detail::product_error& error, index_t, index_t,
+                     index_t tokens) {
         std::vector<detail::error_part> parts;
         for (const auto& l : who.used()) parts.push_back(detail::error_part_of<Acc>(*l.adapter));
         const auto lists = who.parts();
@@ -492,14 +528,16 @@ Eigen::MatrixXd apply_bound(const X& x, const Y& y, const L&... l) {
   const auto from = detail::input_view(input);
   const auto to = detail::input_view(y);
   if (from.cols() != to.cols())
-    detail::raise_shape("apply_bound", "x is " + detail::shape_text(from.rows(), from.cols()) + " and y is " +
-                                           detail::shape_text(to.rows(), to.cols()) +
+    detail::raise_shape("apply_bound", "x is " + detail::shape_text(from.rows(), from.cols()) +
+                                           " and y is " + detail::shape_text(to.rows(), to.cols()) +
                                            "; both need one column for each token");
-  const auto parts = detail::error_parts<acc>("apply", detail::each_of(l...), to.rows(), from.rows());
+  const auto parts =
+      detail::error_parts<acc>("apply", detail::each_of(l...), to.rows(), from.rows());
   if (detail::total_rank(parts) == 0) return Eigen::MatrixXd::Zero(to.rows(), to.cols());
   detail::product_error error(detail::widened(from), to.rows(), detail::unit_of<acc>(), 0);
   error.add_parts(0, to.cols(), detail::at_own_strength(parts));
-  return std::move(error).stored(detail::widened(to), detail::unit_of_stored<detail::element_t<Y>, acc>());
+  return std::move(error).stored(detail::widened(to),
+                                 detail::unit_of_stored<detail::element_t<Y>, acc>());
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the verbs accept: scalars, matrices and low-rank adapters, and the type in which a set of operands accumulates.
-// The waist of the library is `low_rank`: owners, views, scaled(...) and a user's own types satisfy it, and every verb is
-// written over it.
+// What the verbs accept: scalars, matrices and low-rank adapters, and the type in which a set of
+// operands accumulates. The waist of the library is `low_rank`: owners, views, scaled(...) and a
+// user's own types satisfy it, and every verb is written over it.
 #pragma once
 
 #include <concepts>
@@ -20,18 +20,20 @@ using index_t = std::ptrdiff_t;
 
 enum class storage_order { row_major, col_major };
 
-/// Element types of weights, factors and activations. Eigen's 16-bit types are storage here, exactly as ours: their bits
-/// are widened and narrowed by float16.hpp and never multiplied.
+/// Element types of weights, factors and activations. Eigen's 16-bit types are storage here,
+/// exactly as ours: their bits are widened and narrowed by float16.hpp and never multiplied.
 template <class T>
-concept scalar = std::same_as<T, float> || std::same_as<T, double> || std::same_as<T, float16> ||
-                 std::same_as<T, bfloat16> || std::same_as<T, Eigen::half> || std::same_as<T, Eigen::bfloat16>;
+concept scalar =
+    std::same_as<T, float> || std::same_as<T, double> || std::same_as<T, float16> ||
+    std::same_as<T, bfloat16> || std::same_as<T, Eigen::half> || std::same_as<T, Eigen::bfloat16>;
 
 namespace detail {
 
 template <class M>
 using bare = std::remove_cvref_t<M>;
 
-/// Declared only: whether M is or derives from an Eigen matrix expression, or one that owns its elements.
+/// Declared only: whether M is or derives from an Eigen matrix expression, or one that owns its
+/// elements.
 template <class D>
 void eigen_expression(const Eigen::MatrixBase<D>&);
 template <class D>
@@ -41,9 +43,11 @@ void eigen_plain_object(const Eigen::PlainObjectBase<D>&);
 template <class M>
 concept eigen_matrix = requires(const bare<M>& m) { detail::eigen_expression(m); };
 template <class M>
-concept eigen_owner = eigen_matrix<M> && requires(const bare<M>& m) { detail::eigen_plain_object(m); };
+concept eigen_owner =
+    eigen_matrix<M> && requires(const bare<M>& m) { detail::eigen_plain_object(m); };
 
-/// lora::matrix_view and anything of its shape: contiguous inside a row or column, a stride between them.
+/// lora::matrix_view and anything of its shape: contiguous inside a row or column, a stride between
+/// them.
 template <class M>
 concept strided_matrix = !eigen_matrix<M> && requires(const bare<M>& m) {
   { bare<M>::order } -> std::convertible_to<storage_order>;
@@ -53,14 +57,16 @@ concept strided_matrix = !eigen_matrix<M> && requires(const bare<M>& m) {
   { m.outer_stride() } -> std::convertible_to<index_t>;
 };
 
-/// False for an mdspan whose accessor makes another value of an element (std::linalg::scaled), which would be passed over.
+/// False for an mdspan whose accessor makes another value of an element (std::linalg::scaled),
+/// which would be passed over.
 template <class M>
 inline constexpr bool refers_to_elements = true;
 template <class M>
   requires requires { typename M::reference; }
 inline constexpr bool refers_to_elements<M> = std::is_lvalue_reference_v<typename M::reference>;
 
-/// std::mdspan and Kokkos' mdspan of rank 2, told by their members so that no mdspan header is included.
+/// std::mdspan and Kokkos' mdspan of rank 2, told by their members so that no mdspan header is
+/// included.
 template <class M>
 concept mdspan_like = !eigen_matrix<M> && !strided_matrix<M> && requires(const bare<M>& m) {
   typename bare<M>::extents_type;
@@ -111,7 +117,8 @@ template <class M>
 concept any_matrix = eigen_matrix<M> || strided_matrix<M> || mdspan_like<M>;
 }  // namespace detail
 
-/// A matrix: any Eigen matrix expression, a matrix_view, or a rank-2 mdspan, of a scalar of the library.
+/// A matrix: any Eigen matrix expression, a matrix_view, or a rank-2 mdspan, of a scalar of the
+/// library.
 template <class M>
 concept matrix_like = detail::any_matrix<M> && scalar<detail::element_t<M>>;
 
@@ -119,8 +126,9 @@ concept matrix_like = detail::any_matrix<M> && scalar<detail::element_t<M>>;
 template <class V>
 concept activations = matrix_like<V> || detail::scalar_range<V>;
 
-/// An adapter: delta weight = scaling() * lora_B() * lora_A(), with lora_A() rank() x in_features and lora_B()
-/// out_features x rank(). Both return a matrix or a reference to one; neither may be an unevaluated expression.
+/// An adapter: delta weight = scaling() * lora_B() * lora_A(), with lora_A() rank() x in_features
+/// and lora_B() out_features x rank(). Both return a matrix or a reference to one; neither may be
+/// an unevaluated expression.
 template <class L>
 concept low_rank = requires(const detail::bare<L>& l) {
   { l.lora_A() } -> matrix_like;
@@ -151,9 +159,11 @@ template <class T>
   requires activations<T>
 inline constexpr bool holds_double<T> = holds_double<element_t<T>>;
 template <low_rank L>
-inline constexpr bool holds_double<L> = holds_double<factor_scalar_A<L>> || holds_double<factor_scalar_B<L>>;
+inline constexpr bool holds_double<L> =
+    holds_double<factor_scalar_A<L>> || holds_double<factor_scalar_B<L>>;
 template <low_rank_range R>
-inline constexpr bool holds_double<R> = holds_double<bare<decltype(*std::begin(std::declval<const bare<R>&>()))>>;
+inline constexpr bool holds_double<R> =
+    holds_double<bare<decltype(*std::begin(std::declval<const bare<R>&>()))>>;
 
 template <class... Operands>
 struct accumulator {
@@ -162,8 +172,8 @@ struct accumulator {
 
 }  // namespace detail
 
-/// The type in which operands accumulate: double if any of them holds double, else float. Operands are scalars, matrices,
-/// adapters or ranges of adapters.
+/// The type in which operands accumulate: double if any of them holds double, else float. Operands
+/// are scalars, matrices, adapters or ranges of adapters.
 template <class... Operands>
 using accumulator_t = typename detail::accumulator<Operands...>::type;
 

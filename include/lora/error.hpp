@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the library throws, and the cold functions that throw it. Every message says what is wrong, where, and what to
-// do; checks run always, also under NDEBUG, because they are O(1) beside the work they guard.
+// What the library throws, and the cold functions that throw it. Every message says what is wrong,
+// where, and what to do; checks run always, also under NDEBUG, because they are O(1) beside the
+// work they guard.
 //
-// Without exceptions (-fno-exceptions) a failed check calls LORA_ON_ERROR(message), a macro that may be defined before
-// the first include of the library (message is a const char*; the default does nothing), and then std::terminate().
+// Without exceptions (-fno-exceptions) a failed check calls LORA_ON_ERROR(message), a macro that
+// may be defined before the first include of the library (message is a const char*; the default
+// does nothing), and then std::terminate().
 #pragma once
 
 #include <exception>
@@ -32,7 +34,8 @@ class shape_error : public error {
   using error::error;
 };
 
-/// An argument has a value that the operation is not defined for: rank 0, a non-finite alpha, an unknown name.
+/// An argument has a value that the operation is not defined for: rank 0, a non-finite alpha, an
+/// unknown name.
 class value_error : public error {
  public:
   using error::error;

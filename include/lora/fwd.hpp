@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The names of the library's types without their definitions, for headers that only pass them on. Needs no Eigen.
+// The names of the library's types without their definitions, for headers that only pass them on.
+// Needs no Eigen.
 #pragma once
 
 #include "lora/version.hpp"

@@ -22,9 +22,10 @@
 //            of another row that is -0 becomes +0.)
 //   cost     that of its rows: no row of lora_B beside them is stored or multiplied, but for the
 //            rest of the first and last panel of outputs (tile_cols: 16 or 32); lora_A x is
-//            computed once for each adapter, and apply passes over all of y, as always. A merge into a matrix, or into a packed
-//            weight in place, reads and writes these rows alone, and reports of these alone. Copies
-//            the factors of a low-rank adapter once; kinds share what they hold.
+//            computed once for each adapter, and apply passes over all of y, as always. A merge
+//            into a matrix, or into a packed weight in place, reads and writes these rows alone,
+//            and reports of these alone. Copies the factors of a low-rank adapter once; kinds share
+//            what they hold.
 //   error    that of the verb with the adapter: mixed_bound takes slices (mixed_bounds.hpp).
 //   throws   shape_error for rows that a weight of out_features outputs does not have.
 #pragma once
@@ -50,11 +51,15 @@ class [[nodiscard]] row_slice {
 
   /// See in_rows.
   row_slice(index_t first, index_t out_features, any_kind of, double strength = 1)
-      : of_(std::move(of)), rows_{first, of_.out_features()}, out_features_(out_features), strength_(strength) {
+      : of_(std::move(of)),
+        rows_{first, of_.out_features()},
+        out_features_(out_features),
+        strength_(strength) {
     if (first < 0 || out_features < rows_.count || first > out_features - rows_.count)
-      detail::raise_shape("in_rows", "the adapter has " + std::to_string(rows_.count) + " outputs and shall begin at row " +
-                                         std::to_string(first) + " of a weight with " + std::to_string(out_features) +
-                                         " rows");
+      detail::raise_shape("in_rows", "the adapter has " + std::to_string(rows_.count) +
+                                         " outputs and shall begin at row " +
+                                         std::to_string(first) + " of a weight with " +
+                                         std::to_string(out_features) + " rows");
   }
 
   /// The rows of W that it changes.
@@ -70,9 +75,10 @@ class [[nodiscard]] row_slice {
   bool stored_in_out() const { return of_.stored_in_out(); }
   void check_fits(const char* operation, index_t out_features, index_t in_features) const {
     if (out_features != out_features_)
-      detail::raise_shape(operation, "the adapter is for rows " + std::to_string(rows_.first) + " ... " +
-                                         std::to_string(rows_.end() - 1) + " of a weight with " +
-                                         std::to_string(out_features_) + " outputs, and the weight has " +
+      detail::raise_shape(operation, "the adapter is for rows " + std::to_string(rows_.first) +
+                                         " ... " + std::to_string(rows_.end() - 1) +
+                                         " of a weight with " + std::to_string(out_features_) +
+                                         " outputs, and the weight has " +
                                          std::to_string(out_features));
     of_.check_fits(operation, rows_.count, in_features);
   }

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The verbs of plain adapters, and their bounds. Included by name: what fewer need (lora/dora.hpp, rows.hpp, through.hpp,
-// rounding.hpp, residual.hpp; mixed_bounds.hpp, rows_bounds.hpp, rounding_bounds.hpp) and the file
-// formats (lora/io/safetensors.hpp, lora/io/peft.hpp).
+// The verbs of plain adapters, and their bounds. Included by name: what fewer need (lora/dora.hpp,
+// rows.hpp, through.hpp, rounding.hpp, residual.hpp; mixed_bounds.hpp, embed_bounds.hpp,
+// rounding_bounds.hpp) and the file formats (lora/io/safetensors.hpp, lora/io/peft.hpp).
 #pragma once
 
 #include "lora/adapter.hpp"
@@ -15,8 +15,8 @@
 #include "lora/error.hpp"
 #include "lora/float16.hpp"
 #include "lora/forward.hpp"
-#include "lora/limits.hpp"
 #include "lora/linear.hpp"
+#include "lora/machine.hpp"
 #include "lora/matrix_view.hpp"
 #include "lora/merge.hpp"
 #include "lora/packed_adapter.hpp"

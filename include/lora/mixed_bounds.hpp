@@ -8,7 +8,7 @@
 //   unmerge_bound(W, sure)               of unmerge(W, form); W as it is before, the merged weight
 //   forward_bound(W, x, y, sure)         of forward(W, x, y, form), also with a bias
 //   apply_bound(x, y, sure)              of apply(x, y, form); y as it is before
-//   rows_bound(W, ids, y, sure)          of rows(W, ids, y, form), also with_scale
+//   embed_bound(W, ids, y, sure)          of embed(W, ids, y, form), also scaled_embedding
 //   apply_through_bound(down, y, sure)   of apply_through(down, y, form), beside the error of what
 //                                        down returns
 //
@@ -24,7 +24,7 @@
 //   W        as mixed and the verb take it.
 //   cost     mixed_bound: steps as mixed, and 4 r out in FLOPs for each magnitude, in blocks of
 //            rows; copies the factors as doubles. The others as those of bounds.hpp and
-//            rows_bounds.hpp.
+//            embed_bounds.hpp.
 //   throws   as mixed; shape_error
 #pragma once
 
@@ -41,10 +41,10 @@
 #include "lora/bounds.hpp"
 #include "lora/detail/eigen.hpp"
 #include "lora/dora.hpp"
+#include "lora/embed_bounds.hpp"
 #include "lora/in_rows.hpp"
 #include "lora/kinds/ia3.hpp"
 #include "lora/mixed.hpp"
-#include "lora/rows_bounds.hpp"
 
 LORA_DETAIL_QUIET_BEGIN
 namespace lora::inline LORA_DETAIL_ABI {
@@ -55,7 +55,9 @@ namespace detail {
 struct row_factor {
   Eigen::VectorXd size, off;
 
-  static row_factor none(index_t out) { return {Eigen::VectorXd::Ones(out), Eigen::VectorXd::Zero(out)}; }
+  static row_factor none(index_t out) {
+    return {Eigen::VectorXd::Ones(out), Eigen::VectorXd::Zero(out)};
+  }
   /// For a weight of `out` outputs, of which these are some; the others have no factor.
   row_factor placed(const row_range& rows, index_t out) const {
     auto result = none(out);
@@ -72,7 +74,8 @@ struct row_factor {
   row_factor inverse() const {
     row_factor result{size.cwiseInverse(), off};
     for (index_t i = 0; i < size.size(); ++i)
-      result.off(i) = off(i) < size(i) ? off(i) / (size(i) * (size(i) - off(i))) : std::numeric_limits<double>::infinity();
+      result.off(i) = off(i) < size(i) ? off(i) / (size(i) * (size(i) - off(i)))
+                                       : std::numeric_limits<double>::infinity();
     return result;
   }
   Eigen::VectorXd reach() const { return size + off; }
@@ -104,7 +107,8 @@ class mixed_form_bound {
     index_t at;
   };
 
-  mixed_form_bound(index_t out_features, index_t in_features) : out_(out_features), in_(in_features) {}
+  mixed_form_bound(index_t out_features, index_t in_features)
+      : out_(out_features), in_(in_features) {}
 
   index_t out_features() const { return out_; }
   index_t in_features() const { return in_; }
@@ -124,7 +128,8 @@ class mixed_form_bound {
   /// The product of the gains from number `at` on.
   detail::row_factor after(index_t at) const {
     auto result = detail::row_factor::none(out_);
-    for (index_t k = at; k < gains_count(); ++k) result *= gains_[static_cast<std::size_t>(k)].factor;
+    for (index_t k = at; k < gains_count(); ++k)
+      result *= gains_[static_cast<std::size_t>(k)].factor;
     return result;
   }
   /// 1 / (the product of the gains before number `at`).
@@ -191,9 +196,11 @@ row_factor factor_of_ia3(const ia3_adapter<T>& k, double w) {
   for (index_t i = 0; i < result.size.size(); ++i) {
     const auto l = widen<double>(k.l()[static_cast<std::size_t>(i)]);
     const long double exact =
-        w == 1 ? static_cast<long double>(l) : 1 + static_cast<long double>(w) * (static_cast<long double>(l) - 1);
+        w == 1 ? static_cast<long double>(l)
+               : 1 + static_cast<long double>(w) * (static_cast<long double>(l) - 1);
     result.size(i) = std::abs(static_cast<double>(exact));
-    if (w != 1) result.off(i) = 0x1p-53 * (2 * std::abs(w * (l - 1)) + result.size(i)) + unit_of<Acc>().eta;
+    if (w != 1)
+      result.off(i) = 0x1p-53 * (2 * std::abs(w * (l - 1)) + result.size(i)) + unit_of<Acc>().eta;
   }
   return result;
 }
@@ -219,7 +226,8 @@ struct slice_of_rows {
 template <class Acc, class Rows>
 class mixed_bounder {
  public:
-  mixed_bounder(const lora::weight_rows<Acc>* base, const Rows* W, index_t out, index_t in, double strength = 1)
+  mixed_bounder(const lora::weight_rows<Acc>* base, const Rows* W, index_t out, index_t in,
+                double strength = 1)
       : W_(W), request_{"mixed_bound", strength, base, step_use::prepare}, result_(out, in) {}
 
   template <class... L>
@@ -252,9 +260,11 @@ class mixed_bounder {
     const row_range rows = k.rows();
     const auto of_block = [&](const auto* W, const lora::weight_rows<Acc>* base) {
       using rows_of_W = bare<decltype(*W)>;
-      mixed_bounder<Acc, rows_of_W> block(base, W, rows.count, in, request_.strength * strength * k.strength());
+      mixed_bounder<Acc, rows_of_W> block(base, W, rows.count, in,
+                                          request_.strength * strength * k.strength());
       if constexpr (adapter_kind<K> && !low_rank<K>)
-        if (const K* const kind = k.of().template get_if<K>(); kind != nullptr) return std::move(block).of(*kind);
+        if (const K* const kind = k.of().template get_if<K>(); kind != nullptr)
+          return std::move(block).of(*kind);
       return std::move(block).of(k.of());
     };
     const auto place = [&](const mixed_form_bound<Acc>& some) {
@@ -271,7 +281,8 @@ class mixed_bounder {
         size.segment(rows.first, rows.count) = shift.size;
         result_.add({std::move(size), shift.at + before});
       }
-      for (const auto& gain : some.gains()) result_.add({gain.factor.placed(rows, out), gain.scales_bias});
+      for (const auto& gain : some.gains())
+        result_.add({gain.factor.placed(rows, out), gain.scales_bias});
     };
     if (request_.weight == nullptr) return place(of_block(W_, nullptr));
     const block_reader<Acc> base(*request_.weight, rows);
@@ -292,13 +303,15 @@ class mixed_bounder {
         result_.add({factor_of(k, magnitude, low, *g), g->scales_bias});
       } else if (const auto* s = std::get_if<shift_step>(&one)) {
         Eigen::VectorXd size(result_.out_features());
-        for (index_t i = 0; i < size.size(); ++i) size(i) = std::abs(s->shift[static_cast<std::size_t>(i)]);
+        for (index_t i = 0; i < size.size(); ++i)
+          size(i) = std::abs(s->shift[static_cast<std::size_t>(i)]);
         result_.add({std::move(size), result_.gains_count()});
       } else {
-        raise_value("mixed_bound", std::string(std::holds_alternative<input_step<Acc>>(one)
-                                                   ? "an adapter changes the inputs (an input map)"
-                                                   : "an adapter has a delta that is no low-rank product") +
-                                       ": there is no bound for that yet");
+        raise_value("mixed_bound",
+                    std::string(std::holds_alternative<input_step<Acc>>(one)
+                                    ? "an adapter changes the inputs (an input map)"
+                                    : "an adapter has a delta that is no low-rank product") +
+                        ": there is no bound for that yet");
       }
     }
   }
@@ -311,14 +324,16 @@ class mixed_bounder {
   }
   error_part part_of(const low_rank_step& l) const {
     if (is_zero(l.strength * l.factors.scaling())) return nothing();
-    return l.factors.visit([&]<class V>(const V& v) { return error_part_of<Acc>(scaled_adapter<V>(l.strength, v)); });
+    return l.factors.visit(
+        [&]<class V>(const V& v) { return error_part_of<Acc>(scaled_adapter<V>(l.strength, v)); });
   }
 
   template <class K>
   row_factor factor_of(const K& k, const std::vector<double>& magnitude, const error_part& low,
                        const gain_step<Acc>& g) const {
     if constexpr (is_scaled_kind<K>) {
-      if constexpr (is_ia3<bare<decltype(k.of())>>) return factor_of_ia3<Acc>(k.of(), request_.strength * k.strength());
+      if constexpr (is_ia3<bare<decltype(k.of())>>)
+        return factor_of_ia3<Acc>(k.of(), request_.strength * k.strength());
     } else if constexpr (is_ia3<K>) {
       return factor_of_ia3<Acc>(k, request_.strength);
     }
@@ -333,7 +348,8 @@ class mixed_bounder {
   }
 
   /// m / n, and its error, for a block of rows.
-  void norms(const error_part& p, const std::vector<double>& magnitude, index_t first, index_t rows, row_factor& to) const {
+  void norms(const error_part& p, const std::vector<double>& magnitude, index_t first, index_t rows,
+             row_factor& to) const {
     using block = Eigen::Matrix<wide, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
     const index_t in = result_.in_features();
     const auto unit = unit_of<Acc>();
@@ -342,11 +358,13 @@ class mixed_bounder {
     Eigen::MatrixXd off = Eigen::MatrixXd::Zero(rows, in);
     if (p.rank() != 0) {
       const Eigen::MatrixXd A = p.A.cwiseAbs(), B = p.B.middleRows(first, rows).cwiseAbs();
-      sum +=
-          static_cast<wide>(p.s) * multiplied(p.B.middleRows(first, rows).template cast<wide>(), p.A.template cast<wide>());
+      sum += static_cast<wide>(p.s) * multiplied(p.B.middleRows(first, rows).template cast<wide>(),
+                                                 p.A.template cast<wide>());
       off = (gamma(p.rank() + 2, unit.u) * std::abs(p.s)) * multiplied(B, A);
       const double each = p.flushed * std::abs(p.s), ranks = static_cast<double>(p.rank());
-      off.rowwise() += ((unit.eta + each) * A.colwise().sum().array() + unit.eta * (ranks + 1) + each * 2 * ranks).matrix();
+      off.rowwise() += ((unit.eta + each) * A.colwise().sum().array() + unit.eta * (ranks + 1) +
+                        each * 2 * ranks)
+                           .matrix();
       off.colwise() += each * B.rowwise().sum();
     }
     const double own = gamma(in + 5, 0x1p-53);
@@ -354,10 +372,12 @@ class mixed_bounder {
       const wide norm = sum.row(i).stableNorm();
       const auto e = static_cast<double>(static_cast<wide>(off.row(i).stableNorm()) / norm);
       const double t = e + (1 + e) * own;
-      const auto f = static_cast<double>(static_cast<wide>(magnitude[static_cast<std::size_t>(first + i)]) / norm);
+      const auto f = static_cast<double>(
+          static_cast<wide>(magnitude[static_cast<std::size_t>(first + i)]) / norm);
       to.size(first + i) = f;
       // The quotient may be subnormal in the accumulator.
-      to.off(first + i) = t < 1 ? f * (t / (1 - t)) + unit.eta : std::numeric_limits<double>::infinity();
+      to.off(first + i) =
+          t < 1 ? f * (t / (1 - t)) + unit.eta : std::numeric_limits<double>::infinity();
     }
   }
 
@@ -379,7 +399,8 @@ class oriented_rows {
   template <class Block>
   void read(index_t first, Block& block) const {
     for (index_t i = 0; i < block.rows(); ++i)
-      for (index_t j = 0; j < block.cols(); ++j) block(i, j) = static_cast<typename Block::Scalar>((*this)(first + i, j));
+      for (index_t j = 0; j < block.cols(); ++j)
+        block(i, j) = static_cast<typename Block::Scalar>((*this)(first + i, j));
   }
 
  private:
@@ -390,9 +411,11 @@ class oriented_rows {
 template <class M, class Acc>
 auto rows_of_form(const char* operation, const M& W, const mixed_form_bound<Acc>& sure) {
   static_assert(std::is_same_v<Acc, double> || !holds_double<M>,
-                "lora: W holds double and the form float: use mixed<double>(W, l...) and mixed_bound<double>(W, l...)");
+                "lora: W holds double and the form float: use mixed<double>(W, l...) and "
+                "mixed_bound<double>(W, l...)");
   const auto stored = rows_of_weight(W);
-  const oriented_rows<std::remove_const_t<decltype(stored)>> weight(stored, sure.stored_in_out() && !is_packed_weight<M>);
+  const oriented_rows<std::remove_const_t<decltype(stored)>> weight(
+      stored, sure.stored_in_out() && !is_packed_weight<M>);
   if (weight.rows() != sure.out_features() || weight.cols() != sure.in_features())
     raise_shape(operation, "W is " + shape_text(weight.rows(), weight.cols()) +
                                " (out_features x in_features) and the form is for " +
@@ -430,7 +453,8 @@ class gained_error {
       size += p.size.segment(first, rows).asDiagonal() * d;
     }
     error.colwise() += by_row.segment(first, rows);
-    error = or_infinite((error.array() + stored.u * (size + error).array() + stored.eta / 2).matrix().eval());
+    error = or_infinite(
+        (error.array() + stored.u * (size + error).array() + stored.eta / 2).matrix().eval());
   }
   double of_element(index_t row, index_t col, double W) const {
     if (nothing) return 0;
@@ -475,18 +499,22 @@ gained_error gained_error_of(const mixed_form_bound<Acc>& sure, bool undone, rou
   for (const auto& p : sure.pieces()) {
     const row_factor g = factor(p.at);
     const index_t left = undone ? p.at : gains - p.at;
-    const index_t count = ranks[static_cast<std::size_t>(p.at)] + 3 + chains_behind(p.at) + 2 * left;
+    const index_t count =
+        ranks[static_cast<std::size_t>(p.at)] + 3 + chains_behind(p.at) + 2 * left;
     const Eigen::MatrixXd A = p.part.A.cwiseAbs(), B = p.part.B.cwiseAbs();
     const double each = p.part.flushed * std::abs(p.part.s);
-    e.by_row += (each * g.reach().array() * (B.rowwise().sum().array() + 2 * static_cast<double>(p.part.rank()))).matrix();
-    e.pieces.push_back(
-        {A, std::abs(p.part.s) * B, g.share(count, unit.u), g.size, g.reach(), (unit.eta + each) * A.colwise().sum()});
+    e.by_row += (each * g.reach().array() *
+                 (B.rowwise().sum().array() + 2 * static_cast<double>(p.part.rank())))
+                    .matrix();
+    e.pieces.push_back({A, std::abs(p.part.s) * B, g.share(count, unit.u), g.size, g.reach(),
+                        (unit.eta + each) * A.colwise().sum()});
   }
   return e;
 }
 
 template <class M, class Acc>
-auto gained_bound(const char* operation, bool undone, const M& W, const mixed_form_bound<Acc>& sure) {
+auto gained_bound(const char* operation, bool undone, const M& W,
+                  const mixed_form_bound<Acc>& sure) {
   const default_environment environment;
   const auto weight = rows_of_form(operation, W, sure);
   using rows = std::remove_const_t<decltype(weight)>;
@@ -515,16 +543,19 @@ struct error_and_size {
 /// What the low-rank steps add to a chain in which the gains stand; `more` roundings come after it.
 /// flushed: numbers below it count as zero in A x.
 template <class Acc>
-void add_pieces(const mixed_form_bound<Acc>& sure, const Eigen::MatrixXd& ax, index_t more, double flushed,
-                error_and_size& to) {
+void add_pieces(const mixed_form_bound<Acc>& sure, const Eigen::MatrixXd& ax, index_t more,
+                double flushed, error_and_size& to) {
   const auto unit = mixed_form_bound<Acc>::unit();
-  const index_t n = sure.in_features(), R = sure.rank(), m = sure.gains_count(), out = sure.out_features();
+  const index_t n = sure.in_features(), R = sure.rank(), m = sure.gains_count(),
+                out = sure.out_features();
   const double steps = static_cast<double>(n);
-  Eigen::VectorXd most = Eigen::VectorXd::Ones(out), sums = Eigen::VectorXd::Zero(out), sum_B = sums, pairs = sums;
+  Eigen::VectorXd most = Eigen::VectorXd::Ones(out), sums = Eigen::VectorXd::Zero(out),
+                  sum_B = sums, pairs = sums;
   for (index_t k = 0; k <= m; ++k) most = most.cwiseMax(sure.after(k).reach()).eval();
   for (const auto& p : sure.pieces()) {
     const row_factor g = sure.after(p.at);
-    const Eigen::MatrixXd A = p.part.A.cwiseAbs(), B = p.part.B.cwiseAbs(), sB = std::abs(p.part.s) * B;
+    const Eigen::MatrixXd A = p.part.A.cwiseAbs(), B = p.part.B.cwiseAbs(),
+                          sB = std::abs(p.part.s) * B;
     const Eigen::VectorXd of_ranks = sB.rowwise().sum();
     to.add(g, n + R + 2 + 2 * (m - p.at) + more, unit.u, multiplied(sB, multiplied(A, ax)));
     sums += g.reach().cwiseProduct(of_ranks);
@@ -553,7 +584,8 @@ void add_shifts(const mixed_form_bound<Acc>& sure, error_and_size& to) {
 /// What the product of all gains makes of the base's own part, where it multiplies it once: of y or
 /// of a row. `more` roundings come after it; without gains nothing is multiplied.
 template <class Acc>
-void add_base(const mixed_form_bound<Acc>& sure, const Eigen::MatrixXd& base, index_t more, error_and_size& to) {
+void add_base(const mixed_form_bound<Acc>& sure, const Eigen::MatrixXd& base, index_t more,
+              error_and_size& to) {
   const auto unit = mixed_form_bound<Acc>::unit();
   const index_t m = sure.gains_count();
   to.add(sure.after(0), (m == 0 ? 0 : m + 2) + more, unit.u, base);
@@ -563,10 +595,12 @@ void add_base(const mixed_form_bound<Acc>& sure, const Eigen::MatrixXd& base, in
 /// What low-rank steps add whose gains are folded into lora_B. `more` roundings come after the sum
 /// over the ranks; U_of(piece) is what its B multiplies.
 template <class Acc, class Of>
-void add_folded(const mixed_form_bound<Acc>& sure, index_t more, const Of& U_of, error_and_size& to) {
+void add_folded(const mixed_form_bound<Acc>& sure, index_t more, const Of& U_of,
+                error_and_size& to) {
   const auto unit = mixed_form_bound<Acc>::unit();
   for (const auto& p : sure.pieces()) {
-    const Eigen::MatrixXd U = U_of(p), through = std::abs(p.part.s) * multiplied(p.part.B.cwiseAbs(), U);
+    const Eigen::MatrixXd U = U_of(p),
+                          through = std::abs(p.part.s) * multiplied(p.part.B.cwiseAbs(), U);
     to.add(sure.after(p.at), sure.rank() + 2 + sure.gains_count() - p.at + more, unit.u, through);
     to.e.rowwise() += unit.eta * U.colwise().sum();
   }
@@ -575,11 +609,14 @@ void add_folded(const mixed_form_bound<Acc>& sure, index_t more, const Of& U_of,
 
 /// x and y of one call.
 template <class Acc, class X, class Y>
-void check_tokens_of(const char* operation, const X& x, const Y& y, const mixed_form_bound<Acc>& sure) {
+void check_tokens_of(const char* operation, const X& x, const Y& y,
+                     const mixed_form_bound<Acc>& sure) {
   if (x.rows() != sure.in_features() || y.rows() != sure.out_features() || x.cols() != y.cols())
-    raise_shape(operation, "x is " + shape_text(x.rows(), x.cols()) + ", y is " + shape_text(y.rows(), y.cols()) +
-                               " and the form is for " + shape_text(sure.out_features(), sure.in_features()) +
-                               " (out_features x in_features): both need one column for each token");
+    raise_shape(operation,
+                "x is " + shape_text(x.rows(), x.cols()) + ", y is " +
+                    shape_text(y.rows(), y.cols()) + " and the form is for " +
+                    shape_text(sure.out_features(), sure.in_features()) +
+                    " (out_features x in_features): both need one column for each token");
 }
 
 }  // namespace detail
@@ -590,13 +627,17 @@ template <class Acc = void, class M, detail::any_adapters... L>
   requires matrix_like<M> || detail::is_packed_weight<detail::bare<M>>
 [[nodiscard]] auto mixed_bound(const M& W, const L&... l) {
   using acc = detail::form_accumulator<Acc, M, L...>;
-  static_assert(std::is_same_v<acc, double> || !(detail::holds_double<detail::bare<M>> || ... || detail::holds_double<L>),
-                "lora::mixed_bound: W or an adapter holds double, which a form of float would round");
+  static_assert(
+      std::is_same_v<acc, double> ||
+          !(detail::holds_double<detail::bare<M>> || ... || detail::holds_double<L>),
+      "lora::mixed_bound: W or an adapter holds double, which a form of float would round");
   const detail::default_environment environment;
   const auto make = [&](const auto& weight) {
     const auto base = detail::reader_of<acc>(weight);
     const auto rows = detail::rows_of_weight(weight);
-    return detail::mixed_bounder<acc, detail::bare<decltype(rows)>>(&base, &rows, rows.rows(), rows.cols()).of(l...);
+    return detail::mixed_bounder<acc, detail::bare<decltype(rows)>>(&base, &rows, rows.rows(),
+                                                                    rows.cols())
+        .of(l...);
   };
   if constexpr (detail::is_packed_weight<detail::bare<M>>) {
     return make(W);
@@ -638,7 +679,8 @@ auto unmerge_bound(const M& W, const mixed_form_bound<Acc>& sure) {
 /// scalar count.
 template <class M, class X, class Y, class Acc>
   requires detail::base<M> && activations<X> && activations<Y>
-Eigen::MatrixXd forward_bound(const M& W, const X& x, const Y& y, const mixed_form_bound<Acc>& sure) {
+Eigen::MatrixXd forward_bound(const M& W, const X& x, const Y& y,
+                              const mixed_form_bound<Acc>& sure) {
   const detail::default_environment environment;
   decltype(auto) input = detail::in_memory(x);
   const auto from = detail::input_view(input);
@@ -650,8 +692,9 @@ Eigen::MatrixXd forward_bound(const M& W, const X& x, const Y& y, const mixed_fo
   detail::check_tokens_of("forward_bound", from, to, sure);
   const auto unit = detail::unit_of<Acc>();
   const index_t out = sure.out_features(), n = sure.in_features(), m = sure.gains_count();
-  const Eigen::MatrixXd bias = detail::bias_of_base("forward_bound", out, W), ax = detail::widened(from).cwiseAbs();
-  constexpr double flushed = smallest_in_product<Acc, value, detail::element_t<X>>();
+  const Eigen::MatrixXd bias = detail::bias_of_base("forward_bound", out, W),
+                        ax = detail::widened(from).cwiseAbs();
+  constexpr double flushed = flush_threshold_of_product<Acc, value, detail::element_t<X>>();
   const detail::row_factor base = sure.after(0);
   detail::error_and_size sum(out, ax.cols());
   Eigen::MatrixXd through(out, ax.cols());
@@ -666,7 +709,8 @@ Eigen::MatrixXd forward_bound(const M& W, const X& x, const Y& y, const mixed_fo
   detail::add_pieces(sure, ax, 1, flushed, sum);
   if (flushed != 0) {
     // What dot products take for zero in W x, times g_0.
-    sum.e += flushed * base.reach() * (ax.colwise().sum().array() + 2 * static_cast<double>(n)).matrix();
+    sum.e +=
+        flushed * base.reach() * (ax.colwise().sum().array() + 2 * static_cast<double>(n)).matrix();
     sum.e.colwise() += flushed * base.reach().cwiseProduct(row_sums);
   }
   if (bias.size() != 0) {
@@ -676,7 +720,8 @@ Eigen::MatrixXd forward_bound(const M& W, const X& x, const Y& y, const mixed_fo
     if (gains != 0) sum.e.colwise() += (unit.eta * (b.array() + 1)).matrix();
   }
   detail::add_shifts(sure, sum);
-  return detail::stored_error(sum.e, sum.size, detail::unit_of_stored<detail::element_t<Y>, wide>());
+  return detail::stored_error(sum.e, sum.size,
+                              detail::unit_of_stored<detail::element_t<Y>, wide>());
 }
 
 /// Of apply(x, y, form): y is its content before the call.
@@ -696,30 +741,34 @@ Eigen::MatrixXd apply_bound(const X& x, const Y& y, const mixed_form_bound<Acc>&
   return detail::stored_error(sum.e, sum.size, detail::unit_of_stored<detail::element_t<Y>, Acc>());
 }
 
-/// Of rows(W, ids, y, form), the form of W.transpose(); W is vocabulary x features, or
-/// with_scale(it, c).
+/// Of embed(W, ids, y, form), the form of W.transpose(); W is vocabulary x features, or
+/// scaled_embedding(it, c).
 template <class M, class R, class Y, class Acc>
-  requires(matrix_like<M> || rows_detail::is_scaled_embedding<M>) && token_range<R> && activations<Y>
-Eigen::MatrixXd rows_bound(const M& W, const R& ids, const Y& y, const mixed_form_bound<Acc>& sure) {
+  requires(matrix_like<M> || detail::is_embedding_view<M>) && token_range<R> && activations<Y>
+Eigen::MatrixXd embed_bound(const M& W, const R& ids, const Y& y,
+                            const mixed_form_bound<Acc>& sure) {
   const detail::default_environment environment;
   const auto run = [&](const auto& weight, double c) -> Eigen::MatrixXd {
     using value = typename std::remove_cvref_t<decltype(weight)>::value_type;
     using acc = accumulator_t<value, Y, Acc>;
     if (!sure.shifts().empty())
-      detail::raise_value("rows_bound", "an adapter has a bias of its own, and an embedding has none");
+      detail::raise_value("embed_bound",
+                          "an adapter has a bias of its own, and an embedding has none");
     if (weight.rows() != sure.in_features() || weight.cols() != sure.out_features())
-      detail::raise_shape("rows_bound", "W is " + detail::shape_text(weight.rows(), weight.cols()) +
-                                            " (vocabulary x features) and the form is for " +
-                                            detail::shape_text(sure.out_features(), sure.in_features()) +
-                                            " (features x vocabulary)");
-    if (sure.changes_nothing()) return detail::rows_bound_of(weight, c, ids, y);
+      detail::raise_shape("embed_bound",
+                          "W is " + detail::shape_text(weight.rows(), weight.cols()) +
+                              " (vocabulary x features) and the form is for " +
+                              detail::shape_text(sure.out_features(), sure.in_features()) +
+                              " (features x vocabulary)");
+    if (sure.changes_nothing()) return detail::embed_bound_of(weight, c, ids, y);
     const auto to = detail::input_view(y);
-    const auto tokens = rows_detail::checked_ids("rows_bound", ids, weight.rows());
-    rows_detail::check_y("rows_bound", to.rows(), to.cols(), weight.cols(), tokens.size());
+    const auto tokens = detail::checked_ids("embed_bound", ids, weight.rows());
+    detail::check_y("embed_bound", to.rows(), to.cols(), weight.cols(), tokens.size());
     const auto id = [&](index_t t) { return tokens[static_cast<std::size_t>(t)]; };
     Eigen::MatrixXd base(to.rows(), to.cols());
     for (index_t t = 0; t < to.cols(); ++t)
-      for (index_t i = 0; i < to.rows(); ++i) base(i, t) = std::abs(detail::widen<double>(weight(id(t), i)));
+      for (index_t i = 0; i < to.rows(); ++i)
+        base(i, t) = std::abs(detail::widen<double>(weight(id(t), i)));
     detail::error_and_size sum(to.rows(), to.cols());
     detail::add_base(sure, base, 3, sum);
     detail::add_folded(
@@ -730,10 +779,12 @@ Eigen::MatrixXd rows_bound(const M& W, const R& ids, const Y& y, const mixed_for
           return U;
         },
         sum);
-    const Eigen::MatrixXd e = (std::abs(c) * sum.e.array() + mixed_form_bound<Acc>::unit().eta).matrix();
-    return detail::stored_error(e, std::abs(c) * sum.size, detail::unit_of_stored<detail::element_t<Y>, acc>());
+    const Eigen::MatrixXd e =
+        (std::abs(c) * sum.e.array() + mixed_form_bound<Acc>::unit().eta).matrix();
+    return detail::stored_error(e, std::abs(c) * sum.size,
+                                detail::unit_of_stored<detail::element_t<Y>, acc>());
   };
-  if constexpr (rows_detail::is_scaled_embedding<M>)
+  if constexpr (detail::is_embedding_view<M>)
     return run(W.weight, W.scale);
   else
     return run(as_matrix(W), 1.0);
@@ -743,11 +794,13 @@ Eigen::MatrixXd rows_bound(const M& W, const R& ids, const Y& y, const mixed_for
 /// calls it.
 template <class Down, class Y, class Acc>
   requires activations<Y>
-Eigen::MatrixXd apply_through_bound(const Down& down, const Y& y, const mixed_form_bound<Acc>& sure) {
+Eigen::MatrixXd apply_through_bound(const Down& down, const Y& y,
+                                    const mixed_form_bound<Acc>& sure) {
   const auto to = detail::input_view(y);
   if (to.rows() != sure.out_features())
-    detail::raise_shape("apply_through_bound", "y has " + std::to_string(to.rows()) + " rows and the form " +
-                                                   std::to_string(sure.out_features()) + " outputs");
+    detail::raise_shape("apply_through_bound",
+                        "y has " + std::to_string(to.rows()) + " rows and the form " +
+                            std::to_string(sure.out_features()) + " outputs");
   if (sure.changes_nothing()) return Eigen::MatrixXd::Zero(to.rows(), to.cols());
   const auto U_of = [&](const auto& p) {
     return p.step.factors.visit([&](const auto& l) -> Eigen::MatrixXd {
@@ -755,9 +808,10 @@ Eigen::MatrixXd apply_through_bound(const Down& down, const Y& y, const mixed_fo
       const detail::default_environment environment;
       const auto U = as_matrix(held);
       if (U.rows() != p.part.rank() || U.cols() != to.cols())
-        detail::raise_shape("apply_through_bound", "down(lora_A) is " + detail::shape_text(U.rows(), U.cols()) +
-                                                       ", not rank x positions, which is " +
-                                                       detail::shape_text(p.part.rank(), to.cols()));
+        detail::raise_shape("apply_through_bound",
+                            "down(lora_A) is " + detail::shape_text(U.rows(), U.cols()) +
+                                ", not rank x positions, which is " +
+                                detail::shape_text(p.part.rank(), to.cols()));
       return detail::widened(U).cwiseAbs();
     });
   };

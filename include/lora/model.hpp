@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// model<T>: the layers of a model by name, and adapters attached to all of their modules or to none.
+// model<T>: the layers of a model by name, and adapters attached to all of their modules or to
+// none.
 //
 //   lora::model<lora::bfloat16> net;
 //   net.add("model.layers.0.self_attn.q_proj", lora::linear<lora::bfloat16>(W));   // ...
-//   net.attach("style", set, 0.7);            // every module of the set, or an error and nothing is attached
+//   net.attach("style", set, 0.7);   // every module of the set, or nothing and an error
 //   net.merge("style");                       // in every layer that has it
 //   net.at("model.layers.0.self_attn.q_proj").forward(x, y);
 #pragma once
@@ -22,8 +23,9 @@
 
 namespace lora::inline LORA_DETAIL_ABI {
 
-/// Layers by module name. Owns them. add and attach change nothing when they throw; the others go from layer to layer, and where
-/// one throws (an order that linear refuses, a reload function), those before it are changed. As thread-safe as its layers.
+/// Layers by module name. Owns them. add and attach change nothing when they throw; the others go
+/// from layer to layer, and where one throws (an order that linear refuses, a reload function),
+/// those before it are changed. As thread-safe as its layers.
 template <class T>
 class model {
  public:
@@ -31,7 +33,8 @@ class model {
 
   /// Throws value_error when the name is taken.
   void add(std::string name, linear<T> layer) {
-    if (contains(name)) detail::raise_value("model::add", "a layer named \"" + name + "\" is there already");
+    if (contains(name))
+      detail::raise_value("model::add", "a layer named \"" + name + "\" is there already");
     layers_.emplace(std::move(name), std::move(layer));
   }
   bool contains(std::string_view module) const { return layers_.find(module) != layers_.end(); }
@@ -40,11 +43,14 @@ class model {
   auto end() const { return layers_.end(); }
   /// Throws value_error naming what is near.
   const linear<T>& at(std::string_view module) const { return *find("model::at", module); }
-  linear<T>& at(std::string_view module) { return const_cast<linear<T>&>(std::as_const(*this).at(module)); }
+  linear<T>& at(std::string_view module) {
+    return const_cast<linear<T>&>(std::as_const(*this).at(module));
+  }
 
-  /// Attaches adapters under one name: a range of pairs (module, adapter of any kind), as adapter_set is and a file of PEFT.
-  /// Every module must be a layer of this model: value_error names the first that is not, and what is near.
-  /// A set must not replace tensors too (adapter_set::adapters_alone).
+  /// Attaches adapters under one name: a range of pairs (module, adapter of any kind), as
+  /// adapter_set is and a file of PEFT. Every module must be a layer of this model: value_error
+  /// names the first that is not, and what is near. A set must not replace tensors too
+  /// (adapter_set::adapters_alone).
   template <class Adapters>
   void attach(const std::string& name, const Adapters& adapters, double strength = 1) {
     if constexpr (requires { adapters.check_adapters_alone("model::attach"); })
@@ -71,7 +77,8 @@ class model {
 #endif
   }
 
-  // As the members of linear, in every layer that has the adapter. Throws value_error when none has it.
+  // As the members of linear, in every layer that has the adapter. Throws value_error when none has
+  // it.
   void detach(const std::string& name) {
     each("model::detach", name, [&](linear<T>& one) { one.detach(name); });
   }
@@ -103,7 +110,8 @@ class model {
     std::vector<std::string> names;
     for (const auto& one : layers_) names.push_back(one.first);
     std::string near;
-    for (const auto& other : detail::nearest_names(module, names)) near += (near.empty() ? "; near: " : ", ") + other;
+    for (const auto& other : detail::nearest_names(module, names))
+      near += (near.empty() ? "; near: " : ", ") + other;
     detail::raise_value(operation, "the model has no layer \"" + std::string(module) + "\"" + near);
   }
   template <class Visit>

@@ -25,29 +25,41 @@ struct adapter_target {
   index_t first_row = 0, weight_rows = 0;
 };
 
-/// One module's adapter in the format that it was stored in. It is an adapter kind: every verb takes it, with W as the base
-/// stores it. Immutable; copies share what they hold. Invariant: never empty; the experts of a stack have one shape.
+/// One module's adapter in the format that it was stored in. It is an adapter kind: every verb
+/// takes it, with W as the base stores it. Immutable; copies share what they hold. Invariant: never
+/// empty; the experts of a stack have one shape.
 class [[nodiscard]] module_adapter {
  public:
   using value_type = float;
 
-  /// `kind` is what a format calls it ("LORA", "LOHA"), `origin` where it was read. Throws value_error for a target without name.
-  module_adapter(adapter_target target, any_kind adapter, std::string kind = {}, std::string origin = {})
-      : module_adapter(std::move(target), std::vector<any_kind>{std::move(adapter)}, std::move(kind), std::move(origin)) {}
+  /// `kind` is what a format calls it ("LORA", "LOHA"), `origin` where it was read. Throws
+  /// value_error for a target without name.
+  module_adapter(adapter_target target, any_kind adapter, std::string kind = {},
+                 std::string origin = {})
+      : module_adapter(std::move(target), std::vector<any_kind>{std::move(adapter)},
+                       std::move(kind), std::move(origin)) {}
   /// Of a stack of experts. Throws shape_error when their shapes differ or the target's weight does
   /// not have their rows, value_error when there is none.
-  module_adapter(adapter_target target, std::vector<any_kind> experts, std::string kind = {}, std::string origin = {})
-      : target_(std::move(target)), own_(std::move(experts)), kind_(std::move(kind)), origin_(std::move(origin)) {
+  module_adapter(adapter_target target, std::vector<any_kind> experts, std::string kind = {},
+                 std::string origin = {})
+      : target_(std::move(target)),
+        own_(std::move(experts)),
+        kind_(std::move(kind)),
+        origin_(std::move(origin)) {
     if (target_.module.empty()) detail::raise_value("module_adapter", "the target has no name");
     if (own_.empty()) detail::raise_value("module_adapter", target_.module + " has no adapter");
     if (target_.weight_rows == 0 && target_.first_row != 0)
-      detail::raise_value("module_adapter", target_.module + " has a first row, and no number of rows of its weight");
+      detail::raise_value("module_adapter",
+                          target_.module + " has a first row, and no number of rows of its weight");
     for (const any_kind& one : own_)
-      experts_.push_back(target_.weight_rows == 0 ? one : any_kind(in_rows(target_.first_row, target_.weight_rows, one)));
+      experts_.push_back(target_.weight_rows == 0
+                             ? one
+                             : any_kind(in_rows(target_.first_row, target_.weight_rows, one)));
     for (const any_kind& one : experts_)
       if (one.out_features() != out_features() || one.in_features() != in_features() ||
           one.stored_in_out() != stored_in_out())
-        detail::raise_shape("module_adapter", "the experts of " + target_.module + " have different shapes");
+        detail::raise_shape("module_adapter",
+                            "the experts of " + target_.module + " have different shapes");
     if (target_.weight.empty()) target_.weight = target_.module + ".weight";
     if (target_.bias.empty()) target_.bias = target_.module + ".bias";
   }
@@ -59,12 +71,15 @@ class [[nodiscard]] module_adapter {
   /// One expert's, in the target's rows. Throws value_error when there is no such.
   const any_kind& expert(index_t k) const {
     if (k < 0 || k >= experts())
-      detail::raise_value("module_adapter::expert",
-                          target_.module + " has " + std::to_string(experts()) + " experts, not one " + std::to_string(k));
+      detail::raise_value("module_adapter::expert", target_.module + " has " +
+                                                        std::to_string(experts()) +
+                                                        " experts, not one " + std::to_string(k));
     return experts_[static_cast<std::size_t>(k)];
   }
   /// The same adapter for another target.
-  module_adapter moved_to(adapter_target target) const { return module_adapter(std::move(target), own_, kind_, origin_); }
+  module_adapter moved_to(adapter_target target) const {
+    return module_adapter(std::move(target), own_, kind_, origin_);
+  }
 
   // As an adapter kind.
   index_t out_features() const { return experts_.front().out_features(); }
@@ -78,7 +93,8 @@ class [[nodiscard]] module_adapter {
   template <class Acc>
   std::vector<step<Acc>> steps(const step_request<Acc>& request) const {
     if (experts() != 1)
-      detail::raise_value(request.operation, target_.module + " is a stack of " + std::to_string(experts()) +
+      detail::raise_value(request.operation, target_.module + " is a stack of " +
+                                                 std::to_string(experts()) +
                                                  " experts: pass the stack, or use expert(k)");
     return experts_.front().steps(request);
   }
@@ -90,15 +106,16 @@ class [[nodiscard]] module_adapter {
 };
 static_assert(adapter_kind<module_adapter>);
 
-/// Every expert of a stack [experts, ., .] with its adapter, at a strength; slices as the base stores them. Shapes are checked
-/// before anything is written.
+/// Every expert of a stack [experts, ., .] with its adapter, at a strength; slices as the base
+/// stores them. Shapes are checked before anything is written.
 template <class T>
   requires(!std::is_const_v<T>)
 merge_report merge(const tensor_view<T, 3>& stack, const module_adapter& l, double strength = 1) {
   const bool swapped = l.stored_in_out();
   if (l.experts() != stack.extent(0))
     detail::raise_shape("merge", l.target().module + " is for " + std::to_string(l.experts()) +
-                                     " experts and the stack has " + std::to_string(stack.extent(0)));
+                                     " experts and the stack has " +
+                                     std::to_string(stack.extent(0)));
   for (index_t k = 0; k < l.experts(); ++k)
     l.expert(k).check_fits("merge", stack.extent(swapped ? 2 : 1), stack.extent(swapped ? 1 : 2));
   for (index_t k = 0; k < l.experts(); ++k) {
@@ -106,7 +123,8 @@ merge_report merge(const tensor_view<T, 3>& stack, const module_adapter& l, doub
     detail::check_can_merge("merge", slice, scaled(strength, l.expert(k)));
   }
   merge_report report;
-  for (index_t k = 0; k < l.experts(); ++k) report += merge(stack.slice(k).matrix(), scaled(strength, l.expert(k)));
+  for (index_t k = 0; k < l.experts(); ++k)
+    report += merge(stack.slice(k).matrix(), scaled(strength, l.expert(k)));
   return report;
 }
 

@@ -9,7 +9,8 @@
 
 namespace lora::inline LORA_DETAIL_ABI {
 
-/// Names that begin with one prefix get another; the others stay. For adapter_set::renamed and peft::adapter_file::renamed.
+/// Names that begin with one prefix get another; the others stay. For adapter_set::renamed and
+/// peft::adapter_file::renamed.
 ///   set.renamed(lora::moved_prefix{"language_model.model.", "model.language_model."})
 struct moved_prefix {
   std::string from, to;

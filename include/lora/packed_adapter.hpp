@@ -3,9 +3,10 @@
 // packed_adapter<F>: an adapter in the layout that products read, packed once and mixed often.
 //
 //   const lora::packed_adapter<float> style{adapter};
-//   lora::forward(packed, X, Y, style, lora::scaled(0.3, subject));      // no factor is packed in the call
+//   lora::forward(packed, X, Y, style, lora::scaled(0.3, subject));   // packs nothing
 //
-// forward and apply take it wherever they take an adapter. A strength costs nothing: it multiplies lora_A * x.
+// forward and apply take it wherever they take an adapter. A strength costs nothing: it multiplies
+// lora_A * x.
 #pragma once
 
 #include <iterator>
@@ -23,14 +24,15 @@
 
 namespace lora::inline LORA_DETAIL_ABI {
 
-/// In what U = s * lora_A * x is kept until lora_B multiplies it: in the accumulator, or rounded once more to the format of
-/// the packed factors, as a model in that format does.
-enum class U_format { accumulator, factors };
+/// In what U = s * lora_A * x is kept until lora_B multiplies it: in the accumulator, or rounded
+/// once more to the format of the packed factors, as a model in that format does.
+enum class intermediate_format { accumulator, factors };
 
-/// Holds the panels of lora_A and lora_B as F: float, double, or a 16-bit format. Their bytes are what
-/// mixing reads: rank * (in_features + out_features) * sizeof(F), and padding. Immutable; copies share
-/// the panels. The original factors cannot be read back from it, so it does not merge. From 1 MiB on
-/// the panels lie in huge pages of their own; packed_adapters does that for many small adapters.
+/// Holds the panels of lora_A and lora_B as F: float, double, or a 16-bit format. Their bytes are
+/// what mixing reads: rank * (in_features + out_features) * sizeof(F), and padding. Immutable;
+/// copies share the panels. The original factors cannot be read back from it, so it does not merge.
+/// From 1 MiB on the panels lie in huge pages of their own; packed_adapters does that for many
+/// small adapters.
 template <class F>
 class [[nodiscard]] packed_adapter {
   static_assert(detail::refuse_panels<F>());
@@ -61,11 +63,13 @@ class [[nodiscard]] packed_adapter {
   /// half its subnormal step: docs/numerics.md). Throws shape_error and value_error as the verbs,
   /// and value_error for a finite element that F does not hold.
   ///
-  /// U_format::factors, for bfloat16: each output changes by at most u_F (1 + gamma) sum |s| |lora_B| |lora_A| |x| more, with
-  /// u_F = 2^-8, and what underflows in bfloat16. A build for AVX512-BF16 then multiplies lora_B * U by dot products, too, in
-  /// half of the time, where W * x is computed by them (their sums count as zero below the smallest normal float).
+  /// intermediate_format::factors, for bfloat16: each output changes by at most u_F (1 + gamma) sum
+  /// |s| |lora_B| |lora_A| |x| more, with u_F = 2^-8, and what underflows in bfloat16. A build for
+  /// AVX512-BF16 then multiplies lora_B * U by dot products, too, in half of the time, where W * x
+  /// is computed by them (their sums count as zero below the smallest normal float).
   template <low_rank L>
-  explicit packed_adapter(const L& l, lora::U_format U = lora::U_format::accumulator)
+  explicit packed_adapter(const L& l,
+                          lora::intermediate_format U = lora::intermediate_format::accumulator)
     requires(std::is_same_v<F, bfloat16>)
       : packed_adapter(l, pack_tag{}) {
     U_ = U;
@@ -77,7 +81,8 @@ class [[nodiscard]] packed_adapter {
   /// A mistaken adapter gets a sentence.
   template <class L>
     requires(detail::mistaken_adapter<L> && !std::is_same_v<L, packed_adapter>)
-  explicit packed_adapter(const L&, lora::U_format = lora::U_format::accumulator) {
+  explicit packed_adapter(const L&,
+                          lora::intermediate_format = lora::intermediate_format::accumulator) {
     static_assert(detail::refuse_adapter<detail::verb::pack, L>());
   }
 
@@ -85,7 +90,7 @@ class [[nodiscard]] packed_adapter {
   double scaling() const { return scaling_; }
   index_t out_features() const { return out_features_; }
   index_t in_features() const { return in_features_; }
-  lora::U_format U_format() const { return U_; }
+  lora::intermediate_format intermediate_format() const { return U_; }
   std::size_t bytes() const { return static_cast<std::size_t>(where().size()) * sizeof(F); }
 
   /// The panels, for the library's own verbs.
@@ -131,15 +136,16 @@ class [[nodiscard]] packed_adapter {
       for (index_t i = 0; view.cols() != 0 && i < view.rows(); ++i)
         for (index_t k = 0; k < view.cols(); ++k)
           if (detail::is_finite(view(i, k)) && !detail::is_finite(detail::converted<F>(view(i, k))))
-            detail::raise_value("packed_adapter", "element " + std::to_string(i) + ", " + std::to_string(k) + " of " +
-                                                      factor +
-                                                      " is finite, and too large for the format of the panels: pack it in "
-                                                      "a wider one");
+            detail::raise_value(
+                "packed_adapter",
+                "element " + std::to_string(i) + ", " + std::to_string(k) + " of " + factor +
+                    " is finite, and too large for the format of the panels: pack it in "
+                    "a wider one");
   }
 
   index_t out_features_ = 0, in_features_ = 0, rank_ = 0;
   double scaling_ = 0;
-  lora::U_format U_ = lora::U_format::accumulator;
+  lora::intermediate_format U_ = lora::intermediate_format::accumulator;
   std::shared_ptr<const F> panels_;
 };
 
@@ -149,8 +155,9 @@ template <detail::mistaken_adapter L>
 packed_adapter(const L&) -> packed_adapter<float>;  // for the sentence
 
 /// Many adapters, packed as packed_adapter<F> into one block of memory: those that a server keeps.
-/// Small adapters then share huge pages, and a batch that reads many of them has fewer misses in the
-/// processor's table of addresses. Immutable; an element that is copied keeps the whole block alive.
+/// Small adapters then share huge pages, and a batch that reads many of them has fewer misses in
+/// the processor's table of addresses. Immutable; an element that is copied keeps the whole block
+/// alive.
 ///
 ///   const lora::packed_adapters<lora::bfloat16> served{adapters};
 ///   lora::batch requests{served};
@@ -160,14 +167,15 @@ class [[nodiscard]] packed_adapters {
   using value_type = packed_adapter<F>;
 
   packed_adapters() = default;
-  /// Packs every adapter of a range. Throws what packed_adapter's constructor throws; std::bad_alloc.
+  /// Packs every adapter of a range. Throws what packed_adapter's constructor throws;
+  /// std::bad_alloc.
   template <low_rank_range R>
   explicit packed_adapters(const R& adapters) {
     pack(adapters);
   }
   /// The same with U in this format (see packed_adapter).
   template <low_rank_range R>
-  packed_adapters(const R& adapters, lora::U_format U)
+  packed_adapters(const R& adapters, lora::intermediate_format U)
     requires(std::is_same_v<F, bfloat16>)
   {
     pack(adapters);
@@ -176,7 +184,8 @@ class [[nodiscard]] packed_adapters {
   /// A mistaken list gets a sentence.
   template <class R>
     requires(detail::recognisable<R> && !low_rank_range<R> && !std::is_same_v<R, packed_adapters>)
-  explicit packed_adapters(const R&, lora::U_format = lora::U_format::accumulator) {
+  explicit packed_adapters(const R&,
+                           lora::intermediate_format = lora::intermediate_format::accumulator) {
     static_assert(detail::refuse_adapter<detail::verb::pack, R>());
   }
 
@@ -184,14 +193,18 @@ class [[nodiscard]] packed_adapters {
   const value_type& operator[](std::size_t k) const { return all_[k]; }
   auto begin() const { return all_.begin(); }
   auto end() const { return all_.end(); }
-  operator std::span<const value_type>() const { return all_; }  // NOLINT(google-explicit-constructor)
+  operator std::span<const value_type>() const {
+    return all_;
+  }  // NOLINT(google-explicit-constructor)
 
  private:
   template <class R>
   void pack(const R& adapters) {
     const detail::default_environment environment;
     constexpr auto line = static_cast<index_t>(detail::memory_alignment / sizeof(F));
-    const auto lines = [](const value_type& one) { return detail::pieces(one.where().size(), line) * line; };
+    const auto lines = [](const value_type& one) {
+      return detail::pieces(one.where().size(), line) * line;
+    };
     index_t size = 0;
     for (const auto& l : adapters) {
       all_.emplace_back().check(l);
@@ -210,47 +223,52 @@ class [[nodiscard]] packed_adapters {
 };
 
 template <low_rank_range R>
-packed_adapters(const R&) -> packed_adapters<accumulator_t<detail::bare<decltype(*std::begin(std::declval<const R&>()))>>>;
+packed_adapters(const R&) -> packed_adapters<
+    accumulator_t<detail::bare<decltype(*std::begin(std::declval<const R&>()))>>>;
 
 /// w * (a packed adapter). Holds a pointer to it: the packed adapter must outlive this.
 template <scalar F>
 class [[nodiscard]] scaled_packed_adapter {
  public:
-  /// Throws value_error when the weight is not finite.
-  scaled_packed_adapter(double weight, const packed_adapter<F>& adapter) : adapter_(&adapter), weight_(weight) {
-    if (!detail::is_finite(weight)) detail::raise_value("scaled", "the weight is not finite");
+  /// Throws value_error when the strength is not finite.
+  scaled_packed_adapter(double strength, const packed_adapter<F>& adapter)
+      : adapter_(&adapter), strength_(strength) {
+    if (!detail::is_finite(strength)) detail::raise_value("scaled", "the strength is not finite");
   }
-  scaled_packed_adapter(double weight, const packed_adapter<F>&& adapter) = delete;  // it would look at a temporary
+  scaled_packed_adapter(double strength, const packed_adapter<F>&& adapter) =
+      delete;  // it would look at a temporary
 
   const packed_adapter<F>& adapter() const { return *adapter_; }
-  double weight() const { return weight_; }
-  double scaling() const { return weight_ * adapter_->scaling(); }
+  double strength() const { return strength_; }
+  double scaling() const { return strength_ * adapter_->scaling(); }
   index_t rank() const { return adapter_->rank(); }
   index_t out_features() const { return adapter_->out_features(); }
   index_t in_features() const { return adapter_->in_features(); }
 
  private:
   const packed_adapter<F>* adapter_;
-  double weight_;
+  double strength_;
 };
 
 static_assert(detail::packed_adapter_like<packed_adapter<float>>);
 static_assert(detail::packed_adapter_like<scaled_packed_adapter<float>>);
 
-/// As scaled(w, adapter): the packed adapter must outlive the result. Throws value_error when the weight is not finite.
+/// As scaled(w, adapter): the packed adapter must outlive the result. Throws value_error when the
+/// strength is not finite.
 template <scalar F>
-scaled_packed_adapter<F> scaled(double weight, const packed_adapter<F>& adapter) {
-  return scaled_packed_adapter<F>(weight, adapter);
+scaled_packed_adapter<F> scaled(double strength, const packed_adapter<F>& adapter) {
+  return scaled_packed_adapter<F>(strength, adapter);
 }
 /// Strengths multiply.
 template <scalar F>
-scaled_packed_adapter<F> scaled(double weight, const scaled_packed_adapter<F>& adapter) {
-  return scaled_packed_adapter<F>(weight * adapter.weight(), adapter.adapter());
+scaled_packed_adapter<F> scaled(double strength, const scaled_packed_adapter<F>& adapter) {
+  return scaled_packed_adapter<F>(strength * adapter.strength(), adapter.adapter());
 }
 template <scalar F>
 auto scaled(double, const packed_adapter<F>&&) {
   static_assert(detail::never<F>,
-                "lora::scaled: the packed adapter is a temporary, and the result would look at it: give it a name first");
+                "lora::scaled: the packed adapter is a temporary, and the result would look at it: "
+                "give it a name first");
 }
 
 namespace detail {
@@ -294,7 +312,8 @@ concept mixables = mixable<L> || mixable_range<L>;
 
 template <class R>
   requires(mixable_range<R> && !low_rank_range<R>)
-inline constexpr bool holds_double<R> = holds_double<bare<decltype(*std::begin(std::declval<const bare<R>&>()))>>;
+inline constexpr bool holds_double<R> =
+    holds_double<bare<decltype(*std::begin(std::declval<const bare<R>&>()))>>;
 
 }  // namespace detail
 }  // namespace lora::inline LORA_DETAIL_ABI

@@ -2,7 +2,8 @@
 //
 // How far the results of rounding.hpp may be from exact arithmetic; see bounds.hpp.
 //
-//   merge_bound(rounding::as_peft, W, l...)       of merge(rounding::as_peft, W, l...); W as it is before
+//   merge_bound(rounding::as_peft, W, l...)       of merge(rounding::as_peft, W, l...); W as it is
+//   before
 //                                              the merge
 //   merge_bound(rounding::as_peft_safe, W, l...)  of merge(rounding::as_peft_safe, W, l...)
 //   unmerge_bound(either, W, l...)             of unmerge(either, W, l...)
@@ -89,7 +90,8 @@ class stepwise_error {
         operands += std::abs(p.B(row, r)) + std::abs(p.A(r, col));
       }
       d *= std::abs(p.s);
-      const double e = steps_[k].of(reached, d, underflow_of(k) + p.flushed * std::abs(p.s) * operands, p.rank());
+      const double e = steps_[k].of(
+          reached, d, underflow_of(k) + p.flushed * std::abs(p.s) * operands, p.rank());
       sum += e;
       reached += d + e;
     }
@@ -100,7 +102,8 @@ class stepwise_error {
   double underflow_of(std::size_t k) const {
     const auto& p = parts_[k];
     const auto rank = static_cast<double>(p.rank());
-    return steps_[k].accumulator.eta * (std::abs(p.s) * rank + 1) + p.flushed * std::abs(p.s) * 2 * rank;
+    return steps_[k].accumulator.eta * (std::abs(p.s) * rank + 1) +
+           p.flushed * std::abs(p.s) * 2 * rank;
   }
 
   std::vector<error_part> parts_;
@@ -126,7 +129,7 @@ auto policy_bound(const char* operation, bool delta_first, double sign, const M&
     using sum = accumulator_t<T, delta>;
     auto part = error_part_of<acc>(one);
     // B A is formed without s, by dot products for every s.
-    part.flushed = part.rank() >= least_rank_of_dots ? smallest_in_delta<acc, One>() : 0;
+    part.flushed = part.rank() >= least_rank_of_dots ? flush_threshold_of_delta<acc, One>() : 0;
     parts.push_back(std::move(part));
     steps.push_back({.accumulator = unit_of<acc>(),
                      .factor = unit_of_stored<delta, acc>(),
@@ -134,7 +137,8 @@ auto policy_bound(const char* operation, bool delta_first, double sign, const M&
                      .sum = unit_of<sum>().u,
                      .stored = unit_of_stored<T, sum>()});
   });
-  return weight_bound<float, rows, stepwise_error>(weight, {std::move(parts), std::move(steps), weight.cols()}, sign);
+  return weight_bound<float, rows, stepwise_error>(
+      weight, {std::move(parts), std::move(steps), weight.cols()}, sign);
 }
 
 }  // namespace detail
@@ -143,7 +147,8 @@ auto policy_bound(const char* operation, bool delta_first, double sign, const M&
 template <rounding_policy P, class M, class... L>
   requires matrix_like<M> && (detail::adapters<L> && ...)
 auto merge_bound(P, const M& W, const L&... l) {
-  return detail::policy_bound("merge_bound", std::same_as<P, rounding::peft_safe_policy>, 1, W, l...);
+  return detail::policy_bound("merge_bound", std::same_as<P, rounding::peft_safe_policy>, 1, W,
+                              l...);
 }
 /// Of unmerge with a policy, which rounds each delta first.
 template <rounding_policy P, class M, class... L>

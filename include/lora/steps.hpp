@@ -1,17 +1,19 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What an adapter of any kind does to a layer: an ordered list of steps. A kind (LoRA, DoRA, LoHa, IA3, ...) says its steps
-// and nothing else; every verb is written once over them.
+// What an adapter of any kind does to a layer: an ordered list of steps. A kind (LoRA, DoRA, LoHa,
+// IA3, ...) says its steps and nothing else; every verb is written once over them.
 //
 //   step         in a merge: row i of W             in a mix: y, which starts as W x
 //   low_rank     row += s lora_B(i, :) lora_A       y += s lora_B (lora_A x)
 //   delta        row += s D(i, :)                   y += s D x
 //   gain         row *= g_i                         y = diag(g) y
 //   input        row := row T                       W and the steps before it see T x in place of x
-//   shift        bias_i += c_i                      y += c, after all other steps, with the base's bias
+//   shift        bias_i += c_i                      y += c, after all other steps, with the base's
+//                bias
 //
-// Steps of several adapters follow each other in the order of the call. The steps before a gain or an
-// input map are changed by it: W' = diag(g) (W + s B A) T for low_rank, gain, input in this order.
+// Steps of several adapters follow each other in the order of the call. The steps before a gain or
+// an input map are changed by it: W' = diag(g) (W + s B A) T for low_rank, gain, input in this
+// order.
 //
 // A step may be for a block of the rows of W alone, which are outputs of y (its `rows`);
 // in_rows.hpp makes such steps of any adapter. All other rows, and their outputs, keep their bits.
@@ -42,11 +44,13 @@ namespace lora::inline LORA_DETAIL_ABI {
 /// the factors together with its copies, or looks at factors that live elsewhere.
 class any_factors {
  public:
-  using view = std::variant<adapter_view<float>, adapter_view<double>, adapter_view<float16>, adapter_view<bfloat16>>;
+  using view = std::variant<adapter_view<float>, adapter_view<double>, adapter_view<float16>,
+                            adapter_view<bfloat16>>;
 
   /// Shares the ownership of factors.
   template <scalar T>
-  explicit any_factors(std::shared_ptr<const adapter<T>> owner) : view_(adapter_view<T>(*owner)), owner_(std::move(owner)) {}
+  explicit any_factors(std::shared_ptr<const adapter<T>> owner)
+      : view_(adapter_view<T>(*owner)), owner_(std::move(owner)) {}
   /// Looks at factors, which must outlive the result and its copies.
   template <scalar T>
   static any_factors view_of(const adapter<T>& l) {
@@ -54,7 +58,8 @@ class any_factors {
   }
   /// Looks at factors that `owner` keeps alive.
   template <scalar T>
-  any_factors(const adapter_view<T>& l, std::shared_ptr<const void> owner) : view_(l), owner_(std::move(owner)) {}
+  any_factors(const adapter_view<T>& l, std::shared_ptr<const void> owner)
+      : view_(l), owner_(std::move(owner)) {}
   /// Copies the factors of any adapter, in their format (the wider one, if they differ).
   template <low_rank L>
   static any_factors copy_of(const L& l) {
@@ -82,7 +87,8 @@ class any_factors {
   any_factors rows(index_t first, index_t count) const {
     const auto cut = [&]<class T>(const adapter_view<T>& l) {
       const lora::scaling own{.alpha = l.scaling(), .rule = scaling_rule::fixed};
-      return any_factors(adapter_view<T>(l.lora_A(), l.lora_B().middle_rows(first, count), own), owner_);
+      return any_factors(adapter_view<T>(l.lora_A(), l.lora_B().middle_rows(first, count), own),
+                         owner_);
     };
     return std::visit(cut, view_);
   }
@@ -106,8 +112,8 @@ class input_map {
   virtual void columns(Acc* x, index_t tokens, index_t stride) const = 0;
   /// row := row T for `count` rows of in_features elements, `stride` apart.
   virtual void rows(Acc* rows, index_t count, index_t stride) const = 0;
-  /// row := row T^-1; value_error naming the operation where T has no inverse. Called once with count 0
-  /// before anything is written.
+  /// row := row T^-1; value_error naming the operation where T has no inverse. Called once with
+  /// count 0 before anything is written.
   virtual void undo_rows(const char* operation, Acc* rows, index_t count, index_t stride) const = 0;
 };
 
@@ -116,12 +122,13 @@ template <class Acc>
 class delta_source {
  public:
   virtual ~delta_source() = default;
-  /// Rows first ... first + count - 1 of D, `stride` apart. Called by several threads at once. What it throws (std::bad_alloc)
-  /// leaves the rows of W that were done before merged.
+  /// Rows first ... first + count - 1 of D, `stride` apart. Called by several threads at once. What
+  /// it throws (std::bad_alloc) leaves the rows of W that were done before merged.
   virtual void rows(index_t first, index_t count, Acc* to, index_t stride) const = 0;
   /// y := D x for `tokens` columns; x has in_features elements a column, y out_features, no gaps.
   virtual void product(const Acc* x, index_t tokens, Acc* y) const = 0;
-  /// Factors with lora_B lora_A = D (scaling 1) where mixing by them costs less than product; else null.
+  /// Factors with lora_B lora_A = D (scaling 1) where mixing by them costs less than product; else
+  /// null.
   virtual const any_factors* expanded() const { return nullptr; }
 };
 
@@ -167,7 +174,8 @@ struct shift_step {
 
 /// One step; see the top of this file.
 template <class Acc>
-using step = std::variant<low_rank_step, delta_step<Acc>, gain_step<Acc>, input_step<Acc>, shift_step>;
+using step =
+    std::variant<low_rank_step, delta_step<Acc>, gain_step<Acc>, input_step<Acc>, shift_step>;
 
 /// Where rows of a weight lie, so that they can be fetched ahead of time; null: unknown.
 struct memory_of_rows {
@@ -189,8 +197,10 @@ class weight_rows {
   virtual index_t in_features() const = 0;
   /// Rows that are best read together.
   virtual index_t granule() const { return 1; }
-  /// Rows first ... first + count - 1 and columns first_col ... first_col + cols - 1; rows `stride` apart in `to`.
-  virtual void read(index_t first, index_t count, index_t first_col, index_t cols, Acc* to, index_t stride) const = 0;
+  /// Rows first ... first + count - 1 and columns first_col ... first_col + cols - 1; rows `stride`
+  /// apart in `to`.
+  virtual void read(index_t first, index_t count, index_t first_col, index_t cols, Acc* to,
+                    index_t stride) const = 0;
   /// Where an element lies that may be fetched; nowhere for a row -1.
   virtual memory_of_rows memory(index_t, index_t) const { return {}; }
   /// For the library's own weights, which compute norms faster than by read.
@@ -203,8 +213,9 @@ namespace detail {
 inline row_range checked_rows(const char* operation, const row_range& rows, index_t out_features) {
   const row_range of = rows.of(out_features);
   if (of.first < 0 || of.count > out_features || of.first > out_features - of.count)
-    raise_shape(operation, "a step is for " + std::to_string(of.count) + " rows from row " + std::to_string(of.first) +
-                               " on, and the weight has " + std::to_string(out_features) + " rows");
+    raise_shape(operation, "a step is for " + std::to_string(of.count) + " rows from row " +
+                               std::to_string(of.first) + " on, and the weight has " +
+                               std::to_string(out_features) + " rows");
   return of;
 }
 
@@ -213,7 +224,8 @@ template <class Acc>
 void refuse_double_factors(const char* operation, const any_factors& factors) {
   if (!std::is_same_v<Acc, double> && factors.holds_double())
     raise_value(operation,
-                "an adapter's factors are double, and this call accumulates in float: its kind has to say so, with "
+                "an adapter's factors are double, and this call accumulates in float: its kind has "
+                "to say so, with "
                 "value_type = double or holds_double()");
 }
 }  // namespace detail
@@ -223,25 +235,30 @@ enum class step_use {
   merge,    ///< into a weight
   prepare,  ///< a mixed form, for any use
   product,  ///< y = W x: forward, apply
-  rows,     ///< an embedding's rows
+  embed,    ///< an embedding's rows
   through,  ///< a convolution of the caller's
 };
 
 /// What a verb asks a kind's steps for.
 template <class Acc>
 struct step_request {
-  const char* operation;                     ///< the verb, for messages
-  double strength = 1;                       ///< of scaled(strength, adapter), finite
-  const weight_rows<Acc>* weight = nullptr;  ///< the base as it was before any merge; null where the verb has none (apply)
+  const char* operation;  ///< the verb, for messages
+  double strength = 1;    ///< of scaled(strength, adapter), finite
+  /// The base as it was before any merge; null where the verb has none (apply).
+  const weight_rows<Acc>* weight = nullptr;
   step_use use = step_use::merge;
 };
 
 /// A class that says its steps. It may also have
-///   bool stored_in_out() const                             the base stores its weight in x out, and verbs take it so
-///   void check_fits(operation, out_features, in_features)  throws unless it is for such a weight, with a better sentence
-///   bool holds_double() const                              its numbers are double, where value_type does not say so
+///   bool stored_in_out() const                             the base stores its weight in x out,
+///                                                          and verbs take it so
+///   void check_fits(operation, out_features, in_features)  throws unless it is for such a weight,
+///                                                          with a better sentence
+///   bool holds_double() const                              its numbers are double, where
+///                                                          value_type does not say so
 template <class K>
-concept adapter_kind = requires(const detail::bare<K>& k, const step_request<float>& f, const step_request<double>& d) {
+concept adapter_kind = requires(const detail::bare<K>& k, const step_request<float>& f,
+                                const step_request<double>& d) {
   typename detail::bare<K>::value_type;
   { k.out_features() } -> std::convertible_to<index_t>;
   { k.in_features() } -> std::convertible_to<index_t>;
@@ -250,10 +267,11 @@ concept adapter_kind = requires(const detail::bare<K>& k, const step_request<flo
 };
 /// A run-time number of them.
 template <class R>
-concept adapter_kind_range = !adapter_kind<R> && !low_rank<R> && requires(const detail::bare<R>& r) {
-  { *std::begin(r) } -> adapter_kind;
-  { std::end(r) };
-};
+concept adapter_kind_range =
+    !adapter_kind<R> && !low_rank<R> && requires(const detail::bare<R>& r) {
+      { *std::begin(r) } -> adapter_kind;
+      { std::end(r) };
+    };
 
 template <adapter_kind K>
 class scaled_kind;
@@ -266,7 +284,8 @@ template <class K>
 inline constexpr bool is_scaled_kind<scaled_kind<K>> = true;
 }  // namespace detail
 
-/// strength * (an adapter of any kind): its steps at that strength. Looks at the adapter, which must outlive it.
+/// strength * (an adapter of any kind): its steps at that strength. Looks at the adapter, which
+/// must outlive it.
 template <adapter_kind K>
 class [[nodiscard]] scaled_kind {
  public:
@@ -302,7 +321,8 @@ class [[nodiscard]] scaled_kind {
   const K* of_;
 };
 
-/// The adapter at `strength` times its own; strengths multiply when nested. 0: the adapter is not read.
+/// The adapter at `strength` times its own; strengths multiply when nested. 0: the adapter is not
+/// read.
 template <adapter_kind K>
   requires(!low_rank<K> && !detail::is_scaled_kind<K>)
 scaled_kind<K> scaled(double strength, const K& of) {
@@ -314,7 +334,8 @@ scaled_kind<K> scaled(double strength, const scaled_kind<K>& of) {
 }
 template <adapter_kind K>
   requires(!low_rank<K> && !detail::is_scaled_kind<K>)
-void scaled(double strength, const K&& temporary) = delete;  // the result would look at it: give it a name first
+void scaled(double strength,
+            const K&& temporary) = delete;  // the result would look at it: give it a name first
 
 namespace detail {
 
@@ -322,7 +343,8 @@ template <class K>
   requires(adapter_kind<K> && !low_rank<K>)
 inline constexpr bool holds_double<K> = std::is_same_v<typename K::value_type, double>;
 template <adapter_kind_range R>
-inline constexpr bool holds_double<R> = holds_double<bare<decltype(*std::begin(std::declval<const bare<R>&>()))>>;
+inline constexpr bool holds_double<R> =
+    holds_double<bare<decltype(*std::begin(std::declval<const bare<R>&>()))>>;
 
 /// Adapters of any kind, and ranges of them.
 template <class L>
@@ -337,11 +359,14 @@ void visit_kinds(const Visit& visit, const L& l) {
     for (const auto& each : l) visit(each);
 }
 
-/// The one delta step of a kind with a scaling; none at strength 0, where make_source() is not called.
+/// The one delta step of a kind with a scaling; none at strength 0, where make_source() is not
+/// called.
 template <class Acc, class Make>
-std::vector<step<Acc>> delta_steps(const step_request<Acc>& request, double scaling, const Make& make_source) {
+std::vector<step<Acc>> delta_steps(const step_request<Acc>& request, double scaling,
+                                   const Make& make_source) {
   const double s = request.strength * scaling;
-  if (!is_finite(s)) raise_value(request.operation, "the adapter's scaling times its strength is not finite");
+  if (!is_finite(s))
+    raise_value(request.operation, "the adapter's scaling times its strength is not finite");
   std::vector<step<Acc>> all;
   if (!is_zero(s)) all.push_back(delta_step<Acc>{make_source(), s});
   return all;
@@ -368,7 +393,8 @@ void check_kind(const char* operation, const K& one, index_t out_features, index
   else if constexpr (requires {
                        { one.scaling() } -> std::convertible_to<double>;
                      })
-    check_fit(operation, one.out_features(), one.in_features(), one.scaling(), out_features, in_features);
+    check_fit(operation, one.out_features(), one.in_features(), one.scaling(), out_features,
+              in_features);
   else
     check_fit(operation, one.out_features(), one.in_features(), 1.0, out_features, in_features);
 }
@@ -391,9 +417,11 @@ bool any_holds_double_now(const L&... l) {
   return any;
 }
 
-/// The steps of adapters of any kind and ranges of them, in order. Checks that each is for the shape.
+/// The steps of adapters of any kind and ranges of them, in order. Checks that each is for the
+/// shape.
 template <class Acc, class... L>
-std::vector<step<Acc>> steps_of(const step_request<Acc>& request, index_t out_features, index_t in_features, const L&... l) {
+std::vector<step<Acc>> steps_of(const step_request<Acc>& request, index_t out_features,
+                                index_t in_features, const L&... l) {
   std::vector<step<Acc>> all;
   [[maybe_unused]] const auto add = [&]<class K>(const K& one) {
     check_kind(request.operation, one, out_features, in_features);
@@ -403,7 +431,8 @@ std::vector<step<Acc>> steps_of(const step_request<Acc>& request, index_t out_fe
   return all;
 }
 
-/// Whether the base stores the weight of an adapter in_features x out_features, and its verbs take it so.
+/// Whether the base stores the weight of an adapter in_features x out_features, and its verbs take
+/// it so.
 template <class K>
 bool is_stored_in_out(const K& k) {
   if constexpr (requires {
@@ -439,9 +468,10 @@ bool are_stored_in_out(const char* operation, const L&... l) {
   };
   (visit_kinds(look, l), ...);
   if (!in_out.empty() && !out_in.empty())
-    raise_value(operation, "the config of one adapter says fan_in_fan_out and the other's does not, for " + in_out +
-                               " and " + out_in +
-                               "; one weight is stored one way: read them with read_options::fan_in_fan_out");
+    raise_value(operation,
+                "the config of one adapter says fan_in_fan_out and the other's does not, for " +
+                    in_out + " and " + out_in +
+                    "; one weight is stored one way: read them with read_options::fan_in_fan_out");
   return !in_out.empty();
 }
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// tensor_view looks at a dense tensor of fixed rank as files hold them: row-major, packed, somebody else's memory. It
-// exists to say a shape and to be cut down to the matrix_view that the verbs take.
+// tensor_view looks at a dense tensor of fixed rank as files hold them: row-major, packed, somebody
+// else's memory. It exists to say a shape and to be cut down to the matrix_view that the verbs
+// take.
 #pragma once
 
 #include <array>
@@ -34,7 +35,8 @@ class tensor_view {
   tensor_view(std::span<T> values, const shape_type& shape) : data_(values.data()), shape_(shape) {
     const index_t needed = checked_size(shape);
     if (needed > static_cast<index_t>(values.size()))
-      detail::raise_shape("tensor_view", text(shape) + " needs more elements than the " + std::to_string(values.size()) +
+      detail::raise_shape("tensor_view", text(shape) + " needs more elements than the " +
+                                             std::to_string(values.size()) +
                                              " that the span holds");
   }
 
@@ -44,20 +46,23 @@ class tensor_view {
   index_t size() const { return checked_size(shape_); }
   T* data() const { return data_; }
 
-  /// The tensor at an index of the first dimension (an expert of a stack, a layer of an array). Throws shape_error when
-  /// the index is out of range.
+  /// The tensor at an index of the first dimension (an expert of a stack, a layer of an array).
+  /// Throws shape_error when the index is out of range.
   auto slice(index_t index) const
     requires(Rank >= 2)
   {
     if (index < 0 || index >= shape_[0])
-      detail::raise_shape("tensor_view::slice", std::to_string(index) + " is not an index of " + text(shape_));
+      detail::raise_shape("tensor_view::slice",
+                          std::to_string(index) + " is not an index of " + text(shape_));
     std::array<index_t, Rank - 1> rest{};
     for (std::size_t k = 1; k < Rank; ++k) rest[k - 1] = shape_[k];
     const index_t step = shape_[0] == 0 ? 0 : size() / shape_[0];
-    return tensor_view<T, Rank - 1>(std::span<T>(data_ + index * step, static_cast<std::size_t>(step)), rest);
+    return tensor_view<T, Rank - 1>(
+        std::span<T>(data_ + index * step, static_cast<std::size_t>(step)), rest);
   }
 
-  /// The matrix first dimension x product of the others: all of a rank-2 tensor, a convolution as PEFT flattens it.
+  /// The matrix first dimension x product of the others: all of a rank-2 tensor, a convolution as
+  /// PEFT flattens it.
   matrix_view<T, storage_order::row_major> matrix() const {
     index_t cols = 1;
     for (std::size_t k = 1; k < Rank; ++k) cols *= shape_[k];
@@ -74,15 +79,18 @@ class tensor_view {
       empty = empty || extent == 0;
     }
     for (const index_t extent : shape) {
-      if (extent == 0) continue;  // [0, huge, huge] has no element, but matrix() multiplies the others
-      if (extent > largest / product) detail::raise_shape("tensor_view", text(shape) + " has too many elements");
+      if (extent == 0)
+        continue;  // [0, huge, huge] has no element, but matrix() multiplies the others
+      if (extent > largest / product)
+        detail::raise_shape("tensor_view", text(shape) + " has too many elements");
       product *= extent;
     }
     return empty ? 0 : product;
   }
   static std::string text(const shape_type& shape) {
     std::string result;
-    for (const index_t extent : shape) result += (result.empty() ? "[" : ", ") + std::to_string(extent);
+    for (const index_t extent : shape)
+      result += (result.empty() ? "[" : ", ") + std::to_string(extent);
     return result + "]";
   }
 

@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The version, in its only place (CMake and the pkg-config file read it here), and the tag of the inline namespace.
+// The version, in its only place (CMake and the pkg-config file read it here), and the tag of the
+// inline namespace.
 //
-// A header-only library is compiled into every translation unit with that unit's flags. Two units built with different
-// instruction sets, with and without OpenMP, -ffast-math or exceptions hold different code under the same names, and a
-// linker would silently keep one of the two. All names therefore live in an inline namespace whose name carries what
-// changes the code: such units link side by side, and a function that takes a lora object from a unit of another kind is an
-// error at link time (one that only returns it is not: its name does not tell).
+// A header-only library is compiled into every translation unit with that unit's flags. Two units
+// built with different instruction sets, with and without OpenMP, -ffast-math or exceptions hold
+// different code under the same names, and a linker would silently keep one of the two. All names
+// therefore live in an inline namespace whose name carries what changes the code: such units link
+// side by side, and a function that takes a lora object from a unit of another kind is an error at
+// link time (one that only returns it is not: its name does not tell).
 #pragma once
 
 #define LORA_VERSION_MAJOR 0
@@ -62,6 +64,6 @@
 
 #define LORA_DETAIL_PASTE(a, b, c, d, e, f, g) v##a##_##b##_##c##_##d##_##e##_##f##_##g
 #define LORA_DETAIL_EXPAND(a, b, c, d, e, f, g) LORA_DETAIL_PASTE(a, b, c, d, e, f, g)
-#define LORA_DETAIL_ABI                                                                                                \
-  LORA_DETAIL_EXPAND(LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH, LORA_DETAIL_ISA, LORA_DETAIL_THREADS, \
-                     LORA_DETAIL_MATH, LORA_DETAIL_ERRORS)
+#define LORA_DETAIL_ABI                                                                           \
+  LORA_DETAIL_EXPAND(LORA_VERSION_MAJOR, LORA_VERSION_MINOR, LORA_VERSION_PATCH, LORA_DETAIL_ISA, \
+                     LORA_DETAIL_THREADS, LORA_DETAIL_MATH, LORA_DETAIL_ERRORS)

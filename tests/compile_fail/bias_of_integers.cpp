@@ -7,4 +7,6 @@ using bias = std::vector<int>;
 #else
 using bias = std::vector<float>;
 #endif
-lora::linear<float> make(const Eigen::MatrixXf& W, const bias& b) { return lora::linear{lora::with_bias(W, b)}; }
+lora::linear<float> make(const Eigen::MatrixXf& W, const bias& b) {
+  return lora::linear{lora::with_bias(W, b)};
+}

@@ -7,6 +7,7 @@ using input = Eigen::MatrixXi;
 #else
 using input = Eigen::MatrixXf;
 #endif
-void use(const Eigen::MatrixXf& W, const input& x, Eigen::MatrixXf& y, const lora::adapter<float>& l) {
+void use(const Eigen::MatrixXf& W, const input& x, Eigen::MatrixXf& y,
+         const lora::adapter<float>& l) {
   lora::forward(W, x, y, l);
 }

@@ -7,4 +7,6 @@ using vector = Eigen::VectorXd;
 #else
 using vector = Eigen::VectorXf;
 #endif
-lora::linear<float> make(const Eigen::MatrixXf& W, const vector& b) { return lora::linear<float>(lora::with_bias(W, b)); }
+lora::linear<float> make(const Eigen::MatrixXf& W, const vector& b) {
+  return lora::linear<float>(lora::with_bias(W, b));
+}

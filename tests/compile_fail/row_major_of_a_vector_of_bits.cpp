@@ -7,4 +7,6 @@ using stored = std::uint16_t;
 #else
 using stored = lora::float16;
 #endif
-void use(std::vector<stored>& values, const lora::adapter<float>& l) { lora::merge(lora::row_major(values, 4, 3), l); }
+void use(std::vector<stored>& values, const lora::adapter<float>& l) {
+  lora::merge(lora::row_major(values, 4, 3), l);
+}

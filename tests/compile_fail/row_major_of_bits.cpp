@@ -7,4 +7,6 @@ using stored = std::uint16_t;
 #else
 using stored = lora::bfloat16;
 #endif
-void use(stored* data, const lora::adapter<float>& l) { lora::merge(lora::row_major(data, 4, 3), l); }
+void use(stored* data, const lora::adapter<float>& l) {
+  lora::merge(lora::row_major(data, 4, 3), l);
+}

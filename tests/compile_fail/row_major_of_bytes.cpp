@@ -7,4 +7,6 @@ using stored = void;
 #else
 using stored = float;
 #endif
-void use(stored* data, const lora::adapter<float>& l) { lora::merge(lora::row_major(data, 4, 3), l); }
+void use(stored* data, const lora::adapter<float>& l) {
+  lora::merge(lora::row_major(data, 4, 3), l);
+}

@@ -7,4 +7,6 @@
 void write_tensors(const std::vector<lora::safetensors::tensor>& tensors) {
   lora::safetensors::write("weights.safetensors", tensors, {{"format", "pt"}});
 }
-void write_adapters(const lora::peft::adapter_file<float>& file) { lora::peft::write("style", file); }
+void write_adapters(const lora::peft::adapter_file<float>& file) {
+  lora::peft::write("style", file);
+}

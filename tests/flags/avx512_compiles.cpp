@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The processor's own names for what avx512_emulated computes: AVX-512 and its dot products of bfloat16, in products, merges
-// and layers of bfloat16 by bfloat16.
+// The processor's own names for what avx512_emulated computes: AVX-512 and its dot products of
+// bfloat16, in products, merges and layers of bfloat16 by bfloat16.
 #include "lora/delta.hpp"
 #include "lora/linear.hpp"
 
@@ -13,13 +13,14 @@ template <class T>
 using matrix = Eigen::Matrix<T, Eigen::Dynamic, Eigen::Dynamic>;
 using lora::bfloat16;
 
-void multiply(const lora::packed_weight<bfloat16>& packed, const matrix<bfloat16>& W, const matrix<bfloat16>& x,
-              matrix<float>& y, const lora::adapter<float>& l) {
+void multiply(const lora::packed_weight<bfloat16>& packed, const matrix<bfloat16>& W,
+              const matrix<bfloat16>& x, matrix<float>& y, const lora::adapter<float>& l) {
   lora::forward(packed, x, y, l);
   lora::forward(W, x, y, l);
 }
-void multiply(const lora::packed_weight<bfloat16>& packed, const matrix<bfloat16>& W, const matrix<bfloat16>& x,
-              matrix<bfloat16>& y, const lora::adapter<bfloat16>& l, const lora::packed_adapter<bfloat16>& p) {
+void multiply(const lora::packed_weight<bfloat16>& packed, const matrix<bfloat16>& W,
+              const matrix<bfloat16>& x, matrix<bfloat16>& y, const lora::adapter<bfloat16>& l,
+              const lora::packed_adapter<bfloat16>& p) {
   lora::forward(packed, x, y, p);
   lora::forward(W, x, y, l);
   lora::apply(x, y, l);

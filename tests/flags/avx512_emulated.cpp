@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The AVX-512 code on a machine without it: SIMDe computes the intrinsics, so that a mistake in those branches of simd.hpp
-// shows on every machine. Products from panels and from matrices against plain double loops, merges against their
-// definition, at shapes around the tile's 8 x 32.
+// The AVX-512 code on a machine without it: SIMDe computes the intrinsics, so that a mistake in
+// those branches of simd.hpp shows on every machine. Products from panels and from matrices against
+// plain double loops, merges against their definition, at shapes around the tile's 8 x 32.
 #include <immintrin.h>
 
 #include <Eigen/Core>
@@ -64,7 +64,8 @@ static inline simde__m512 added_dots(simde__m512 sums, const Pairs& a, const Pai
   };
   for (int i = 0; i < 16; ++i)
     for (int n = 1; n >= 0; --n)
-      c[i] = normal_or_zero(__builtin_fmaf(widened(x[2 * i + n]), widened(y[2 * i + n]), normal_or_zero(c[i])));
+      c[i] = normal_or_zero(
+          __builtin_fmaf(widened(x[2 * i + n]), widened(y[2 * i + n]), normal_or_zero(c[i])));
   return simde_mm512_loadu_ps(c);
 }
 /// To nearest even, subnormal numbers as zero; the second operand's lanes come first.
@@ -113,7 +114,8 @@ void check(std::uint64_t seed) {
       for (const lora::index_t tokens : {1, 2, 8, 9, 140}) {
         const lora::index_t rank = g.integer(1, 70);
         const auto W = g.reals<T>(out, in, 1);
-        const lora::adapter<F> l{g.reals<F>(rank, in, 1), g.reals<F>(out, rank, 1), {.alpha = 0.5 * double(rank)}};
+        const lora::adapter<F> l{
+            g.reals<F>(rank, in, 1), g.reals<F>(out, rank, 1), {.alpha = 0.5 * double(rank)}};
         const test::col_matrix<acc> x = g.reals<acc>(in, tokens, 1);
         test::col_matrix<acc> y(out, tokens), plain(out, tokens);
         lora::packed_weight<T> packed{W};
@@ -121,16 +123,21 @@ void check(std::uint64_t seed) {
         lora::forward(packed, x, y, lora::packed_adapter<F>{l});
         lora::forward(W, x, plain, l);
         REQUIRE(test::same_bits(y, plain));
-        const test::exact_matrix exact = test::times(test::exact(W) + test::exact_delta(l), test::exact(x));
+        const test::exact_matrix exact =
+            test::times(test::exact(W) + test::exact_delta(l), test::exact(x));
         const test::exact_matrix size =
-            test::times(test::exact(W).cwiseAbs() + std::abs(l.scaling()) * test::times(test::exact(l.lora_B()).cwiseAbs(),
-                                                                                        test::exact(l.lora_A()).cwiseAbs()),
+            test::times(test::exact(W).cwiseAbs() +
+                            std::abs(l.scaling()) * test::times(test::exact(l.lora_B()).cwiseAbs(),
+                                                                test::exact(l.lora_A()).cwiseAbs()),
                         test::exact(x).cwiseAbs());
         // gamma_{n+R+3} of everything, docs/numerics.md.
         const double u = static_cast<double>(std::numeric_limits<acc>::epsilon()) / 2;
-        const double gamma = static_cast<double>(in + rank + 3) * u / (1 - static_cast<double>(in + rank + 3) * u);
+        const double gamma =
+            static_cast<double>(in + rank + 3) * u / (1 - static_cast<double>(in + rank + 3) * u);
         worst = std::max(
-            worst, static_cast<double>(((test::exact(y) - exact).cwiseAbs().array() / size.array()).maxCoeff()) / gamma);
+            worst, static_cast<double>(
+                       ((test::exact(y) - exact).cwiseAbs().array() / size.array()).maxCoeff()) /
+                       gamma);
         test::matrix<T> merged = W, expected = W;
         lora::merge(merged, l);
         lora::merge(packed, l);
@@ -138,7 +145,8 @@ void check(std::uint64_t seed) {
         if constexpr (std::is_same_v<acc, float>)
           for (lora::index_t i = 0; i < out; ++i)
             for (lora::index_t j = 0; j < in; ++j)
-              expected(i, j) = lora::detail::narrow<T>(lora::detail::widen<acc>(W(i, j)) + delta(i, j));
+              expected(i, j) =
+                  lora::detail::narrow<T>(lora::detail::widen<acc>(W(i, j)) + delta(i, j));
         else
           expected = merged;
         REQUIRE(test::same_bits(merged, expected));
@@ -147,13 +155,14 @@ void check(std::uint64_t seed) {
   CHECK(worst <= 1);
 }
 
-/// W * x by dot products of bfloat16, and A * x where the factors F are bfloat16, too: within its bound, and the same bits from
-/// panels and rows, alone and in company, whatever else is beside the layer.
+/// W * x by dot products of bfloat16, and A * x where the factors F are bfloat16, too: within its
+/// bound, and the same bits from panels and rows, alone and in company, whatever else is beside the
+/// layer.
 template <class F>
 void check_dots(std::uint64_t seed, double spread) {
   using lora::bfloat16;
-  static_assert(lora::smallest_in_product<float, bfloat16, bfloat16>() > 0);
-  static_assert(lora::smallest_in_product<float, bfloat16, float>() == 0);
+  static_assert(lora::flush_threshold_of_product<float, bfloat16, bfloat16>() > 0);
+  static_assert(lora::flush_threshold_of_product<float, bfloat16, float>() == 0);
   test::random g(seed);
   CAPTURE(g.seed());
   double worst = 0;
@@ -161,7 +170,8 @@ void check_dots(std::uint64_t seed, double spread) {
     for (const lora::index_t in : {1, 2, 31, 300, 513})
       for (const lora::index_t tokens : {1, 2, 3, 8, 9, 33, 140}) {
         const auto W = g.reals<bfloat16>(out, in, spread);
-        const lora::adapter<F> l{g.reals<F>(5, in, spread), g.reals<F>(out, 5, spread), {.alpha = 7}};
+        const lora::adapter<F> l{
+            g.reals<F>(5, in, spread), g.reals<F>(out, 5, spread), {.alpha = 7}};
         const test::col_matrix<bfloat16> x = g.reals<bfloat16>(in, tokens, spread);
         const lora::packed_weight packed{W};
         test::col_matrix<float> y(out, tokens), plain(out, tokens), one(out, 1);
@@ -171,7 +181,8 @@ void check_dots(std::uint64_t seed, double spread) {
         lora::forward(packed, x.col(tokens - 1), one, lora::packed_adapter<F>{l});
         REQUIRE(test::same_bits(one, test::col_matrix<float>(y.col(tokens - 1))));
         // An adapter of another format, which adds nothing, makes the activations be widened, too.
-        const lora::adapter<float> nothing{g.reals<float>(3, in, 1), test::matrix<float>::Zero(out, 3).eval(), {.alpha = 3}};
+        const lora::adapter<float> nothing{
+            g.reals<float>(3, in, 1), test::matrix<float>::Zero(out, 3).eval(), {.alpha = 3}};
         lora::forward(packed, x, plain, l, nothing);
         REQUIRE(plain == y);
         lora::linear<bfloat16> layer{W};
@@ -184,11 +195,14 @@ void check_dots(std::uint64_t seed, double spread) {
         REQUIRE(plain.allFinite());
         const auto X = agreement::in_double(x);
         const Eigen::MatrixXd exact =
-            test::times(test::exact(W) + test::exact_delta(l), test::exact(x)).template cast<double>();
-        const Eigen::MatrixXd bound =
-            agreement::error_bound(agreement::in_double(W), {}, {.merged = {}, .mixed = {agreement::part_of(l)}}, X,
-                                   agreement::formats_of<bfloat16, float, float, bfloat16>());
-        worst = std::max(worst, ((agreement::in_double(y) - exact).cwiseAbs().array() / bound.array()).maxCoeff());
+            test::times(test::exact(W) + test::exact_delta(l), test::exact(x))
+                .template cast<double>();
+        const Eigen::MatrixXd bound = agreement::error_bound(
+            agreement::in_double(W), {}, {.merged = {}, .mixed = {agreement::part_of(l)}}, X,
+            agreement::formats_of<bfloat16, float, float, bfloat16>());
+        worst = std::max(
+            worst,
+            ((agreement::in_double(y) - exact).cwiseAbs().array() / bound.array()).maxCoeff());
       }
   CHECK(worst <= 1);
   CHECK(worst > 0);

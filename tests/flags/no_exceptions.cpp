@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Built with -fno-exceptions: right calls work, a wrong one reaches the hook with its message before the program ends.
+// Built with -fno-exceptions: right calls work, a wrong one reaches the hook with its message
+// before the program ends.
 #include <cstdio>
 #include <cstdlib>
 

@@ -53,19 +53,20 @@
 #undef __SSE2__
 
 #include "lora/dora.hpp"
+#include "lora/embed.hpp"
 #include "lora/io/peft.hpp"
 #include "lora/io/peft_inventory.hpp"
 #include "lora/io/peft_write.hpp"
 #include "lora/lora.hpp"
 #include "lora/residual.hpp"
 #include "lora/rounding.hpp"
-#include "lora/rows.hpp"
 #include "lora/through.hpp"
 
 static_assert(lora::detail::simd<float>::width == 1 && !LORA_IO_DETAIL_POSIX);
 
 int main(int count, char** arguments) {
-  const Eigen::MatrixXf A{{1, 2, 0}, {0, 1, 1}}, B{{3, 1}, {-1, 2}}, X{{1, 0, 4, 2, 1}, {2, 1, 0, 1, 3}, {3, 5, 1, 0, 1}};
+  const Eigen::MatrixXf A{{1, 2, 0}, {0, 1, 1}}, B{{3, 1}, {-1, 2}},
+      X{{1, 0, 4, 2, 1}, {2, 1, 0, 1, 3}, {3, 5, 1, 0, 1}};
   const lora::adapter<float> l{A, B, {.alpha = 4}};  // whole numbers: nothing rounds
   Eigen::MatrixXf W{{1, 1, 1}, {2, 2, 2}}, mixed(2, 5), merged(2, 5), layered(2, 5);
   lora::forward(W, X, mixed, l);

@@ -7,4 +7,5 @@
 
 #define TEXT_OF(a) #a
 #define TEXT(a) TEXT_OF(a)
-static_assert(std::string_view(TEXT(LORA_DETAIL_ABI)).find("_" TEXT(EXPECTED_TAG) "_") != std::string_view::npos);
+static_assert(std::string_view(TEXT(LORA_DETAIL_ABI)).find("_" TEXT(EXPECTED_TAG) "_") !=
+              std::string_view::npos);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The fuzzer's corpus, replayed: inputs that once reached something new. scripts/fuzz makes and grows it.
+// The fuzzer's corpus, replayed: inputs that once reached something new. scripts/fuzz makes and
+// grows it.
 #include <filesystem>
 #include <fstream>
 
@@ -12,7 +13,8 @@ namespace {
 template <class Target>
 std::size_t replay(const std::string& name, const Target& target) {
   std::size_t count = 0;
-  std::ifstream file(std::filesystem::path(LORA_SOURCE_DIR) / "tests/fuzz" / (name + ".corpus"), std::ios::binary);
+  std::ifstream file(std::filesystem::path(LORA_SOURCE_DIR) / "tests/fuzz" / (name + ".corpus"),
+                     std::ios::binary);
   // Inputs one after the other, each behind its length in four bytes.
   for (std::uint32_t size = 0; file.read(reinterpret_cast<char*>(&size), 4); ++count) {
     std::vector<std::byte> bytes(size);

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the fuzzer calls with bytes of its choice: each reader, to its end. Anything but a format_error (or value_error where
-// what was read is written) is a finding, and so is what the sanitizers see. The tests replay the corpora beside this file
-// through the same functions.
+// What the fuzzer calls with bytes of its choice: each reader, to its end. Anything but a
+// format_error (or value_error where what was read is written) is a finding, and so is what the
+// sanitizers see. The tests replay the corpora beside this file through the same functions.
 #pragma once
 
 #include <cstddef>
@@ -25,14 +25,17 @@ inline void trap_unless(bool holds) {
   if (!holds) __builtin_trap();
 }
 
-/// A file of the fuzzer's: strict, then with all tolerances. What is accepted lies inside the bytes, and can be written.
+/// A file of the fuzzer's: strict, then with all tolerances. What is accepted lies inside the
+/// bytes, and can be written.
 inline void safetensors(std::span<const std::byte> bytes) {
   for (const bool tolerant : {false, true}) {
     try {
-      const auto file = st::parse(bytes, "fuzz", {.tensors = 10'000}, {tolerant, tolerant, tolerant});
+      const auto file =
+          st::parse(bytes, "fuzz", {.tensors = 10'000}, {tolerant, tolerant, tolerant});
       std::vector<st::tensor> tensors;
       for (const auto& t : file) {
-        trap_unless(t.bytes.empty() || (t.bytes.data() >= bytes.data() && t.bytes.size() <= bytes.size()));
+        trap_unless(t.bytes.empty() ||
+                    (t.bytes.data() >= bytes.data() && t.bytes.size() <= bytes.size()));
         trap_unless(file.find(t.name) == &t);
         tensors.push_back(st::tensor_of(t));
       }
@@ -66,7 +69,8 @@ inline std::vector<lora::peft::read_options> peft_options() {
            .experts_grouped_b = true}};
 }
 
-/// A config up to the first NUL byte, tensors behind it. What is accepted is listed, renamed, written and read back.
+/// A config up to the first NUL byte, tensors behind it. What is accepted is listed, renamed,
+/// written and read back.
 inline void peft(std::span<const std::byte> bytes) {
   const std::string_view text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
   const auto end = std::min(text.find('\0'), text.size());
@@ -78,7 +82,8 @@ inline void peft(std::span<const std::byte> bytes) {
       const auto c = lora::peft::parse_config(text.substr(0, end), "config", options);
       const auto file = lora::peft::assemble<double>(c, tensors, options);
       trap_unless(!lora::peft::inventory_of(file).text().empty());
-      trap_unless(file.renamed([](const std::string& name) { return "x." + name; }).size() == file.size());
+      trap_unless(file.renamed([](const std::string& name) { return "x." + name; }).size() ==
+                  file.size());
       if (!file.left_out().empty() || !file.passed_over().empty()) continue;
       write(file);
     } catch (const lora::format_error& e) {

@@ -9,8 +9,8 @@
 #include <utility>
 #include <vector>
 
-#include "golden/reference.hpp"
 #include "lora/io/peft.hpp"
+#include "support/golden.hpp"
 
 namespace golden {
 
@@ -19,7 +19,8 @@ class shards {
  public:
   explicit shards(const fs::path& folder) {
     for (const auto& each : fs::directory_iterator(folder))
-      if (each.path().extension() == ".safetensors") files_.push_back(lora::safetensors::read(each.path()));
+      if (each.path().extension() == ".safetensors")
+        files_.push_back(lora::safetensors::read(each.path()));
   }
   explicit shards(lora::safetensors::file one) : files_{std::move(one)} {}
 
@@ -39,7 +40,8 @@ class shards {
   std::vector<lora::safetensors::file> files_;
 };
 
-/// What a weight can become by adding deltas that are known up to an error: rounding to float and to T is monotonic, so the
+/// What a weight can become by adding deltas that are known up to an error: rounding to float and
+/// to T is monotonic, so the
 /// result lies between those of the ends. Where both are one number the bits are decided.
 template <class T>
 struct between {
@@ -54,15 +56,19 @@ struct between {
     low = (low + delta - e).unaryExpr(rounded);
     high = (high + delta + e).unaryExpr(rounded);
   }
-  bool contains(const MatrixXd& m) const { return (m.array() >= low.array()).all() && (m.array() <= high.array()).all(); }
+  bool contains(const MatrixXd& m) const {
+    return (m.array() >= low.array()).all() && (m.array() <= high.array()).all();
+  }
   Eigen::Index decided() const { return (low.array() == high.array()).count(); }
 };
 
-/// A checkpoint of PEFT's merge_and_unload in T against the base that it started from (rounded to T where that is wider) and
-/// adapters, in the order in which PEFT merged them. PEFT rounds once for each adapter, we once for all.
+/// A checkpoint of PEFT's merge_and_unload in T against the base that it started from (rounded to T
+/// where that is wider) and adapters, in the order in which PEFT merged them. PEFT rounds once for
+/// each adapter, we once for all.
 template <class T>
 void check_checkpoint(const shards& checkpoint, const shards& base,
-                      const std::vector<const lora::peft::adapter_file<float>*>& adapters, bool in_out = false) {
+                      const std::vector<const lora::peft::adapter_file<float>*>& adapters,
+                      bool in_out = false) {
   const formats f = agreement::formats_of<T, float, float>();
   double our_error = 0, peft_error = 0;
   Eigen::Index merged = 0, decided = 0, same = 0;
@@ -73,7 +79,8 @@ void check_checkpoint(const shards& checkpoint, const shards& base,
       INFO(name);
       CHECK(t.dtype == lora::safetensors::dtype_of<T>());
       const auto turned = [&](const MatrixXd& m) { return in_out ? MatrixXd(m.transpose()) : m; };
-      const test::matrix<T> rounded = turned(tensor<double>(base.with(name), name)).template cast<T>();
+      const test::matrix<T> rounded =
+          turned(tensor<double>(base.with(name), name)).template cast<T>();
       const MatrixXd W = agreement::in_double(rounded), theirs = turned(tensor<double>(file, name));
       const auto module = name.substr(0, name.rfind(".weight"));
       std::vector<const lora::adapter<float>*> here;
@@ -92,8 +99,10 @@ void check_checkpoint(const shards& checkpoint, const shards& base,
         one_by_one.add({parts.back()}, f.accumulator.u);
       }
       once.add(parts, f.accumulator.u);
-      const MatrixXd got = agreement::in_double(lora::merged(rounded, views)), exact = exact_sum(W, parts);
-      const MatrixXd ours = agreement::merge_bound(W, parts, f), peft = one_by_one_bound(W, parts, f);
+      const MatrixXd got = agreement::in_double(lora::merged(rounded, views)),
+                     exact = exact_sum(W, parts);
+      const MatrixXd ours = agreement::merge_bound(W, parts, f),
+                     peft = one_by_one_bound(W, parts, f);
       CHECK(share(got, exact, ours) <= 1);
       CHECK(share(theirs, exact, peft) <= 1);
       CHECK(share(got, theirs, ours + peft) <= 1);
@@ -105,7 +114,8 @@ void check_checkpoint(const shards& checkpoint, const shards& base,
       decided += one_by_one.decided();
       same += (got.array() == theirs.array()).count();
     }
-  INFO("of " << merged << " elements the bits of " << decided << " are decided; ours and PEFT's are the same in " << same);
+  INFO("of " << merged << " elements the bits of " << decided
+             << " are decided; ours and PEFT's are the same in " << same);
   REQUIRE(merged > 0);
   CHECK(our_error <= peft_error);
   if (f.weight.u != 0) CHECK(static_cast<double>(decided) > 0.9 * static_cast<double>(merged));

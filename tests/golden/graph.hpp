@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The graph language of case.json: a model as a list of operations on named values, run on matrices of T (tokens are columns) or
-// on values with a bound of their error, which it carries from layer to layer.
+// The graph language of case.json: a model as a list of operations on named values, run on matrices
+// of T (tokens are columns) or on values with a bound of their error, which it carries from layer
+// to layer.
 #pragma once
 
 #include <cmath>
@@ -9,7 +10,7 @@
 #include <stdexcept>
 #include <string>
 
-#include "golden/reference.hpp"
+#include "support/golden.hpp"
 
 namespace golden {
 
@@ -19,12 +20,13 @@ struct tracked {
   double u;
 };
 inline tracked relu(const tracked& v) { return {v.value.cwiseMax(0.0), v.bound, v.u}; }
-/// Monotonic; where it is flat, little is left of an error. Four units in the last place for the function itself: C libraries,
-/// torch and numpy stay below.
+/// Monotonic; where it is flat, little is left of an error. Four units in the last place for the
+/// function itself: C libraries, torch and numpy stay below.
 inline tracked tanh(const tracked& v) {
   const auto of = [](double a) { return std::tanh(a); };
   const MatrixXd value = v.value.unaryExpr(of);
-  const MatrixXd above = (v.value + v.bound).unaryExpr(of) - value, below = value - (v.value - v.bound).unaryExpr(of);
+  const MatrixXd above = (v.value + v.bound).unaryExpr(of) - value,
+                 below = value - (v.value - v.bound).unaryExpr(of);
   return {value, above.cwiseMax(below) + 8 * v.u * value.cwiseAbs(), v.u};
 }
 inline tracked add(const tracked& a, const tracked& b) {
@@ -33,8 +35,8 @@ inline tracked add(const tracked& a, const tracked& b) {
 }
 inline tracked mul(const tracked& a, const tracked& b) {
   const MatrixXd value = a.value.cwiseProduct(b.value);
-  const MatrixXd bound =
-      a.value.cwiseAbs().cwiseProduct(b.bound) + b.value.cwiseAbs().cwiseProduct(a.bound) + a.bound.cwiseProduct(b.bound);
+  const MatrixXd bound = a.value.cwiseAbs().cwiseProduct(b.bound) +
+                         b.value.cwiseAbs().cwiseProduct(a.bound) + a.bound.cwiseProduct(b.bound);
   return {value, bound + a.u * (value.cwiseAbs() + bound), a.u};
 }
 
@@ -56,7 +58,9 @@ test::col_matrix<T> mul(const test::col_matrix<T>& a, const test::col_matrix<T>&
 }
 
 /// Whether an operation is a layer with a weight; layer(op, input) computes it.
-inline bool is_layer(const json& op) { return op.at("op") == "linear" || op.at("op") == "conv1d_t"; }
+inline bool is_layer(const json& op) {
+  return op.at("op") == "linear" || op.at("op") == "conv1d_t";
+}
 
 template <class Value, class Layer>
 Value run_graph(const json& graph, const Value& x, const Layer& layer) {

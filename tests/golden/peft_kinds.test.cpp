@@ -1,17 +1,18 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// PEFT's own weights and outputs for adapters of every kind that lora::peft::adapters reads, through their files: merged and
-// mixed, in float within the tolerance that each case states and in double within 1e-9 of the float64 values.
+// PEFT's own weights and outputs for adapters of every kind that lora::peft::adapters reads,
+// through their files: merged and mixed, in float within the tolerance that each case states and in
+// double within 1e-9 of the float64 values.
 #include <cmath>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "golden/reference.hpp"
 #include "lora/forward.hpp"
 #include "lora/io/peft_adapters.hpp"
 #include "lora/merge.hpp"
 #include "lora/mixed.hpp"
+#include "support/golden.hpp"
 #include "support/outside.hpp"
 
 namespace {
@@ -25,21 +26,18 @@ using vector = Eigen::Matrix<T, Eigen::Dynamic, 1>;
 /// A case of two layers with a tanh between them, or of one convolution without padding.
 class kind_case {
  public:
-  explicit kind_case(const std::string& id)
-      : folder_(golden::outside("golden/peft-0.21") / id),
-        about_(golden::read_json(folder_ / "case.json")),
-        base_(lora::safetensors::read(folder_ / "base.safetensors")),
-        io_(lora::safetensors::read(folder_ / "io.safetensors")) {
-    for (const auto& each : about_.at("adapters").items())
-      sets_.emplace(each.key(), lora::peft::adapters(folder_ / each.key()));
+  explicit kind_case(const std::string& id) : files_{golden::root() / id} {
+    for (const auto& each : about().at("adapters").items())
+      sets_.emplace(each.key(), lora::peft::adapters(files_.folder / each.key()));
   }
-  const json& about() const { return about_; }
-  const lora::safetensors::file& io() const { return io_; }
+  const json& about() const { return files_.about; }
+  const lora::safetensors::file& io() const { return files_.io; }
   const lora::adapter_set& set(const std::string& adapter) const { return sets_.at(adapter); }
 
-  std::vector<lora::module_adapter> active(const std::string& scenario, const std::string& module) const {
+  std::vector<lora::module_adapter> active(const std::string& scenario,
+                                           const std::string& module) const {
     std::vector<lora::module_adapter> result;
-    for (const auto& pair : about_.at("scenarios").at(scenario).at("adapters")) {
+    for (const auto& pair : about().at("scenarios").at(scenario).at("adapters")) {
       REQUIRE(pair.at(1) == 1.0);
       result.push_back(sets_.at(pair.at(0).get<std::string>()).at(module));
     }
@@ -48,18 +46,16 @@ class kind_case {
   /// As the base stores it; a kernel as out x (in * kernel).
   template <class T>
   test::matrix<T> weight(const std::string& module) const {
-    const auto& shape = base_.at(module + ".weight").shape;
-    const auto values = base_.copy<T>(module + ".weight");
-    const auto rows = static_cast<index_t>(shape[0]);
-    return Eigen::Map<const test::matrix<T>>(values.data(), rows, static_cast<index_t>(values.size()) / rows);
+    return golden::kernel<T>(files_.base, module + ".weight");
   }
   template <class T>
   vector<T> bias(const std::string& module) const {
-    return golden::tensor<T>(base_, module + ".bias").transpose();
+    return golden::tensor<T>(files_.base, module + ".bias").transpose();
   }
 
   template <class T>
-  void merge(const std::string& scenario, const std::string& module, test::matrix<T>& W, vector<T>& b) const {
+  void merge(const std::string& scenario, const std::string& module, test::matrix<T>& W,
+             vector<T>& b) const {
     const auto report = lora::merge(W, b, active(scenario, module));
     CHECK(report.became_nonfinite == 0);
   }
@@ -86,49 +82,15 @@ class kind_case {
       }
       return y;
     };
-    const json& first = about_.at("graph").at(0);
-    if (first.at("op") == "conv2d") return one_layer(first.at("module"), unfolded<T>());
-    test::col_matrix<T> x = golden::tensor<T>(io_, "x").transpose();
-    x = one_layer("l0", x).array().tanh().matrix();
-    return one_layer("l1", x);
-  }
-  /// A tensor [tokens, out] of outputs, or [images, out, height, width], as such an output.
-  MatrixXd wanted(const std::string& name) const {
-    const auto& shape = io_.at(name).shape;
-    if (shape.size() == 2) return golden::tensor<double>(io_, name).transpose();
-    const auto values = io_.copy<double>(name);
-    const auto out = static_cast<index_t>(shape[1]), size = static_cast<index_t>(shape[2] * shape[3]);
-    const auto images = static_cast<index_t>(shape[0]);
-    MatrixXd result(out, images * size);
-    for (index_t n = 0; n < images; ++n)
-      for (index_t o = 0; o < out; ++o)
-        for (index_t k = 0; k < size; ++k)
-          result(o, n * size + k) = values[static_cast<std::size_t>((n * out + o) * size + k)];
-    return result;
+    const test::col_matrix<T> x = golden::input<T>(files_);
+    const json& first = about().at("graph").at(0);
+    if (first.at("op") == "conv2d") return one_layer(first.at("module"), x);
+    const test::col_matrix<T> hidden = one_layer("l0", x).array().tanh().matrix();
+    return one_layer("l1", hidden);
   }
 
  private:
-  /// The patches of x under a kernel of 3 x 3: (channels * 9) x (images * places).
-  template <class T>
-  test::col_matrix<T> unfolded() const {
-    const auto values = io_.copy<T>("x");
-    const auto& s = io_.at("x").shape;
-    const auto images = static_cast<index_t>(s[0]), channels = static_cast<index_t>(s[1]);
-    const auto height = static_cast<index_t>(s[2]), width = static_cast<index_t>(s[3]);
-    const index_t down = height - 2, across = width - 2;
-    test::col_matrix<T> x(channels * 9, images * down * across);
-    for (index_t n = 0; n < images; ++n)
-      for (index_t p = 0; p < down * across; ++p)
-        for (index_t c = 0; c < channels; ++c)
-          for (index_t k = 0; k < 9; ++k)
-            x(c * 9 + k, n * down * across + p) = values[static_cast<std::size_t>(
-                ((n * channels + c) * height + p / across + k / 3) * width + p % across + k % 3)];
-    return x;
-  }
-
-  golden::fs::path folder_;
-  json about_;
-  lora::safetensors::file base_, io_;
+  golden::case_files files_;
   std::map<std::string, lora::adapter_set> sets_;
 };
 
@@ -152,20 +114,26 @@ void check_weights(const kind_case& c, const json& entry, errors& worst) {
   };
   const auto as_rows = [&](const std::string& which, const MatrixXd& like) {
     const auto values = c.io().copy<double>(which);
-    return MatrixXd(Eigen::Map<const test::matrix<double>>(values.data(), like.rows(), like.cols()));
+    return MatrixXd(
+        Eigen::Map<const test::matrix<double>>(values.data(), like.rows(), like.cols()));
   };
   const MatrixXd in_float = of(float()), in_double = of(double());
-  worst.in_float = std::max(worst.in_float, golden::share(in_float, as_rows(name, in_float), entry));
+  worst.in_float =
+      std::max(worst.in_float, golden::share(in_float, as_rows(name, in_float), entry));
   worst.in_double =
-      std::max(worst.in_double, largest(in_double - as_rows("merged64." + scenario + "." + tensor, in_double)));
+      std::max(worst.in_double,
+               largest(in_double - as_rows("merged64." + scenario + "." + tensor, in_double)));
 }
 
 void check_outputs(const kind_case& c, const json& entry, errors& worst) {
   const std::string scenario = entry.at("scenario"), name = entry.at("tensor");
   for (const bool merged : {false, true}) {
     const MatrixXd in_float = c.output<float>(scenario, merged).template cast<double>();
-    worst.in_float = std::max(worst.in_float, golden::share(in_float, c.wanted(name), entry));
-    worst.in_double = std::max(worst.in_double, largest(c.output<double>(scenario, merged) - c.wanted("y64_" + scenario)));
+    worst.in_float = std::max(
+        worst.in_float, golden::share(in_float, golden::columns<double>(c.io(), name), entry));
+    worst.in_double =
+        std::max(worst.in_double, largest(c.output<double>(scenario, merged) -
+                                          golden::columns<double>(c.io(), "y64_" + scenario)));
   }
 }
 
@@ -190,16 +158,19 @@ void check_case(const std::string& id, const std::string& kind) {
   CHECK(worst.in_float <= 1);
   CHECK(worst.in_double < 1e-9);
   if (std::getenv("LORA_TABLE") != nullptr)
-    WARN(id << ": in float " << worst.in_float << " of the tolerance, in double " << worst.in_double);
+    WARN(id << ": in float " << worst.in_float << " of the tolerance, in double "
+            << worst.in_double);
 }
 
 }  // namespace
 
 TEST_CASE("PEFT's LoHa", "[golden]") {
-  for (const char* id : {"other_loha", "other_loha_conv2d", "other_loha_conv2d_effective"}) check_case(id, "LOHA");
+  for (const char* id : {"other_loha", "other_loha_conv2d", "other_loha_conv2d_effective"})
+    check_case(id, "LOHA");
 }
 TEST_CASE("PEFT's LoKr", "[golden]") {
-  for (const char* id : {"other_lokr", "other_lokr_both", "other_lokr_conv2d_effective"}) check_case(id, "LOKR");
+  for (const char* id : {"other_lokr", "other_lokr_both", "other_lokr_conv2d_effective"})
+    check_case(id, "LOKR");
 }
 TEST_CASE("PEFT's (IA)^3", "[golden]") {
   for (const char* id : {"other_ia3", "other_ia3_fan_in_fan_out"}) check_case(id, "IA3");
@@ -221,7 +192,7 @@ TEST_CASE("a set of LORA and DORA is what its entries are", "[golden]") {
   if (!test::have_outside()) return;
   for (const char* id : {"linear_mlp", "dora_linear", "conv1d_fan_in_fan_out", "lora_bias"}) {
     INFO(id);
-    const auto folder = golden::outside("golden/peft-0.21") / id / "a";
+    const auto folder = golden::root() / id / "a";
     const auto file = lora::peft::read(folder);
     const auto set = lora::peft::adapters(folder);
     CHECK(set.size() == file.size());
@@ -229,8 +200,9 @@ TEST_CASE("a set of LORA and DORA is what its entries are", "[golden]") {
       const auto& one = set.at(name);
       CHECK(one.kind() == (e.magnitude().empty() ? "LORA" : "DORA"));
       CHECK(one.target().weight == e.weight_name());
-      test::matrix<float> W = test::matrix<float>::Constant(e.stored_in_out() ? e.in_features() : e.out_features(),
-                                                            e.stored_in_out() ? e.out_features() : e.in_features(), 0.5F);
+      test::matrix<float> W = test::matrix<float>::Constant(
+          e.stored_in_out() ? e.in_features() : e.out_features(),
+          e.stored_in_out() ? e.out_features() : e.in_features(), 0.5F);
       test::matrix<float> by_entry = W;
       vector<float> b = vector<float>::Zero(e.out_features()), b_by_entry = b;
       lora::merge(W, b, one);

@@ -1,11 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Every case of golden/peft-0.21 whose model is a graph: each tensor under `expected`, in float within the stated tolerance, in
-// double against the float64 value within 1e-9, mixed and merged.
+// The outputs and weights of PEFT's models that are graphs (0.21, and four of 0.6.1): each tensor
+// under `expected`, in float within the stated tolerance, in double against the float64 value
+// within 1e-9, mixed and merged.
 #include <set>
 
 #include "golden/peft_case.hpp"
-#include "support/bits.hpp"
+#include "support/refused.hpp"
 
 namespace {
 
@@ -28,15 +29,10 @@ std::string base_name(const std::string& tensor, const std::set<std::string>& na
 }
 
 template <class T>
-struct computed {
-  tensor<T> mixed, merged;
-  std::optional<tensor<T>> unmerged;
-};
-
-template <class T>
 class runner {
  public:
-  explicit runner(const description& about) : about_(about), base_(load_all<T>(about.folder() / "base.safetensors")) {
+  explicit runner(const description& about)
+      : about_(about), base_(load_all<T>(about.folder() / "base.safetensors")) {
     const auto io = st::read(about.folder() / "io.safetensors");
     x_ = load<T>(io, "x");
     for (const auto& [name, value] : base_) names_.insert(name);
@@ -63,17 +59,19 @@ class runner {
     return model<T>(about_, base_, std::move(adapters), how);
   }
 
-  tensor<T> output(const json& scenario, way how) {
+  array<T> output(const json& scenario, way how) {
     if (!scenario.contains("rows")) return make(scenario, how).run(x_);
     // One adapter for each sample of the batch.
-    tensor<T> y;
+    array<T> y;
     const index_t batch = x_.shape[0], step = x_.size() / batch;
     for (index_t b = 0; b < batch; ++b) {
       auto shape = x_.shape;
       shape[0] = 1;
-      const tensor<T> sample{shape, {x_.values.begin() + b * step, x_.values.begin() + (b + 1) * step}};
+      const array<T> sample{shape,
+                            {x_.values.begin() + b * step, x_.values.begin() + (b + 1) * step}};
       const std::string name = scenario.at("rows").at(static_cast<std::size_t>(b));
-      const json one = {{"adapters", name == "__base__" ? json::array() : json::array({json::array({name, 1.0})})}};
+      const json one = {{"adapters", name == "__base__" ? json::array()
+                                                        : json::array({json::array({name, 1.0})})}};
       const auto part = make(one, how).run(sample);
       if (b == 0) y.shape = part.shape;
       y.shape[0] = batch;
@@ -85,14 +83,14 @@ class runner {
  private:
   const description& about_;
   weights<T> base_;
-  tensor<T> x_;
+  array<T> x_;
   std::set<std::string> names_;
   std::map<std::string, std::optional<peft::adapter_file<T>>> adapters_;
 };
 
 /// A weight after the adapters were merged and unmerged again.
 template <class T>
-tensor<T> there_and_back(runner<T>& run, const std::string& tensor_name, const std::string& base) {
+array<T> there_and_back(runner<T>& run, const std::string& tensor_name, const std::string& base) {
   const std::string label = tensor_name.substr(9, tensor_name.size() - 9 - base.size() - 1);
   std::vector<peft::scaled_entry<T>> entries;
   for (std::size_t from = 0; from <= label.size();) {
@@ -121,11 +119,6 @@ tensor<T> there_and_back(runner<T>& run, const std::string& tensor_name, const s
   return all.at(base);
 }
 
-agreement_table& table() {
-  static agreement_table t;
-  return t;
-}
-
 /// Everything that a case expects of its scenarios. Returns how many tensors were compared.
 std::size_t check_case(const std::string& id) {
   const description about(id);
@@ -141,8 +134,8 @@ std::size_t check_case(const std::string& id) {
     const json scenario = about.scenario(expected.at("scenario"));
     const double atol = expected.at("atol"), rtol = expected.at("rtol");
     std::string exact = exact_name(expected);
-    tensor<float> mixed, merged;
-    tensor<double> mixed_double, merged_double;
+    array<float> mixed, merged;
+    array<double> mixed_double, merged_double;
     if (name.starts_with("y")) {
       mixed = in_float.output(scenario, way::mixed);
       mixed_double = in_double.output(scenario, way::mixed);
@@ -174,11 +167,14 @@ std::size_t check_case(const std::string& id) {
     const auto exact_value = load<double>(io, exact);
     CHECK(within(mixed, exact_value, atol, rtol));
     CHECK(within(merged, exact_value, atol, rtol));
-    const double ours = std::max(relative(mixed_double, exact_value), relative(merged_double, exact_value));
-    // An adapter that is made plain with its base is as exact as the float factors of PEFT's own conversion.
+    const double ours =
+        std::max(relative(mixed_double, exact_value), relative(merged_double, exact_value));
+    // An adapter that is made plain with its base is as exact as the float factors of PEFT's own
+    // conversion.
     const bool redone = name == "y_unconverted_loaded" || name == "y_trained";
     CHECK(ours <= (redone ? 1e-5 : 1e-9));
-    table().add(id, about.text.at("what"), std::max(relative(mixed, exact_value), relative(merged, exact_value)), ours,
+    table().add(id, about.text.at("what"),
+                std::max(relative(mixed, exact_value), relative(merged, exact_value)), ours,
                 relative(load<double>(io, name), exact_value));
   }
   return compared;
@@ -252,7 +248,8 @@ const std::vector<std::string> cases{"bdlora",
 
 }  // namespace
 
-TEST_CASE("golden: every graph of PEFT 0.21, in float and double, mixed and merged", "[golden][peft]") {
+TEST_CASE("golden: every graph of PEFT 0.21, in float and double, mixed and merged",
+          "[golden][peft]") {
   for (const auto& id : cases) {
     INFO(id);
     CHECK(check_case(id) > 0);
@@ -262,7 +259,8 @@ TEST_CASE("golden: every graph of PEFT 0.21, in float and double, mixed and merg
 // ---- what has no scenario
 
 TEST_CASE("golden: the base that PiSSA and OLoRA leave is computed again", "[golden][peft]") {
-  for (const std::string id : {"init_pissa", "init_pissa_rslora", "init_olora", "init_olora_rslora"}) {
+  for (const std::string id :
+       {"init_pissa", "init_pissa_rslora", "init_olora", "init_olora_rslora"}) {
     const description about(id);
     const auto io = st::read(about.folder() / "io.safetensors");
     const auto base = load_all<double>(about.folder() / "base.safetensors");
@@ -271,20 +269,24 @@ TEST_CASE("golden: the base that PiSSA and OLoRA leave is computed again", "[gol
       INFO(id << " " << module);
       const auto& e = file.at(module);
       const auto& W = base.at(module + ".weight");
-      // Of the plain adapter, the part that is not the trained factors: W minus it is PEFT's residual.
+      // Of the plain adapter, the part that is not the trained factors: W minus it is PEFT's
+      // residual.
       const auto plain = plain_entry(W, e);
-      tensor<double> residual = W;
-      const Eigen::MatrixXd delta = lora::delta_weight(plain.factors()), trained = lora::delta_weight(e.factors());
+      array<double> residual = W;
+      const Eigen::MatrixXd delta = lora::delta_weight(plain.factors()),
+                            trained = lora::delta_weight(e.factors());
       residual.matrix() += delta - trained;
       for (const auto& expected : about.expected())
         if (expected.at("tensor") == "residual." + module + ".weight")
-          CHECK(within(residual, load<double>(io, expected.at("tensor")), expected.at("atol"), expected.at("rtol")));
+          CHECK(within(residual, load<double>(io, expected.at("tensor")), expected.at("atol"),
+                       expected.at("rtol")));
       CHECK_THROWS_AS((void)lora::merged(W.matrix(), e), lora::value_error);
     }
   }
 }
 
-TEST_CASE("golden: an initialization that depends on random numbers is refused unconverted", "[golden][peft]") {
+TEST_CASE("golden: an initialization that depends on random numbers is refused unconverted",
+          "[golden][peft]") {
   const description about("init_pissa_niter_8");
   CHECK_THROWS_WITH(peft::read(about.folder() / "unconverted"),
                     Catch::Contains("pissa_niter_8") && Catch::Contains("random numbers"));
@@ -304,7 +306,8 @@ TEST_CASE("golden: KaSA drops the smallest components of the base", "[golden][pe
     if (how == way::merged)
       for (const std::string name : {"l0.weight", "l1.weight"})
         CHECK(within(m.tensors().at(name), load<float>(io, "merged.kasa." + name), 1.3e-6, 1e-5));
-    table().add("kasa", about.text.at("what"), std::is_same_v<T, float> ? relative(y, load<double>(io, "y64_kasa")) : 0,
+    table().add("kasa", about.text.at("what"),
+                std::is_same_v<T, float> ? relative(y, load<double>(io, "y64_kasa")) : 0,
                 std::is_same_v<T, double> ? relative(y, load<double>(io, "y64_kasa")) : 0,
                 relative(load<double>(io, "y_kasa"), load<double>(io, "y64_kasa")));
   };
@@ -312,7 +315,8 @@ TEST_CASE("golden: KaSA drops the smallest components of the base", "[golden][pe
     run(float(), 1e-6, how);
     run(double(), 1e-9, how);
   }
-  // Without the adapter PEFT keeps the truncated base; ours is the published one, and the truncation is a part of the adapter.
+  // Without the adapter PEFT keeps the truncated base; ours is the published one, and the
+  // truncation is a part of the adapter.
   const auto base = load_all<double>(about.folder() / "base.safetensors");
   auto truncated = base;
   for (const std::string name : {"l0.weight", "l1.weight"}) {
@@ -323,7 +327,8 @@ TEST_CASE("golden: KaSA drops the smallest components of the base", "[golden][pe
   CHECK(within(m.run(load<double>(io, "x")), load<float>(io, "y_disabled_peft"), 1.3e-6, 1e-5));
 }
 
-TEST_CASE("golden: what PEFT corrupts between merge and unmerge, linear restores", "[golden][peft]") {
+TEST_CASE("golden: what PEFT corrupts between merge and unmerge, linear restores",
+          "[golden][peft]") {
   const description about("scale");
   const auto base = load_all<float>(about.folder() / "base.safetensors");
   const auto io = st::read(about.folder() / "io.safetensors");
@@ -341,22 +346,69 @@ TEST_CASE("golden: what PEFT corrupts between merge and unmerge, linear restores
   }
 }
 
-TEST_CASE("golden: of overlapping patterns the first in the file wins, as PEFT finds it after saving", "[golden][peft]") {
+TEST_CASE(
+    "golden: of overlapping patterns the first in the file wins, as PEFT finds it after saving",
+    "[golden][peft]") {
   const description about("pattern_order_roundtrip");
   const auto file = peft::read<double>(about.folder() / "a");
   CHECK(file.at("net.q_proj").scaling() == 1.0);
   // In memory, before it was saved, PEFT had another order and the scaling 10.
   const auto io = st::read(about.folder() / "io.safetensors");
-  model<double> m(about, load_all<double>(about.folder() / "base.safetensors"), {{&file, 10.0}}, way::mixed);
+  model<double> m(about, load_all<double>(about.folder() / "base.safetensors"), {{&file, 10.0}},
+                  way::mixed);
   CHECK(within(m.run(load<double>(io, "x")), load<float>(io, "y_in_memory"), 1.1e-5, 1e-5));
 }
 
-TEST_CASE("golden: a PEFT merge with layers that share a weight is refused, and mixing is right", "[golden][peft]") {
+TEST_CASE("golden: a PEFT merge with layers that share a weight is refused, and mixing is right",
+          "[golden][peft]") {
   const auto file = peft::read(root() / "llama_layer_replication/rep");
   const auto& shared = file.at("model.layers.2.self_attn.q_proj");
   CHECK(shared.shared_with() == "model.layers.1.self_attn.q_proj");
   CHECK(file.at("model.layers.0.self_attn.q_proj").shared_with().empty());
   Eigen::MatrixXf W = Eigen::MatrixXf::Zero(64, 64);
-  CHECK_THROWS_WITH(lora::merge(W, shared), Catch::Contains("share the weight of") && Catch::Contains("copy the weight"));
+  CHECK_THROWS_WITH(lora::merge(W, shared),
+                    Catch::Contains("share the weight of") && Catch::Contains("copy the weight"));
   CHECK_NOTHROW(lora::merge(W, file.at("model.layers.0.self_attn.q_proj")));
+}
+
+TEST_CASE("golden: PEFT 0.6.1 outputs", "[golden][peft]") {
+  const fs::path folder = outside("golden/peft-0.6.1");
+  const auto check = [&](const std::string& id, const json& graph, double tolerance, bool image) {
+    INFO(id);
+    const auto io = st::read(folder / id / "golden_io.safetensors");
+    description about("linear_mlp");
+    about.text["graph"] = graph;
+    const auto file = peft::read<double>(folder / id);
+    auto x = load<double>(io, "input");
+    if (image) x.shape = {2, 5, 3, 3};
+    const auto want = load<double>(io, "output");
+    for (const auto how : {way::mixed, way::merged}) {
+      model<double> m(about, load_all<double>(folder / id / "base.safetensors"), {{&file, 1.0}},
+                      how);
+      auto y = m.run(x);
+      for (index_t j = 0; j < y.columns().cols(); ++j) {
+        auto column = y.columns().col(j);
+        const double top = column.maxCoeff();
+        column.array() -= top + std::log((column.array() - top).exp().sum());
+      }
+      CHECK(within(y, want, tolerance, 0));
+    }
+  };
+  const auto linear = [](const char* module) { return json{{"op", "linear"}, {"module", module}}; };
+  const json relu{{"op", "relu"}};
+  const json mlp = json::array({linear("lin0"), relu, linear("lin1")});
+  check("lora_mlp", mlp, 1e-5, false);
+  check("lora_mlp_modules_to_save", mlp, 1e-5, false);
+  check("lora_emb_conv1d",
+        json::array({json{{"op", "embedding"}, {"module", "emb"}},
+                     json{{"op", "conv1d_t"}, {"module", "conv1d"}}, relu, json{{"op", "flatten"}},
+                     linear("lin0")}),
+        1e-6, false);
+  check("lora_conv2d",
+        json::array({json{{"op", "conv2d"}, {"module", "conv2d"}, {"kernel", 3}}, relu,
+                     json{{"op", "flatten"}}, linear("lin0")}),
+        2e-5, true);
+  CHECK(test::mentions(
+      test::refusal<lora::format_error>([&] { (void)peft::read(folder / "adalora_mlp"); }),
+      {"peft_type", "ADALORA"}));
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Cases of golden/peft-0.21 whose model is a transformer: BERT with layers_to_transform, tied and untied heads with adapted
-// embeddings, saved embeddings, replicated layers. A tied base is untied first: the head keeps the values that it had.
+// Cases of golden/peft-0.21 whose model is a transformer: BERT with layers_to_transform, tied and
+// untied heads with adapted embeddings, saved embeddings, replicated layers. A tied base is untied
+// first: the head keeps the values that it had.
 #include "golden/peft_case.hpp"
 
 namespace {
@@ -17,25 +18,28 @@ class engine {
  public:
   engine(model<T>& m, const json& config) : m_(m), c_(config) {}
 
-  columns<T> linear(const std::string& module, const columns<T>& x, bool in_out = false, const std::string& weight = "") {
-    tensor<T> in{{x.cols(), x.rows()}, {x.data(), x.data() + x.size()}};
+  columns<T> linear(const std::string& module, const columns<T>& x, bool in_out = false,
+                    const std::string& weight = "") {
+    array<T> in{{x.cols(), x.rows()}, {x.data(), x.data() + x.size()}};
     return columns<T>(m_.linear(module, in, in_out, weight).columns());
   }
   columns<T> embed(const std::string& module, const std::vector<index_t>& ids) {
-    tensor<T> in{{static_cast<index_t>(ids.size())}, {}};
+    array<T> in{{static_cast<index_t>(ids.size())}, {}};
     for (const auto id : ids) in.values.push_back(static_cast<T>(id));
     return columns<T>(m_.embedding(module, in).columns());
   }
   auto vector(const std::string& name) {
     auto& values = m_.weight(name).values;
-    return Eigen::Map<const Eigen::Matrix<T, -1, 1>>(values.data(), static_cast<index_t>(values.size()));
+    return Eigen::Map<const Eigen::Matrix<T, -1, 1>>(values.data(),
+                                                     static_cast<index_t>(values.size()));
   }
 
   columns<T> rms_norm(const std::string& name, const columns<T>& x, double epsilon) {
     columns<T> y = x;
     for (index_t t = 0; t < x.cols(); ++t)
-      y.col(t) = x.col(t).cwiseProduct(vector(name)) /
-                 std::sqrt(x.col(t).squaredNorm() / static_cast<T>(x.rows()) + static_cast<T>(epsilon));
+      y.col(t) =
+          x.col(t).cwiseProduct(vector(name)) /
+          std::sqrt(x.col(t).squaredNorm() / static_cast<T>(x.rows()) + static_cast<T>(epsilon));
     return y;
   }
   columns<T> layer_norm(const std::string& name, const columns<T>& x, double epsilon) {
@@ -43,20 +47,23 @@ class engine {
     for (index_t t = 0; t < x.cols(); ++t) {
       const Eigen::Matrix<T, -1, 1> centred = x.col(t).array() - x.col(t).mean();
       y.col(t) = centred.cwiseProduct(vector(name + ".weight")) /
-                     std::sqrt(centred.squaredNorm() / static_cast<T>(x.rows()) + static_cast<T>(epsilon)) +
+                     std::sqrt(centred.squaredNorm() / static_cast<T>(x.rows()) +
+                               static_cast<T>(epsilon)) +
                  vector(name + ".bias");
     }
     return y;
   }
-  static columns<T> attention(const columns<T>& q, const columns<T>& k, const columns<T>& v, index_t heads, bool causal) {
+  static columns<T> attention(const columns<T>& q, const columns<T>& k, const columns<T>& v,
+                              index_t heads, bool causal) {
     const index_t head = q.rows() / heads, group = heads / (k.rows() / head), tokens = q.cols();
     columns<T> out(q.rows(), tokens);
     for (index_t h = 0; h < heads; ++h) {
-      columns<T> s =
-          k.middleRows(h / group * head, head).transpose() * q.middleRows(h * head, head) / std::sqrt(static_cast<T>(head));
+      columns<T> s = k.middleRows(h / group * head, head).transpose() *
+                     q.middleRows(h * head, head) / std::sqrt(static_cast<T>(head));
       for (index_t t = 0; t < tokens; ++t) {
         const index_t seen = causal ? t + 1 : tokens;
-        Eigen::Matrix<T, -1, 1> p = (s.col(t).head(seen).array() - s.col(t).head(seen).maxCoeff()).exp();
+        Eigen::Matrix<T, -1, 1> p =
+            (s.col(t).head(seen).array() - s.col(t).head(seen).maxCoeff()).exp();
         p /= p.sum();
         out.block(h * head, t, head, 1) = v.middleRows(h / group * head, head).leftCols(seen) * p;
       }
@@ -69,7 +76,8 @@ class engine {
       for (index_t first = 0; first < x.rows(); first += head)
         for (index_t j = 0; j < head / 2; ++j) {
           const double angle =
-              static_cast<double>(t) * std::pow(theta, -2.0 * static_cast<double>(j) / static_cast<double>(head));
+              static_cast<double>(t) *
+              std::pow(theta, -2.0 * static_cast<double>(j) / static_cast<double>(head));
           const auto c = static_cast<T>(std::cos(angle)), s = static_cast<T>(std::sin(angle));
           T& a = x(first + j, t);
           T& b = x(first + j + head / 2, t);
@@ -96,7 +104,8 @@ class engine {
       auto q = project("self_attn.q_proj", n), key = project("self_attn.k_proj", n);
       rotate(q, head, theta);
       rotate(key, head, theta);
-      h += project("self_attn.o_proj", attention(q, key, project("self_attn.v_proj", n), heads, true));
+      h += project("self_attn.o_proj",
+                   attention(q, key, project("self_attn.v_proj", n), heads, true));
       const auto p = rms_norm(shared + "post_attention_layernorm.weight", h, epsilon);
       const auto gate = project("mlp.gate_proj", p);
       const columns<T> silu = gate.unaryExpr([](T v) { return v / (T(1) + std::exp(-v)); });
@@ -109,16 +118,22 @@ class engine {
     const index_t width = c_.at("n_embd"), heads = c_.at("n_head");
     const double epsilon = c_.at("layer_norm_epsilon");
     const index_t layers = c_.at("n_layer");
-    columns<T> h = embed("transformer.wte", ids) +
-                   m_.weight("transformer.wpe.weight").matrix().topRows(static_cast<index_t>(ids.size())).transpose();
+    columns<T> h = embed("transformer.wte", ids) + m_.weight("transformer.wpe.weight")
+                                                       .matrix()
+                                                       .topRows(static_cast<index_t>(ids.size()))
+                                                       .transpose();
     for (index_t k = 0; k < layers; ++k) {
       const std::string p = "transformer.h." + std::to_string(k) + ".";
       const auto qkv = linear(p + "attn.c_attn", layer_norm(p + "ln_1", h, epsilon), true);
       h += linear(p + "attn.c_proj",
-                  attention(qkv.topRows(width), qkv.middleRows(width, width), qkv.bottomRows(width), heads, true), true);
+                  attention(qkv.topRows(width), qkv.middleRows(width, width), qkv.bottomRows(width),
+                            heads, true),
+                  true);
       const auto up = linear(p + "mlp.c_fc", layer_norm(p + "ln_2", h, epsilon), true);
       const columns<T> gelu = up.unaryExpr([](T v) {
-        return T(0.5) * v * (T(1) + std::tanh(static_cast<T>(std::sqrt(2 / M_PI)) * (v + T(0.044715) * v * v * v)));
+        return T(0.5) * v *
+               (T(1) +
+                std::tanh(static_cast<T>(std::sqrt(2 / M_PI)) * (v + T(0.044715) * v * v * v)));
       });
       h += linear(p + "mlp.c_proj", gelu, true);
     }
@@ -128,18 +143,23 @@ class engine {
   columns<T> bert(const std::vector<index_t>& ids) {
     const index_t heads = c_.at("num_attention_heads"), layers = c_.at("num_hidden_layers");
     const double epsilon = c_.at("layer_norm_eps");
-    columns<T> h =
-        embed("embeddings.word_embeddings", ids) +
-        m_.weight("embeddings.position_embeddings.weight").matrix().topRows(static_cast<index_t>(ids.size())).transpose();
+    columns<T> h = embed("embeddings.word_embeddings", ids) +
+                   m_.weight("embeddings.position_embeddings.weight")
+                       .matrix()
+                       .topRows(static_cast<index_t>(ids.size()))
+                       .transpose();
     h.colwise() += m_.weight("embeddings.token_type_embeddings.weight").matrix().row(0).transpose();
     h = layer_norm("embeddings.LayerNorm", h, epsilon);
     for (index_t k = 0; k < layers; ++k) {
       const std::string p = "encoder.layer." + std::to_string(k) + ".";
-      const auto a = attention(linear(p + "attention.self.query", h), linear(p + "attention.self.key", h),
-                               linear(p + "attention.self.value", h), heads, false);
-      h = layer_norm(p + "attention.output.LayerNorm", h + linear(p + "attention.output.dense", a), epsilon);
+      const auto a =
+          attention(linear(p + "attention.self.query", h), linear(p + "attention.self.key", h),
+                    linear(p + "attention.self.value", h), heads, false);
+      h = layer_norm(p + "attention.output.LayerNorm", h + linear(p + "attention.output.dense", a),
+                     epsilon);
       const auto up = linear(p + "intermediate.dense", h);
-      const columns<T> gelu = up.unaryExpr([](T v) { return T(0.5) * v * (T(1) + std::erf(v / std::sqrt(T(2)))); });
+      const columns<T> gelu =
+          up.unaryExpr([](T v) { return T(0.5) * v * (T(1) + std::erf(v / std::sqrt(T(2)))); });
       h = layer_norm(p + "output.LayerNorm", h + linear(p + "output.dense", gelu), epsilon);
     }
     return h;
@@ -150,11 +170,6 @@ class engine {
   const json& c_;
 };
 
-json config_of(const std::filesystem::path& base) {
-  std::ifstream stream(base.parent_path() / "config.json");
-  return json::parse(stream);
-}
-
 template <class T>
 struct setting {
   description about;
@@ -164,18 +179,19 @@ struct setting {
   explicit setting(const std::string& id)
       : about(id),
         base(about.folder() / about.text.at("base").get<std::string>()),
-        config(config_of(base)),
+        config(read_json(base.parent_path() / "config.json")),
         values(load_all<T>(base)) {
     // Untied: the head keeps what the embedding was.
     if (config.value("tie_word_embeddings", false) && config.at("model_type") != "bert")
       values["lm_head.weight"] =
-          values.at(config.at("model_type") == "gpt2" ? "transformer.wte.weight" : "model.embed_tokens.weight");
+          values.at(config.at("model_type") == "gpt2" ? "transformer.wte.weight"
+                                                      : "model.embed_tokens.weight");
   }
 
-  tensor<T> run(model<T>& m, const std::vector<int>& layers = {}) const {
+  array<T> run(model<T>& m, const std::vector<int>& layers = {}) const {
     const auto x = load<double>(st::read(about.folder() / "io.safetensors"), "x");
     engine<T> e(m, config);
-    tensor<T> y{{x.shape[0], x.shape[1], 0}, {}};
+    array<T> y{{x.shape[0], x.shape[1], 0}, {}};
     for (index_t b = 0; b < x.shape[0]; ++b) {
       std::vector<index_t> ids;
       for (index_t t = 0; t < x.shape[1]; ++t)
@@ -184,7 +200,9 @@ struct setting {
       if (base_layers.empty())
         for (int k = 0; k < config.value("num_hidden_layers", 0); ++k) base_layers.push_back(k);
       const std::string kind = config.at("model_type");
-      const columns<T> out = kind == "gpt2" ? e.gpt2(ids) : kind == "bert" ? e.bert(ids) : e.llama(ids, base_layers);
+      const columns<T> out = kind == "gpt2"   ? e.gpt2(ids)
+                             : kind == "bert" ? e.bert(ids)
+                                              : e.llama(ids, base_layers);
       y.shape[2] = out.rows();
       y.values.insert(y.values.end(), out.data(), out.data() + out.size());
     }
@@ -192,15 +210,10 @@ struct setting {
   }
 };
 
-agreement_table& table() {
-  static agreement_table t;
-  return t;
-}
-
 /// y in float within the tolerance, in double within 1e-9 of the exact one.
 template <class Run>
-void check(const description& about, const std::string& tensor_name, const std::string& exact, bool compare_with_peft,
-           const Run& run) {
+void check(const description& about, const std::string& tensor_name, const std::string& exact,
+           bool compare_with_peft, const Run& run) {
   INFO(about.id << ": " << tensor_name << " against " << exact);
   const auto io = st::read(about.folder() / "io.safetensors");
   const auto f = run(float());
@@ -216,8 +229,9 @@ void check(const description& about, const std::string& tensor_name, const std::
 }  // namespace
 
 TEST_CASE("golden: embeddings and heads, tied and untied, mixed and merged", "[golden][peft]") {
-  for (const std::string id : {"llama_embed_tied", "llama_embed_tied_both", "llama_embed_tied_ensure", "llama_embed_untied",
-                               "llama_embed_untied_modules_to_save"}) {
+  for (const std::string id :
+       {"llama_embed_tied", "llama_embed_tied_both", "llama_embed_tied_ensure",
+        "llama_embed_untied", "llama_embed_untied_modules_to_save"}) {
     const description about(id);
     check(about, "y_base", "y64_base", true, [&]<class T>(T) {
       const setting<T> s(id);
@@ -231,7 +245,8 @@ TEST_CASE("golden: embeddings and heads, tied and untied, mixed and merged", "[g
         model<T> m(s.about, s.values, {{&file, 1.0}}, how);
         return s.run(m);
       };
-      // Merging into a tied weight changes the head as well: PEFT's merged logits are wrong there, ours are not.
+      // Merging into a tied weight changes the head as well: PEFT's merged logits are wrong there,
+      // ours are not.
       check(about, "y_ad", "y64_unmerged", true, run);
       check(about, "y_merged_ad", "y64_unmerged", id.find("untied") != std::string::npos, run);
     }
@@ -273,7 +288,8 @@ TEST_CASE("golden: BERT, the second adapter on one layer", "[golden][peft]") {
     for (const auto how : {way::mixed, way::merged})
       check(about, "y_" + label, "y64_" + label, true, [&]<class T>(T) {
         const setting<T> s("bert_tiny");
-        const auto a = peft::read<T>(s.about.folder() / "a"), b = peft::read<T>(s.about.folder() / "b");
+        const auto a = peft::read<T>(s.about.folder() / "a"),
+                   b = peft::read<T>(s.about.folder() / "b");
         std::vector<active<T>> on;
         if (label.find('a') == 0) on.push_back({&a, 1.0});
         if (label.ends_with("b")) on.push_back({&b, 1.0});
@@ -283,14 +299,15 @@ TEST_CASE("golden: BERT, the second adapter on one layer", "[golden][peft]") {
           for (const auto& expected : about.expected()) {
             const std::string name = expected.at("tensor"), start = "merged." + label + ".";
             if (!name.starts_with(start)) continue;
-            CHECK(within(m.tensors().at(name.substr(start.size())), load<float>(io, name), expected.at("atol"),
-                         expected.at("rtol")));
+            CHECK(within(m.tensors().at(name.substr(start.size())), load<float>(io, name),
+                         expected.at("atol"), expected.at("rtol")));
           }
         return s.run(m);
       });
 }
 
-TEST_CASE("golden: replicated layers share their weights and have adapters of their own", "[golden][peft]") {
+TEST_CASE("golden: replicated layers share their weights and have adapters of their own",
+          "[golden][peft]") {
   const description about("llama_layer_replication");
   const std::vector<int> layers{0, 1, 1};
   check(about, "y_base", "y64_base", true, [&]<class T>(T) {

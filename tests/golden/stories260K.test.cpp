@@ -1,13 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A trained public Llama (stories260K, 5 layers) with two trained PEFT adapters: logits and greedy text of every state against
-// PEFT's, each layer against its bound, and the checkpoints that PEFT merged in three formats.
+// A trained public Llama (stories260K, 5 layers) with two trained PEFT adapters: logits and greedy
+// text of every state against PEFT's, each layer against its bound, and the checkpoints that PEFT
+// merged in three formats.
 #include <cstdint>
 #include <cstring>
 
 #include "golden/checkpoint.hpp"
-#include "golden/reference.hpp"
 #include "llama.hpp"
+#include "support/golden.hpp"
 #include "support/layers.hpp"
 
 namespace {
@@ -52,7 +53,8 @@ class world {
   }
 
   template <class T>
-  llama::model<T> model(const lora::safetensors::file& weights, const mixture& m, unsigned merged = 0) const {
+  llama::model<T> model(const lora::safetensors::file& weights, const mixture& m,
+                        unsigned merged = 0) const {
     llama::model<T> result(shape, weights);
     for (std::size_t k = 0; k < 2; ++k) {
       if (m.weights[k] == 0) continue;
@@ -76,19 +78,25 @@ class world {
   template <class T>
   MatrixXd logits(const llama::model<T>& model) const {
     MatrixXd all(shape.vocabulary, 0);
-    for (int p = 0; p < prompts; ++p) append(all, model.logits(ids("input_ids", p)).template cast<double>());
+    for (int p = 0; p < prompts; ++p)
+      append(all, model.logits(ids("input_ids", p)).template cast<double>());
     return all;
   }
   MatrixXd logits(const std::string& name) const {
     MatrixXd all(shape.vocabulary, 0);
     for (int p = 0; p < prompts; ++p)
-      append(all, golden::tensor<double>(golden, "logits." + name + "." + std::to_string(p)).transpose());
+      append(
+          all,
+          golden::tensor<double>(golden, "logits." + name + "." + std::to_string(p)).transpose());
     return all;
   }
 
-  // What PEFT in float may be off, by the one state that it also computed in double. That is how far roundings travel through
-  // this network, for which there is no bound; another evaluation in float may be off by four times that.
-  double peft_in_float() const { return about.at("largest_difference").at("unmerged f32 vs float64"); }
+  // What PEFT in float may be off, by the one state that it also computed in double. That is how
+  // far roundings travel through this network, for which there is no bound; another evaluation in
+  // float may be off by four times that.
+  double peft_in_float() const {
+    return about.at("largest_difference").at("unmerged f32 vs float64");
+  }
   static constexpr double times_peft = 4;
 
   static void append(MatrixXd& all, const MatrixXd& more) {
@@ -136,14 +144,16 @@ llama::tokens first(std::size_t count, llama::tokens text) {
 
 double largest(const MatrixXd& m) { return m.cwiseAbs().maxCoeff(); }
 
-/// Every layer with adapters on the inputs that it saw, in every state of merging, against the bound.
+/// Every layer with adapters on the inputs that it saw, in every state of merging, against the
+/// bound.
 template <class T>
 void check_layers(const world& w) {
   std::map<std::string, MatrixXd> inputs;
   const auto model = w.model<T>(both);
   for (int p = 0; p < prompts; ++p)
     model.logits(w.ids("input_ids", p), [&](const std::string& layer, const auto& x) {
-      world::append(inputs.try_emplace(layer, x.rows(), 0).first->second, x.template cast<double>());
+      world::append(inputs.try_emplace(layer, x.rows(), 0).first->second,
+                    x.template cast<double>());
     });
   int compared = 0;
   for (const auto& [name, pristine] : model.layers()) {
@@ -154,7 +164,8 @@ void check_layers(const world& w) {
     const MatrixXd W = agreement::in_double(pristine.weight());
     std::vector<agreement::part> parts;
     for (std::size_t k = 0; k < 2; ++k)
-      if (w.in_float[k].contains(name)) parts.push_back(agreement::part_of(w.in_float[k].at(name).plain()));
+      if (w.in_float[k].contains(name))
+        parts.push_back(agreement::part_of(w.in_float[k].at(name).plain()));
     const MatrixXd exact = layers::reference(W, {}, parts, inputs.at(name)).template cast<double>();
     for (unsigned merged = 0; merged < 1u << parts.size(); ++merged) {
       CAPTURE(merged);
@@ -167,12 +178,14 @@ void check_layers(const world& w) {
       }
       test::col_matrix<real> y(layer.out_features(), x.cols());
       layer.forward(x, y);
-      const auto bound = agreement::error_bound(W, {}, where, inputs.at(name), agreement::formats_of<T, real, real>());
+      const auto bound = agreement::error_bound(W, {}, where, inputs.at(name),
+                                                agreement::formats_of<T, real, real>());
       CHECK(golden::share(y.template cast<double>(), exact, bound) <= 1);
       ++compared;
     }
   }
-  CHECK(compared == 5 * (4 * 4 + 3 * 2));  // both on q, v, up and down, dragon alone on k, o and gate
+  CHECK(compared ==
+        5 * (4 * 4 + 3 * 2));  // both on q, v, up and down, dragon alone on k, o and gate
 }
 
 }  // namespace
@@ -184,9 +197,11 @@ TEST_CASE("a trained Llama without adapters gives its logits and its published s
   const auto ids = [&](const char* name) { return recorded.copy<std::int64_t>(name); };
   const auto model = w.model<double>(mixtures[0]);
   const MatrixXd logits = golden::tensor<double>(recorded, "logits").transpose();
-  const MatrixXd allowed = (std::ldexp(1.0, -24) * logits.array().abs() + 1e-9 * largest(logits)).matrix();
+  const MatrixXd allowed =
+      (std::ldexp(1.0, -24) * logits.array().abs() + 1e-9 * largest(logits)).matrix();
   CHECK(golden::share(model.logits(ids("input_ids")), logits, allowed) <= 1);
-  const auto continuation = first(64, ids("continuation_ids")), story = first(128, ids("story_ids"));
+  const auto continuation = first(64, ids("continuation_ids")),
+             story = first(128, ids("story_ids"));
   CHECK(model.greedy(ids("input_ids"), continuation.size(), -1) == continuation);
   CHECK(w.model<float>(mixtures[0]).greedy({1}, story.size(), -1) == story);
 }
@@ -195,8 +210,9 @@ TEST_CASE("a trained Llama gives PEFT's logits in every state", "[golden]") {
   const world w;
   for (const mixture& m : mixtures) {
     INFO(m.name);
-    // The reference: our double with nothing merged. PEFT's float confirms it in each state, in one its float64 too, which
-    // transformers leaves in float for norms, rotary tables and softmax: some of the roundings of PEFT's float.
+    // The reference: our double with nothing merged. PEFT's float confirms it in each state, in one
+    // its float64 too, which transformers leaves in float for norms, rotary tables and softmax:
+    // some of the roundings of PEFT's float.
     const MatrixXd exact = w.logits(w.model<double>(m)), peft = w.logits(m.name);
     if (w.golden.contains("logits.float64." + std::string(m.name) + ".0")) {
       const MatrixXd peft64 = w.logits("float64." + std::string(m.name));
@@ -210,8 +226,8 @@ TEST_CASE("a trained Llama gives PEFT's logits in every state", "[golden]") {
       if (!m.allows(merged)) continue;
       CAPTURE(merged);
       CHECK(golden::share(w.logits(w.model<double>(m, merged)), exact, 1e-9 * largest(exact)) <= 1);
-      CHECK(golden::share(w.logits(w.model<float>(m, merged)), exact, world::times_peft * golden::distance(peft, exact)) <=
-            1);
+      CHECK(golden::share(w.logits(w.model<float>(m, merged)), exact,
+                          world::times_peft * golden::distance(peft, exact)) <= 1);
     }
   }
 }
@@ -252,12 +268,13 @@ TEST_CASE("an adapter merged, set and unmerged in mid-text changes no token", "[
   CHECK(llama::tokens(ids.begin() + static_cast<std::ptrdiff_t>(prompt.size()), ids.end()) == text);
 }
 
-TEMPLATE_TEST_CASE("every layer of it keeps the bound in every state", "[golden]", float, double, lora::bfloat16,
-                   lora::float16) {
+TEMPLATE_TEST_CASE("every layer of it keeps the bound in every state", "[golden]", float, double,
+                   lora::bfloat16, lora::float16) {
   check_layers<TestType>(world());
 }
 
-TEMPLATE_TEST_CASE("the checkpoints of it that PEFT merged", "[golden]", float, lora::bfloat16, lora::float16) {
+TEMPLATE_TEST_CASE("the checkpoints of it that PEFT merged", "[golden]", float, lora::bfloat16,
+                   lora::float16) {
   const world w;
   const std::string name = std::is_same_v<TestType, float>            ? "merged-f32"
                            : std::is_same_v<TestType, lora::bfloat16> ? "merged-bf16"
@@ -286,7 +303,8 @@ TEMPLATE_TEST_CASE("the checkpoints of it that PEFT merged", "[golden]", float, 
     for (unsigned merged = 0; merged < 4; ++merged) {
       CAPTURE(merged);
       // Beside the weight nothing is rounded to its format.
-      const double allowed = world::times_peft * (merged == 0 ? w.peft_in_float() : golden::distance(peft, exact));
+      const double allowed =
+          world::times_peft * (merged == 0 ? w.peft_in_float() : golden::distance(peft, exact));
       CHECK(golden::share(w.logits(w.model<TestType>(file, both, merged)), exact, allowed) <= 1);
     }
   }

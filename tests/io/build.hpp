@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Files for the tests of the readers, made in memory: a safetensors file from tensors or from a header as it is wanted,
-// a directory that disappears with the test, and the check that a refusal says what it must.
+// Files for the tests of the readers, made in memory: a safetensors file from tensors or from a
+// header as it is wanted, a directory that disappears with the test, and the check that a refusal
+// says what it must.
 #pragma once
 
 #include <cstddef>
@@ -49,20 +50,22 @@ inline std::string safetensors(const std::string& json, std::size_t count) {
 /// Tensors one after the other.
 class file {
  public:
-  file& add(const std::string& name, const std::string& dtype, std::initializer_list<int> shape, std::string_view data) {
+  file& add(const std::string& name, const std::string& dtype, std::initializer_list<int> shape,
+            std::string_view data) {
     std::string list;
     for (const int extent : shape) list += (list.empty() ? "" : ",") + std::to_string(extent);
-    header_ += (header_.empty() ? "" : ",") + ('"' + name + "\":{\"dtype\":\"") + dtype + "\",\"shape\":[" + list +
-               "],\"data_offsets\":[" + std::to_string(data_.size()) + "," + std::to_string(data_.size() + data.size()) +
-               "]}";
+    header_ += (header_.empty() ? "" : ",") + ('"' + name + "\":{\"dtype\":\"") + dtype +
+               "\",\"shape\":[" + list + "],\"data_offsets\":[" + std::to_string(data_.size()) +
+               "," + std::to_string(data_.size() + data.size()) + "]}";
     data_ += data;
     return *this;
   }
   template <class T>
   file& add(const std::string& name, const std::string& dtype, std::initializer_list<int> shape,
             const std::vector<T>& values) {
-    return add(name, dtype, shape,
-               std::string_view(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T)));
+    return add(
+        name, dtype, shape,
+        std::string_view(reinterpret_cast<const char*>(values.data()), values.size() * sizeof(T)));
   }
   /// F32 values 1, 2, 3, ... times a step.
   file& add(const std::string& name, std::initializer_list<int> shape, float step = 1) {
@@ -88,7 +91,8 @@ class directory {
   directory() {
     static int count = 0;
     path_ = std::filesystem::temp_directory_path() /
-            ("lora-io-test-" + std::to_string(reinterpret_cast<std::uintptr_t>(this)) + "-" + std::to_string(++count));
+            ("lora-io-test-" + std::to_string(reinterpret_cast<std::uintptr_t>(this)) + "-" +
+             std::to_string(++count));
     std::filesystem::create_directories(path_);
   }
   ~directory() {
@@ -100,7 +104,8 @@ class directory {
 
   const std::filesystem::path& path() const { return path_; }
   std::filesystem::path write(const std::string& name, std::string_view text) const {
-    std::ofstream(path_ / name, std::ios::binary).write(text.data(), static_cast<std::streamsize>(text.size()));
+    std::ofstream(path_ / name, std::ios::binary)
+        .write(text.data(), static_cast<std::streamsize>(text.size()));
     return path_ / name;
   }
 
@@ -113,7 +118,9 @@ inline std::string slurp(const std::filesystem::path& path) {
   return {std::istreambuf_iterator<char>(file), {}};
 }
 
-inline bool has(std::string_view text, std::string_view part) { return text.find(part) != std::string_view::npos; }
+inline bool has(std::string_view text, std::string_view part) {
+  return text.find(part) != std::string_view::npos;
+}
 
 /// The message with which `act` is refused; fails when it is not refused with a format_error.
 inline std::string refusal(const std::function<void()>& act) {
@@ -129,7 +136,8 @@ inline std::string refusal(const std::function<void()>& act) {
 }
 
 /// Refused, with a message that has every part.
-inline void refused(const std::function<void()>& act, std::initializer_list<std::string_view> parts) {
+inline void refused(const std::function<void()>& act,
+                    std::initializer_list<std::string_view> parts) {
   const std::string message = refusal(act);
   for (const auto part : parts) {
     INFO(message << "\n  must say: " << part);

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The keys of a PEFT config: what the readers take, what the tables list and what docs/formats.md says are the same.
+// The keys of a PEFT config: what the readers take, what the tables list and what docs/formats.md
+// says are the same.
 #include <algorithm>
 #include <array>
 #include <fstream>
@@ -52,20 +53,24 @@ std::shared_ptr<const io::json_node> config_with(const names& keys, std::string_
   std::string text = R"({"peft_type":")" + std::string(peft_type) + '"';
   for (const auto& key : keys)
     if (key != "peft_type") text += ",\"" + key + "\":null";
-  return std::make_shared<const io::json_node>(io::parse_json_tree({.text = text + "}", .path = "c"}));
+  return std::make_shared<const io::json_node>(
+      io::parse_json_tree({.text = text + "}", .path = "c"}));
 }
 
 // A kind as another file would define it.
-constexpr std::array<io::fixed_key, 1> other_fixed{{{"other_seed", io::fixed_key::rule::refused, "it is a test"}}};
+constexpr std::array<io::fixed_key, 1> other_fixed{
+    {{"other_seed", io::fixed_key::rule::refused, "it is a test"}}};
 void read_other_keys(io::config_object& keys, peft::config& c) {
   io::read_module_keys(keys, c);
   if (const auto* r = keys.take("other_rank")) c.r = keys.positive_in(*r, "other_rank");
 }
-constexpr std::array<io::config_kind, 2> with_other{{io::lora_kind, {"OTHER", read_other_keys, other_fixed}}};
+constexpr std::array<io::config_kind, 2> with_other{
+    {io::lora_kind, {"OTHER", read_other_keys, other_fixed}}};
 
 peft::config read_other(const std::string& more, const peft::read_options& options = {}) {
   const std::string text = R"({"peft_type":"OTHER")" + more + "}";
-  const auto root = std::make_shared<const io::json_node>(io::parse_json_tree({.text = text, .path = "c"}));
+  const auto root =
+      std::make_shared<const io::json_node>(io::parse_json_tree({.text = text, .path = "c"}));
   return io::read_config_tree(root, "c", options, with_other);
 }
 
@@ -97,11 +102,11 @@ TEST_CASE("a reader takes the same keys from every config", "[peft][keys]") {
     }
   }
   // The values of which one decides what another may be.
-  const std::string all =
-      build::config(R"("use_dora":true,"alpha":6,"target_modules":["q"],"layers_to_transform":[1],"layers_pattern":"h",)"
-                    R"("bias":"all","init_lora_weights":"pissa","kasa_config":null,"use_bdlora":{"nblocks":2},)"
-                    R"("lora_B_layout":"rank_major","unsloth_fused_expert_lora":{"num_experts":2},"task_type":"SEQ_CLS",)"
-                    R"("layer_replication":[[0,2]],"trainable_token_indices":[1],"target_parameters":["w"])");
+  const std::string all = build::config(
+      R"("use_dora":true,"alpha":6,"target_modules":["q"],"layers_to_transform":[1],"layers_pattern":"h",)"
+      R"("bias":"all","init_lora_weights":"pissa","kasa_config":null,"use_bdlora":{"nblocks":2},)"
+      R"("lora_B_layout":"rank_major","unsloth_fused_expert_lora":{"num_experts":2},"task_type":"SEQ_CLS",)"
+      R"("layer_replication":[[0,2]],"trainable_token_indices":[1],"target_parameters":["w"])");
   const auto root = io::parse_json_tree({.text = all, .path = "c"});
   for (const auto& options : {peft::read_options{}, peft::read_options{.fan_in_fan_out = true}}) {
     io::config_object keys(root, "c", options);
@@ -121,24 +126,33 @@ TEST_CASE("a key that is read is never listed as unknown", "[peft][keys]") {
 }
 
 TEST_CASE("another kind is a reader, a table and one line", "[peft][keys]") {
-  const auto c = read_other(R"(,"other_rank":3,"target_modules":["q"],"task_type":"CAUSAL_LM","inference_mode":true)");
+  const auto c = read_other(
+      R"(,"other_rank":3,"target_modules":["q"],"task_type":"CAUSAL_LM","inference_mode":true)");
   CHECK(c.peft_type == "OTHER");
   CHECK(c.r == 3);
   CHECK(peft::matches_target(c, "m.q"));
   CHECK(c.ignored_keys.empty());
   // What only LORA has, it does not know.
-  build::refused([] { (void)read_other(R"(,"lora_alpha":3)"); }, {"lora_alpha", "this version knows"});
-  build::refused([] { (void)read_other(R"(,"other_seed":3)"); }, {"other_seed", "null or false", "it is a test"});
+  build::refused([] { (void)read_other(R"(,"lora_alpha":3)"); },
+                 {"lora_alpha", "this version knows"});
+  build::refused([] { (void)read_other(R"(,"other_seed":3)"); },
+                 {"other_seed", "null or false", "it is a test"});
   build::refused([] { (void)read_other(R"(,"other_rank":0)"); }, {"other_rank", "above 0"});
-  CHECK(read_other(R"(,"lora_alpha":3)", {.lenient = true}).ignored_keys == std::vector<std::string>{"lora_alpha"});
+  CHECK(read_other(R"(,"lora_alpha":3)", {.lenient = true}).ignored_keys ==
+        std::vector<std::string>{"lora_alpha"});
   // LORA does not know the other's.
-  build::refused([] { (void)build::parse(build::config(R"("other_rank":3)")); }, {"other_rank", "this version knows"});
+  build::refused([] { (void)build::parse(build::config(R"("other_rank":3)")); },
+                 {"other_rank", "this version knows"});
 }
 
 TEST_CASE("unknown keys are said before what is wrong with known ones", "[peft][keys]") {
-  build::refused([] { (void)build::parse(build::config(R"("bias":"some","later":1)")); }, {"later"});
-  build::refused([] { (void)build::parse(build::config(R"("later":1,"use_qalora":true)")); }, {"later"});
-  build::refused([] { (void)build::parse(build::config(R"("use_qalora":true,"later":1)")); }, {"use_qalora"});
-  const auto c = build::parse(build::config(R"("use_bdlora":{"inner":1},"later":1)"), {.lenient = true});
+  build::refused([] { (void)build::parse(build::config(R"("bias":"some","later":1)")); },
+                 {"later"});
+  build::refused([] { (void)build::parse(build::config(R"("later":1,"use_qalora":true)")); },
+                 {"later"});
+  build::refused([] { (void)build::parse(build::config(R"("use_qalora":true,"later":1)")); },
+                 {"use_qalora"});
+  const auto c =
+      build::parse(build::config(R"("use_bdlora":{"inner":1},"later":1)"), {.lenient = true});
   CHECK(c.ignored_keys == std::vector<std::string>{"later", "use_bdlora.inner"});
 }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The corpus of tests/io/corpus (written by make.py there): every file gets its verdict, every refusal its words. errors.txt
-// holds the whole text of each refusal; LORA_UPDATE_ERRORS=1 writes it anew, to be read before it is committed.
+// The corpus of tests/io/corpus (written by make.py there): every file gets its verdict, every
+// refusal its words. errors.txt holds the whole text of each refusal; LORA_UPDATE_ERRORS=1 writes
+// it anew, to be read before it is committed.
 #include <sys/resource.h>
 
 #include <cstdlib>
@@ -35,7 +36,8 @@ std::vector<verdict> verdicts() {
   for (std::string line; std::getline(lines, line);) {
     const auto space = line.find(' '), bar = line.find(" | ");
     const auto name = line.substr(space + 1, bar == std::string::npos ? bar : bar - space - 1);
-    result.push_back({name, bar == std::string::npos ? "" : line.substr(bar + 3), line.starts_with("accept")});
+    result.push_back(
+        {name, bar == std::string::npos ? "" : line.substr(bar + 3), line.starts_with("accept")});
   }
   return result;
 }
@@ -65,63 +67,84 @@ struct nothing {
 std::vector<std::pair<std::string, std::string>> peft_refusals() {
   std::vector<std::pair<std::string, std::string>> result;
   const auto config = [&](const std::string& name, const std::string& text) {
-    result.emplace_back("config " + name, refusal([&] { (void)lora::peft::parse_config(text, "adapter_config.json"); }));
+    result.emplace_back("config " + name, refusal([&] {
+                          (void)lora::peft::parse_config(text, "adapter_config.json");
+                        }));
   };
   config("with a comma left out", R"({"peft_type":"LORA","r":2 "lora_alpha":6})");
   config("with a key twice", R"({"peft_type":"LORA","r":2,"r":2})");
   config("\"r\":0", R"({"peft_type":"LORA","r":0,"lora_alpha":6})");
   for (const std::string line :
        {R"("use_qalora":true)", R"("alora_invocation_tokens":[1])", R"("arrow_config":{"top_k":2})",
-        R"("enable_lora":[true])", R"("init_lora_weights":"pissa_niter_16")", R"("init_lora_weights":"corda")",
-        R"("bias":"some")", R"("unknown_key":7)", R"("lora_bias":true,"use_dora":true)", R"("rank_pattern":{"(?<=a)b":2})",
-        R"("layer_replication":[[2,1]])", R"("trainable_token_indices":["a"])", R"("use_bdlora":true)",
-        R"("use_bdlora":{"later":1})", R"("task_type":"CHAT")", R"("layers_pattern":["h"])", R"("modules_to_save":["a|b"])"})
+        R"("enable_lora":[true])", R"("init_lora_weights":"pissa_niter_16")",
+        R"("init_lora_weights":"corda")", R"("bias":"some")", R"("unknown_key":7)",
+        R"("lora_bias":true,"use_dora":true)", R"("rank_pattern":{"(?<=a)b":2})",
+        R"("layer_replication":[[2,1]])", R"("trainable_token_indices":["a"])",
+        R"("use_bdlora":true)", R"("use_bdlora":{"later":1})", R"("task_type":"CHAT")",
+        R"("layers_pattern":["h"])", R"("modules_to_save":["a|b"])"})
     config(line, R"({"peft_type":"LORA","r":2,"lora_alpha":6,)" + line + "}");
-  const auto file = [&](const std::string& name, const std::string& more, const build::file& tensors) {
-    result.emplace_back(name, refusal([&] {
-                          const auto bytes = build::to_bytes(tensors.text());
-                          const auto c = lora::peft::parse_config(R"({"peft_type":"LORA","r":2,"lora_alpha":6)" + more + "}",
-                                                                  "adapter_config.json");
-                          (void)lora::peft::assemble(c, st::parse(bytes, "adapter_model.safetensors"));
-                        }));
+  const auto file = [&](const std::string& name, const std::string& more,
+                        const build::file& tensors) {
+    result.emplace_back(
+        name, refusal([&] {
+          const auto bytes = build::to_bytes(tensors.text());
+          const auto c = lora::peft::parse_config(
+              R"({"peft_type":"LORA","r":2,"lora_alpha":6)" + more + "}", "adapter_config.json");
+          (void)lora::peft::assemble(c, st::parse(bytes, "adapter_model.safetensors"));
+        }));
   };
   const std::string p = "base_model.model.";
-  const auto pair = [&] { return build::file().add(p + "m.lora_A.weight", {2, 4}).add(p + "m.lora_B.weight", {3, 2}); };
+  const auto pair = [&] {
+    return build::file().add(p + "m.lora_A.weight", {2, 4}).add(p + "m.lora_B.weight", {3, 2});
+  };
   file("file without lora_B", "", build::file().add(p + "m.lora_A.weight", {2, 4}));
-  file("file of another rank", "", build::file().add(p + "m.lora_A.weight", {3, 4}).add(p + "m.lora_B.weight", {3, 3}));
+  file("file of another rank", "",
+       build::file().add(p + "m.lora_A.weight", {3, 4}).add(p + "m.lora_B.weight", {3, 3}));
   file("file with a magnitude", "", pair().add(p + "m.lora_magnitude_vector", {3}));
   file("file without its magnitude", R"(,"use_dora":true)", pair());
   file("file with a base tensor", "", pair().add(p + "score.weight", {2, 2}));
   file("file with LoKr", "", pair().add(p + "m.lokr_w1", {2, 2}));
-  file("file of a sharded save", "", build::file().add(p + "m.lora_A.weight", {0}).add(p + "m.lora_B.weight", {0}));
+  file("file of a sharded save", "",
+       build::file().add(p + "m.lora_A.weight", {0}).add(p + "m.lora_B.weight", {0}));
   file("file with and without prefix", "", pair().add("n.lora_A.weight", {2, 4}));
   file("file with an untargeted module", R"(,"target_modules":["q"])", pair());
-  file("file with rows and no ids", "", pair().add(p + "e.token_adapter.trainable_tokens_delta", {1, 2}));
+  file("file with rows and no ids", "",
+       pair().add(p + "e.token_adapter.trainable_tokens_delta", {1, 2}));
   file("file with two parameters", R"(,"target_parameters":["m.a","m.b"])",
-       pair().add(p + "m.base_layer.lora_A.weight", {2, 4}).add(p + "m.base_layer.lora_B.weight", {3, 2}));
+       pair()
+           .add(p + "m.base_layer.lora_A.weight", {2, 4})
+           .add(p + "m.base_layer.lora_B.weight", {3, 2}));
   file("file with a saved module under PEFT's inner name alone", R"(,"modules_to_save":["score"])",
        pair().add(p + "score.modules_to_save.weight", {2, 2}));
   file("file with a letter beyond ASCII", R"(,"rank_pattern":{"\\w+":2})",
-       build::file().add(p + "caf\xC3\xA9.lora_A.weight", {2, 4}).add(p + "caf\xC3\xA9.lora_B.weight", {3, 2}));
+       build::file()
+           .add(p + "caf\xC3\xA9.lora_A.weight", {2, 4})
+           .add(p + "caf\xC3\xA9.lora_B.weight", {3, 2}));
   file("file with a layer too many", R"(,"layer_replication":[[0,2]])",
-       build::file().add(p + "layers.2.q.lora_A.weight", {2, 4}).add(p + "layers.2.q.lora_B.weight", {3, 2}));
+       build::file()
+           .add(p + "layers.2.q.lora_A.weight", {2, 4})
+           .add(p + "layers.2.q.lora_B.weight", {3, 2}));
   file("file with nothing", "", build::file());
-  const auto factors = [](const std::string& name, std::initializer_list<int> A, std::initializer_list<int> B,
-                          build::file into = {}) {
+  const auto factors = [](const std::string& name, std::initializer_list<int> A,
+                          std::initializer_list<int> B, build::file into = {}) {
     return into.add(name + ".lora_A.weight", A).add(name + ".lora_B.weight", B);
   };
   file("file with a wrapper in its names", "", factors(p + "_orig_mod.m", {2, 4}, {3, 2}));
-  file("file of nested PeftModels", "", factors(p + p + "m.base_layer", {2, 4}, {3, 2}, factors(p + "m", {2, 4}, {3, 2})));
-  file("file of two state dicts", "", factors("a." + p + "m", {2, 4}, {3, 2}, factors("b." + p + "m", {2, 4}, {3, 2})));
+  file("file of nested PeftModels", "",
+       factors(p + p + "m.base_layer", {2, 4}, {3, 2}, factors(p + "m", {2, 4}, {3, 2})));
+  file("file of two state dicts", "",
+       factors("a." + p + "m", {2, 4}, {3, 2}, factors("b." + p + "m", {2, 4}, {3, 2})));
   file("file with a stack of experts", "", factors(p + "m", {3, 2, 4}, {3, 6, 2}));
-  file("file with a square stack of an old version", R"(,"target_parameters":["m.w"],"peft_version":"0.18.1")",
-       factors(p + "m", {6, 4}, {4, 6}));
+  file("file with a square stack of an old version",
+       R"(,"target_parameters":["m.w"],"peft_version":"0.18.1")", factors(p + "m", {6, 4}, {4, 6}));
   file("file with a layout for no stack",
        R"(,"unsloth_fused_expert_lora":{"parameters":{"x":{"lora_B_layout":"grouped_by_expert"}}})",
        factors(p + "m", {2, 4}, {3, 2}));
   file("file with a placeholder", "", factors(p + "n", {0}, {0}, factors(p + "m", {2, 4}, {3, 2})));
-  file("file with several factors in a module", "", factors(p + "m", {2, 4}, {3, 2}).add(p + "m.lora_B0.weight", {3, 2}));
-  file("file with a base tensor that PEFT drops", "", factors(p + "m", {2, 4}, {3, 2}).add(p + "m.weight", {3, 4}));
+  file("file with several factors in a module", "",
+       factors(p + "m", {2, 4}, {3, 2}).add(p + "m.lora_B0.weight", {3, 2}));
+  file("file with a base tensor that PEFT drops", "",
+       factors(p + "m", {2, 4}, {3, 2}).add(p + "m.weight", {3, 4}));
   return result;
 }
 
@@ -144,7 +167,8 @@ TEST_CASE("corpus: every file gets its verdict and every refusal its words", "[c
     CHECK(parsed.empty() == v.accepted);
     if (!read.empty()) errors << v.name << "\n    " << read << "\n";
     if (v.accepted) {
-      // Written again in our order, it reads as the same tensors, and from then on as the same bytes.
+      // Written again in our order, it reads as the same tensors, and from then on as the same
+      // bytes.
       const auto file = st::read(path);
       std::vector<st::tensor> tensors;
       for (const auto& t : file) tensors.push_back(st::tensor_of(t));
@@ -167,7 +191,8 @@ TEST_CASE("corpus: every file gets its verdict and every refusal its words", "[c
     CHECK_FALSE(text.empty());
     errors << name << "\n    " << text << "\n";
   }
-  if (std::getenv("LORA_UPDATE_ERRORS") != nullptr) std::ofstream(corpus / "errors.txt") << errors.str();
+  if (std::getenv("LORA_UPDATE_ERRORS") != nullptr)
+    std::ofstream(corpus / "errors.txt") << errors.str();
   const bool as_committed = errors.str() == slurp(corpus / "errors.txt");
   if (!as_committed) UNSCOPED_INFO("run with LORA_UPDATE_ERRORS=1 and read the difference");
   CHECK(as_committed);
@@ -183,14 +208,17 @@ TEST_CASE("corpus: JSON is accepted and refused as RFC 8259 has it", "[corpus]")
       text += static_cast<char>(std::stoi(line.substr(k, 2), nullptr, 16));
     INFO(line);
     nothing ignore;
-    const auto refused = refusal([&] { lora::io_detail::parse_json({.text = text, .path = "text"}, ignore); });
+    const auto refused =
+        refusal([&] { lora::io_detail::parse_json({.text = text, .path = "text"}, ignore); });
     CHECK(refused.empty() == line.starts_with("accept"));
     if (!refused.empty()) CHECK(build::has(refused, "text: byte "));
   }
   CHECK(count >= 300);
 }
 
-TEST_CASE("corpus: every truncation of every file is refused, and no flipped bit is more than refused", "[corpus]") {
+TEST_CASE(
+    "corpus: every truncation of every file is refused, and no flipped bit is more than refused",
+    "[corpus]") {
   std::size_t flips = 0;
   for (const auto& v : verdicts()) {
     if (!v.accepted) continue;
@@ -226,37 +254,44 @@ TEST_CASE("tolerances read what they name, and report it", "[safetensors][tolera
     return std::pair(file.copy<std::uint8_t>("t"), file.tolerated());
   };
   const std::vector<std::uint8_t> values{0, 1, 2, 3, 4, 5, 6, 7};
-  const st::tolerances trailing{.trailing_bytes = true}, nul{.nul_padding = true}, uncounted{.uncounted_padding = true};
-  for (const auto& t : {trailing, nul, uncounted}) CHECK(parse(good, t) == std::pair(values, std::vector<std::string>()));
+  const st::tolerances trailing{.trailing_bytes = true}, nul{.nul_padding = true},
+      uncounted{.uncounted_padding = true};
+  for (const auto& t : {trailing, nul, uncounted})
+    CHECK(parse(good, t) == std::pair(values, std::vector<std::string>()));
   // trailing bytes
   const auto more = parse(good + "abcdefghi", trailing);
   CHECK(more.first == values);
   CHECK(more.second == std::vector<std::string>{"9 bytes behind the last tensor"});
-  build::refused([&] { parse(good + "abcdefghi", nul); }, {"9 bytes too many", "tolerances::trailing_bytes"});
+  build::refused([&] { parse(good + "abcdefghi", nul); },
+                 {"9 bytes too many", "tolerances::trailing_bytes"});
   build::refused([&] { parse(good.substr(0, good.size() - 1), trailing); }, {"1 bytes missing"});
   // NUL padding that is counted
   const std::string padded = build::safetensors(json + std::string(3, '\0'), 8);
   CHECK(parse(padded, nul) ==
-        std::pair(values, std::vector<std::string>{"3 NUL bytes of header padding in place of spaces"}));
+        std::pair(values,
+                  std::vector<std::string>{"3 NUL bytes of header padding in place of spaces"}));
   build::refused([&] { parse(padded, trailing); }, {"NUL"});
   // padding that is not counted: 53 bytes of JSON, and 3 more before the data
-  const std::string shifted =
-      build::length_field(json.size()) + json + std::string((8 - json.size() % 8) % 8, '\0') + good.substr(8 + json.size());
+  const std::string shifted = build::length_field(json.size()) + json +
+                              std::string((8 - json.size() % 8) % 8, '\0') +
+                              good.substr(8 + json.size());
   CHECK(parse(shifted, uncounted).first == values);
   CHECK(build::has(parse(shifted, uncounted).second.at(0), "not counted"));
   build::refused([&] { parse(shifted, trailing); }, {"uncounted header padding"});
   const build::directory dir;
   const auto path = dir.write("shifted.safetensors", shifted);
   CHECK(st::read(path, {}, uncounted).copy<std::uint8_t>("t") == values);
-  CHECK(st::read(dir.write("more.safetensors", good + "abcdefghi"), {}, trailing).copy<std::uint8_t>("t") == values);
+  CHECK(st::read(dir.write("more.safetensors", good + "abcdefghi"), {}, trailing)
+            .copy<std::uint8_t>("t") == values);
 }
 
 TEST_CASE("a file is written whole, sorted, and again the same", "[safetensors][write]") {
   const std::vector<float> b{1, 2};
   const std::vector<std::uint8_t> a{7};
   const std::vector<double> c{3};
-  const std::vector<st::tensor> tensors{st::tensor_of<std::uint8_t>("z", {1}, a), st::tensor_of<float>("b", {2}, b),
-                                        st::tensor_of<float>("a", {1, 2}, b), st::tensor_of<double>("c", {}, c)};
+  const std::vector<st::tensor> tensors{
+      st::tensor_of<std::uint8_t>("z", {1}, a), st::tensor_of<float>("b", {2}, b),
+      st::tensor_of<float>("a", {1, 2}, b), st::tensor_of<double>("c", {}, c)};
   const build::directory dir;
   const auto path = dir.path() / "out.safetensors";
   st::write(path, tensors, {{"k2", "v"}, {"k1", "\"\n"}});
@@ -270,14 +305,16 @@ TEST_CASE("a file is written whole, sorted, and again the same", "[safetensors][
   CHECK(file.at("c").offset % 8 == 0);
   const auto reversed = std::vector<st::tensor>(tensors.rbegin(), tensors.rend());
   CHECK(st::to_bytes(reversed, {{"k1", "\"\n"}, {"k2", "v"}}) == build::to_bytes(text));
-  // Over a file that is being read: what was read stays, the name has the new content, and nothing else is left.
+  // Over a file that is being read: what was read stays, the name has the new content, and nothing
+  // else is left.
   const std::vector<st::tensor> copy{st::tensor_of(file.at("a"))};
   st::write(path, copy);
   CHECK(st::read(path).size() == 1);
   CHECK(file.copy<float>("a") == b);
   CHECK(std::distance(fs::directory_iterator(dir.path()), fs::directory_iterator()) == 1);
   // Refusals leave the file.
-  const auto refused = [&](const std::vector<st::tensor>& bad, const st::metadata_map& metadata, const char* says) {
+  const auto refused = [&](const std::vector<st::tensor>& bad, const st::metadata_map& metadata,
+                           const char* says) {
     CHECK_THROWS_WITH(st::write(path, bad, metadata), Catch::Contains(says));
     CHECK(st::read(path).size() == 1);
   };
@@ -290,7 +327,8 @@ TEST_CASE("a file is written whole, sorted, and again the same", "[safetensors][
   CHECK_THROWS_AS(st::write(dir.path(), tensors), lora::format_error);
   fs::permissions(path, fs::perms::owner_read | fs::perms::owner_write | fs::perms::group_read);
   st::write(path, tensors, {}, {.durability = st::durability::process});
-  CHECK(fs::status(path).permissions() == (fs::perms::owner_read | fs::perms::owner_write | fs::perms::group_read));
+  CHECK(fs::status(path).permissions() ==
+        (fs::perms::owner_read | fs::perms::owner_write | fs::perms::group_read));
 }
 
 TEST_CASE("a hundred megabytes of header", "[safetensors][.large]") {
@@ -298,9 +336,10 @@ TEST_CASE("a hundred megabytes of header", "[safetensors][.large]") {
   std::size_t count = 0;
   while (true) {
     const auto name = std::to_string(count);
-    const std::string entry = (count == 0 ? "\"" : ",\"") + std::string(8 - std::min<std::size_t>(8, name.size()), '0') +
-                              name + R"(":{"dtype":"U8","shape":[1],"data_offsets":[)" + std::to_string(count) + "," +
-                              std::to_string(count + 1) + "]}";
+    const std::string entry = (count == 0 ? "\"" : ",\"") +
+                              std::string(8 - std::min<std::size_t>(8, name.size()), '0') + name +
+                              R"(":{"dtype":"U8","shape":[1],"data_offsets":[)" +
+                              std::to_string(count) + "," + std::to_string(count + 1) + "]}";
     if (json.size() + entry.size() + 1 > 100'000'000) break;
     json += entry;
     ++count;

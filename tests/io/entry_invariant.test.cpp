@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Parts that do not belong together become no entry. Before the constructor looked at them, one line of a caller's code could
-// make a verb write behind its memory: a bias longer than the outputs (apply, merge with a bias), a dtype of 8 bits (write),
-// experts of different shapes (merge of a stack, half-way), a diagonal shorter than the rank (converted).
+// Parts that do not belong together become no entry. Before the constructor looked at them, one
+// line of a caller's code could make a verb write behind its memory: a bias longer than the outputs
+// (apply, merge with a bias), a dtype of 8 bits (write), experts of different shapes (merge of a
+// stack, half-way), a diagonal shorter than the rank (converted).
 #include <cstddef>
 #include <functional>
 #include <limits>
@@ -21,7 +22,8 @@ using parts = peft::entry_parts<float>;
 using kind = peft::entry_kind;
 using dtype = lora::safetensors::dtype;
 
-lora::adapter<float> factors(lora::index_t rank, lora::index_t out, lora::index_t in, double alpha = 3) {
+lora::adapter<float> factors(lora::index_t rank, lora::index_t out, lora::index_t in,
+                             double alpha = 3) {
   return {Eigen::MatrixXf::Random(rank, in), Eigen::MatrixXf::Random(out, rank), {.alpha = alpha}};
 }
 parts linear() {
@@ -47,7 +49,8 @@ parts convolution() {
   return p;
 }
 
-/// What an entry of these parts is refused with: a value_error, or a shape_error where it is about sizes.
+/// What an entry of these parts is refused with: a value_error, or a shape_error where it is about
+/// sizes.
 std::string refusal(parts p, const std::function<void(parts&)>& change) {
   change(p);
   return test::refusal<lora::value_error>([&] { (void)peft::entry<float>(p); });
@@ -76,31 +79,40 @@ TEST_CASE("values for another number of outputs or ranks are refused", "[peft][e
   for (const std::size_t count : {1U, 2U, 4U, 100U}) {
     const std::vector<float> values(count, 1.0F);
     INFO(count << " values");
-    CHECK(test::mentions(size_refusal(linear(), [&](parts& p) { p.bias = values; }), {"m.q", "in the bias", "3 outputs"}));
-    CHECK(
-        test::mentions(size_refusal(linear(), [&](parts& p) { p.magnitude = values; }), {"m.q", "magnitudes", "3 outputs"}));
+    CHECK(test::mentions(size_refusal(linear(), [&](parts& p) { p.bias = values; }),
+                         {"m.q", "in the bias", "3 outputs"}));
+    CHECK(test::mentions(size_refusal(linear(), [&](parts& p) { p.magnitude = values; }),
+                         {"m.q", "magnitudes", "3 outputs"}));
     if (count != 2)
-      CHECK(test::mentions(size_refusal(linear(), [&](parts& p) { p.diagonal = values; }), {"m.q", "diagonal", "2 ranks"}));
+      CHECK(test::mentions(size_refusal(linear(), [&](parts& p) { p.diagonal = values; }),
+                           {"m.q", "diagonal", "2 ranks"}));
   }
 }
 
 TEST_CASE("experts of one stack have one shape and one scaling", "[peft][entry]") {
-  const auto with_last = [](lora::adapter<float> last) { return [last](parts& p) { p.experts.back() = last; }; };
-  CHECK(test::mentions(size_refusal(stack(3), with_last(factors(2, 4, 5))), {"expert 2", "4x5", "3x5", "one shape"}));
-  CHECK(test::mentions(size_refusal(stack(3), with_last(factors(2, 3, 6))), {"expert 2", "one shape"}));
-  CHECK(test::mentions(size_refusal(stack(3), with_last(factors(3, 3, 5))), {"expert 2", "rank 3", "one shape"}));
+  const auto with_last = [](lora::adapter<float> last) {
+    return [last](parts& p) { p.experts.back() = last; };
+  };
+  CHECK(test::mentions(size_refusal(stack(3), with_last(factors(2, 4, 5))),
+                       {"expert 2", "4x5", "3x5", "one shape"}));
+  CHECK(test::mentions(size_refusal(stack(3), with_last(factors(2, 3, 6))),
+                       {"expert 2", "one shape"}));
+  CHECK(test::mentions(size_refusal(stack(3), with_last(factors(3, 3, 5))),
+                       {"expert 2", "rank 3", "one shape"}));
   CHECK(test::mentions(refusal(stack(3), with_last(factors(2, 3, 5, 4))), {"different scalings"}));
   CHECK(test::mentions(refusal(linear(), [](parts& p) { p.experts.push_back(p.experts.front()); }),
                        {"linear", "only a parameter is a stack"}));
-  CHECK(test::mentions(refusal(linear(), [](parts& p) { p.experts.clear(); }), {"needs an adapter"}));
+  CHECK(
+      test::mentions(refusal(linear(), [](parts& p) { p.experts.clear(); }), {"needs an adapter"}));
 }
 
 TEST_CASE("a dtype that holds no factor is refused", "[peft][entry]") {
-  for (const auto type : {dtype::boolean, dtype::i8, dtype::u8, dtype::i16, dtype::f8_e4m3, dtype::i64, dtype::f4}) {
+  for (const auto type :
+       {dtype::boolean, dtype::i8, dtype::u8, dtype::i16, dtype::f8_e4m3, dtype::i64, dtype::f4}) {
     const std::string name(lora::safetensors::name_of(type));
     INFO(name);
-    for (const auto where :
-         {&parts::dtype_A, &parts::dtype_B, &parts::dtype_bias, &parts::dtype_magnitude, &parts::dtype_diagonal})
+    for (const auto where : {&parts::dtype_A, &parts::dtype_B, &parts::dtype_bias,
+                             &parts::dtype_magnitude, &parts::dtype_diagonal})
       CHECK(test::mentions(refusal(linear(), [&](parts& p) { p.*where = type; }),
                            {"dtype", name.c_str(), "F64, F32, F16 and BF16"}));
   }
@@ -108,13 +120,29 @@ TEST_CASE("a dtype that holds no factor is refused", "[peft][entry]") {
 
 TEST_CASE("a kernel, groups and blocks fit the factors", "[peft][entry]") {
   const auto huge = std::numeric_limits<lora::index_t>::max();
-  CHECK(test::mentions(size_refusal(convolution(), [](parts& p) { p.kernel = {3, 2}; }), {"18 inputs", "12 columns"}));
-  CHECK(test::mentions(size_refusal(convolution(), [](parts& p) { p.in_channels = 4; }), {"16 inputs", "12 columns"}));
-  CHECK(test::mentions(size_refusal(convolution(), [](parts& p) { p.kernel = {}; }), {"one to three extents"}));
-  CHECK(test::mentions(size_refusal(convolution(), [&](parts& p) { p.kernel = {huge, 4}; }), {"extents of its kernel"}));
-  CHECK(test::mentions(size_refusal(convolution(), [](parts& p) { p.kernel = {-2, -2}; }), {"extents of its kernel"}));
-  CHECK(test::mentions(size_refusal(convolution(), [](parts& p) { p.groups = 3; }), {"3 groups do not divide"}));
-  CHECK(test::mentions(size_refusal(convolution(), [](parts& p) { p.groups = 0; }), {"0 groups do not divide"}));
+  CHECK(test::mentions(size_refusal(convolution(),
+                                    [](parts& p) {
+                                      p.kernel = {3, 2};
+                                    }),
+                       {"18 inputs", "12 columns"}));
+  CHECK(test::mentions(size_refusal(convolution(), [](parts& p) { p.in_channels = 4; }),
+                       {"16 inputs", "12 columns"}));
+  CHECK(test::mentions(size_refusal(convolution(), [](parts& p) { p.kernel = {}; }),
+                       {"one to three extents"}));
+  CHECK(test::mentions(size_refusal(convolution(),
+                                    [&](parts& p) {
+                                      p.kernel = {huge, 4};
+                                    }),
+                       {"extents of its kernel"}));
+  CHECK(test::mentions(size_refusal(convolution(),
+                                    [](parts& p) {
+                                      p.kernel = {-2, -2};
+                                    }),
+                       {"extents of its kernel"}));
+  CHECK(test::mentions(size_refusal(convolution(), [](parts& p) { p.groups = 3; }),
+                       {"3 groups do not divide"}));
+  CHECK(test::mentions(size_refusal(convolution(), [](parts& p) { p.groups = 0; }),
+                       {"0 groups do not divide"}));
   CHECK(test::mentions(refusal(linear(), [](parts& p) { p.kernel = {5}; }), {"for convolutions"}));
   CHECK(test::mentions(refusal(linear(), [](parts& p) { p.groups = 2; }), {"for convolutions"}));
   const auto packed = [](peft::packed_factor which, lora::index_t blocks) {
@@ -123,13 +151,17 @@ TEST_CASE("a kernel, groups and blocks fit the factors", "[peft][entry]") {
       p.blocks = blocks;
     };
   };
-  CHECK(test::mentions(size_refusal(linear(), packed(peft::packed_factor::A, 2)), {"2 blocks do not divide 2 and 5"}));
+  CHECK(test::mentions(size_refusal(linear(), packed(peft::packed_factor::A, 2)),
+                       {"2 blocks do not divide 2 and 5"}));
   CHECK(test::mentions(size_refusal(linear(), packed(peft::packed_factor::B, 0)), {"0 blocks"}));
-  CHECK(test::mentions(refusal(stack(1), packed(peft::packed_factor::A, 1)), {"for linear modules"}));
-  CHECK(test::mentions(refusal(convolution(), [](parts& p) { p.fan_in_fan_out = true; }), {"fan_in_fan_out"}));
+  CHECK(
+      test::mentions(refusal(stack(1), packed(peft::packed_factor::A, 1)), {"for linear modules"}));
+  CHECK(test::mentions(refusal(convolution(), [](parts& p) { p.fan_in_fan_out = true; }),
+                       {"fan_in_fan_out"}));
 }
 
-TEST_CASE("a stack that does not fit, or whose scaling overflows, is not touched", "[peft][entry]") {
+TEST_CASE("a stack that does not fit, or whose scaling overflows, is not touched",
+          "[peft][entry]") {
   // Each strength is finite, and the product with the scaling is not.
   const peft::entry<float> e = [] {
     parts p = stack(3);
@@ -157,13 +189,17 @@ TEST_CASE("a change of the base is for linear modules", "[peft][entry]") {
   parts embedding = linear();
   embedding.kind = kind::embedding;
   for (const auto& p : {embedding, stack(1), convolution()})
-    for (const auto change : {peft::base_change::pissa, peft::base_change::olora, peft::base_change::kasa})
-      CHECK(test::mentions(refusal(p, [&](parts& each) { each.change = change; }), {"linear modules only"}));
+    for (const auto change :
+         {peft::base_change::pissa, peft::base_change::olora, peft::base_change::kasa})
+      CHECK(test::mentions(refusal(p, [&](parts& each) { each.change = change; }),
+                           {"linear modules only"}));
 }
 
 TEST_CASE("marks of one kind are refused for others", "[peft][entry]") {
-  CHECK(test::mentions(refusal(linear(), [](parts& p) { p.stored_transposed = true; }), {"for parameters"}));
-  CHECK(test::mentions(refusal(linear(), [](parts& p) { p.orientation_unsaid = true; }), {"for parameters"}));
+  CHECK(test::mentions(refusal(linear(), [](parts& p) { p.stored_transposed = true; }),
+                       {"for parameters"}));
+  CHECK(test::mentions(refusal(linear(), [](parts& p) { p.orientation_unsaid = true; }),
+                       {"for parameters"}));
 }
 
 TEST_CASE("rows of trained tokens are stored in a format that holds them", "[peft][entry]") {
@@ -171,6 +207,6 @@ TEST_CASE("rows of trained tokens are stored in a format that holds them", "[pef
   more.token_rows.emplace("e", lora::replaced_rows<float>({1}, Eigen::MatrixXf::Ones(1, 3)));
   more.row_dtypes.emplace("e", dtype::i8);
   const peft::adapter_file<float> file(peft::config(), {}, more);
-  CHECK(
-      test::mentions(test::refusal<lora::value_error>([&] { (void)peft::tensor_bytes(file); }), {"trainable_tokens", "I8"}));
+  CHECK(test::mentions(test::refusal<lora::value_error>([&] { (void)peft::tensor_bytes(file); }),
+                       {"trainable_tokens", "I8"}));
 }

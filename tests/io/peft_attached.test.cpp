@@ -33,12 +33,14 @@ peft::adapter_file<float> linear_file(test::random& g, int out, int in, bool in_
   f.add(prefix + "m.lora_A.weight", "F32", {2, in}, values(g, 2 * in, -1, 1));
   f.add(prefix + "m.lora_B.weight", "F32", {out, 2}, values(g, 2 * out, -1, 1));
   if (dora) f.add(prefix + "m.lora_magnitude_vector", "F32", {out}, values(g, out, 1, 3));
-  const std::string more =
-      std::string(R"("fan_in_fan_out":)") + (in_out ? "true" : "false") + (dora ? R"(,"use_dora":true)" : "");
+  const std::string more = std::string(R"("fan_in_fan_out":)") + (in_out ? "true" : "false") +
+                           (dora ? R"(,"use_dora":true)" : "");
   return assemble(config(more), f);
 }
 
-lora::dora_adapter<float> core_of(const peft::entry<float>& e) { return {e.factors(), e.magnitude()}; }
+lora::dora_adapter<float> core_of(const peft::entry<float>& e) {
+  return {e.factors(), e.magnitude()};
+}
 
 }  // namespace
 
@@ -47,7 +49,8 @@ TEST_CASE("what mixed returns takes W as it is stored", "[peft][dora]") {
   for (const auto& [out, in] : std::vector<std::array<int, 2>>{{5, 5}, {4, 7}, {7, 3}})
     for (const bool in_out : {false, true}) {
       CAPTURE(g.seed(), out, in, in_out);
-      const auto first = linear_file(g, out, in, in_out, true), second = linear_file(g, out, in, in_out, false);
+      const auto first = linear_file(g, out, in, in_out, true),
+                 second = linear_file(g, out, in, in_out, false);
       const auto& e = first.at("m");
       const auto& plain = second.at("m");
       const test::matrix<float> W = g.reals<float>(out, in, 1), x = g.reals<float>(in, 3, 1);
@@ -65,7 +68,9 @@ TEST_CASE("what mixed returns takes W as it is stored", "[peft][dora]") {
 
       const auto layer = lora::mixed(stored, lora::scaled(0.7, e), plain);
       CHECK(layer.stored_in_out() == in_out);
-      const auto turned = [&](const test::matrix<float>& m) { return in_out ? test::matrix<float>(m.transpose()) : m; };
+      const auto turned = [&](const test::matrix<float>& m) {
+        return in_out ? test::matrix<float>(m.transpose()) : m;
+      };
       auto got = stored;
       lora::merge(got, layer);
       CHECK(test::same_bits(got, turned(merged)));
@@ -108,8 +113,8 @@ TEST_CASE("what mixed returns for an embedding takes W vocabulary x features", "
     const auto want = lora::mixed(W.transpose(), core_of(e));
     const std::vector<int> ids{3, 0, 3};
     test::matrix<float> y(features, 3), want_y(features, 3);
-    lora::rows(lora::with_scale(W, 1.5), ids, y, layer);
-    lora::rows(lora::with_scale(W, 1.5), ids, want_y, want);
+    lora::embed(lora::scaled_embedding(W, 1.5), ids, y, layer);
+    lora::embed(lora::scaled_embedding(W, 1.5), ids, want_y, want);
     CHECK(test::same_bits(y, want_y));
     auto merged = W;
     lora::merge(merged, layer);

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Stacks of experts (target_parameters): which way round a slice is, which follows from the base and from the version of PEFT
-// that wrote the file; in which order the columns of lora_B go; and the layouts of other writers, each named.
+// Stacks of experts (target_parameters): which way round a slice is, which follows from the base
+// and from the version of PEFT that wrote the file; in which order the columns of lora_B go; and
+// the layouts of other writers, each named.
 #include <cmath>
 #include <cstddef>
 #include <cstring>
@@ -32,7 +33,8 @@ build::file stack(int out, int in) {
 }
 std::string written_by(const std::string& version, const std::string& more = "") {
   return config(R"("target_modules":[],"target_parameters":["experts.w"])" +
-                (version.empty() ? "" : R"(,"peft_version":")" + version + '"') + (more.empty() ? "" : "," + more));
+                (version.empty() ? "" : R"(,"peft_version":")" + version + '"') +
+                (more.empty() ? "" : "," + more));
 }
 
 /// s B A of one expert by the definition: rows of A go expert by expert, columns of B by `column`.
@@ -57,11 +59,13 @@ std::vector<test::matrix<float>> merged(const peft::entry<float>& e, int rows, i
   lora::merge(lora::tensor_view<float, 3>(values, {experts, rows, cols}), e);
   std::vector<test::matrix<float>> result;
   for (int k = 0; k < experts; ++k)
-    result.emplace_back(Eigen::Map<const test::matrix<float>>(values.data() + k * rows * cols, rows, cols));
+    result.emplace_back(
+        Eigen::Map<const test::matrix<float>>(values.data() + k * rows * cols, rows, cols));
   return result;
 }
 
-peft::adapter_file<float> again(const peft::adapter_file<float>& file, const peft::read_options& options) {
+peft::adapter_file<float> again(const peft::adapter_file<float>& file,
+                                const peft::read_options& options) {
   const build::directory dir;
   peft::write(dir.path(), file);
   return peft::read(dir.path(), options);
@@ -71,26 +75,30 @@ peft::adapter_file<float> again(const peft::adapter_file<float>& file, const pef
 
 // Values are small multiples of 1/8, so that every sum is exact and == compares them.
 
-TEST_CASE("a square stack of an old or unsaid version is refused until its orientation is said", "[peft][stacks]") {
-  for (const std::string version :
-       {"0.17.0", "0.18.1", "0.19.0", "0.19.1.dev0", "0.19.1rc1", "0.19.1a1", "0.19.1b2", "", "unknown"}) {
+TEST_CASE("a square stack of an old or unsaid version is refused until its orientation is said",
+          "[peft][stacks]") {
+  for (const std::string version : {"0.17.0", "0.18.1", "0.19.0", "0.19.1.dev0", "0.19.1rc1",
+                                    "0.19.1a1", "0.19.1b2", "", "unknown"}) {
     INFO("peft_version " << version);
-    refused([&] { (void)assemble(written_by(version), stack(4, 4)); },
-            {"x.experts.lora_A.weight", "x.experts.w", version.empty() ? "no peft_version" : version, "transpose",
-             "parameters_in_out = true", "or false", "0.19.1"});
+    refused(
+        [&] { (void)assemble(written_by(version), stack(4, 4)); },
+        {"x.experts.lora_A.weight", "x.experts.w", version.empty() ? "no peft_version" : version,
+         "transpose", "parameters_in_out = true", "or false", "0.19.1"});
     for (const bool said : {false, true}) {
       const auto file = assemble(written_by(version), stack(4, 4), {.parameters_in_out = said});
       const auto slices = merged(file.at("x.experts.w"), 4, 4);
       for (int k = 0; k < experts; ++k) {
         const auto d = delta(4, 4, k, rank_major);
-        CHECK(slices[static_cast<std::size_t>(k)] == (said ? test::matrix<float>(d.transpose()) : d));
+        CHECK(slices[static_cast<std::size_t>(k)] ==
+              (said ? test::matrix<float>(d.transpose()) : d));
       }
     }
   }
 }
 
 TEST_CASE("a square stack of PEFT since 0.19.1 follows the base alone", "[peft][stacks]") {
-  for (const std::string version : {"0.19.1", "0.19.2.dev0", "0.20.0", "0.21.2", "0.21.3.dev0@abc", "1.0"}) {
+  for (const std::string version :
+       {"0.19.1", "0.19.2.dev0", "0.20.0", "0.21.2", "0.21.3.dev0@abc", "1.0"}) {
     INFO("peft_version " << version);
     const auto d = delta(4, 4, 1, rank_major);
     CHECK(merged(assemble(written_by(version), stack(4, 4)).at("x.experts.w"), 4, 4)[1] == d);
@@ -119,9 +127,9 @@ TEST_CASE("an old stack that is not square is told by the shape of the base", "[
   const auto plain = assemble(written_by("0.18.1"), stack(4, 6));  // for a base [3, 6, 4]
   std::vector<float> values(static_cast<std::size_t>(experts * 24), 0.0F);
   const lora::tensor_view<float, 3> base(values, {experts, 6, 4});
-  CHECK_THROWS_WITH(lora::merge(base, plain.at("x.experts.w")), Catch::Contains("fits transposed") &&
-                                                                    Catch::Contains("before 0.19.1") &&
-                                                                    Catch::Contains("parameters_in_out the other way"));
+  CHECK_THROWS_WITH(lora::merge(base, plain.at("x.experts.w")),
+                    Catch::Contains("fits transposed") && Catch::Contains("before 0.19.1") &&
+                        Catch::Contains("parameters_in_out the other way"));
   CHECK(values == std::vector<float>(values.size(), 0.0F));
   const auto turned = assemble(written_by("0.18.1"), stack(4, 6), {.parameters_in_out = true});
   CHECK(merged(turned.at("x.experts.w"), 6, 4)[2] == delta(4, 6, 2, rank_major).transpose());
@@ -155,31 +163,38 @@ TEST_CASE("a stack of one expert may be a matrix, which never is transposed", "[
   CHECK(W == lora::delta_weight(e.factors()));
   std::vector<float> values(16, 0.0F);
   const lora::tensor_view<float, 3> base(values, {1, 4, 4});
-  CHECK_THROWS_WITH(lora::merge(base, e), Catch::Contains("before 0.19.1") && Catch::Contains("parameters_in_out"));
+  CHECK_THROWS_WITH(lora::merge(base, e),
+                    Catch::Contains("before 0.19.1") && Catch::Contains("parameters_in_out"));
   CHECK(values == std::vector<float>(16, 0.0F));
   CHECK(again(file, {}).at("x.experts.w").parts().orientation_unsaid);
-  lora::merge(base, assemble(written_by("0.18.1"), one, {.parameters_in_out = true}).at("x.experts.w"));
+  lora::merge(base,
+              assemble(written_by("0.18.1"), one, {.parameters_in_out = true}).at("x.experts.w"));
   CHECK(Eigen::Map<const test::matrix<float>>(values.data(), 4, 4) == W.transpose());
 }
 
 // ---- the columns of lora_B
 
 namespace {
-std::string layout(const std::string& all, const std::string& parameter, const std::string& count = "3") {
-  const std::string inner =
-      parameter.empty() ? "" : R"("w":{"lora_B_layout":")" + parameter + R"(","num_experts":)" + count + "}";
+std::string layout(const std::string& all, const std::string& parameter,
+                   const std::string& count = "3") {
+  const std::string inner = parameter.empty() ? ""
+                                              : R"("w":{"lora_B_layout":")" + parameter +
+                                                    R"(","num_experts":)" + count + "}";
   return (all.empty() ? "" : R"("lora_B_layout":")" + all + R"(",)") +
-         R"("unsloth_fused_expert_lora":{"lora_A_layout":"grouped_by_expert","parameters":{)" + inner + "}}";
+         R"("unsloth_fused_expert_lora":{"lora_A_layout":"grouped_by_expert","parameters":{)" +
+         inner + "}}";
 }
 }  // namespace
 
 TEST_CASE("columns go over experts as the config says", "[peft][stacks]") {
   const auto slices = [](const std::string& json, const peft::read_options& options = {}) {
-    return merged(assemble(written_by("0.21.2", json), stack(6, 4), options).at("x.experts.w"), 6, 4);
+    return merged(assemble(written_by("0.21.2", json), stack(6, 4), options).at("x.experts.w"), 6,
+                  4);
   };
   const auto is = [](const std::vector<test::matrix<float>>& found, const auto& column) {
     bool same = true;
-    for (int k = 0; k < experts; ++k) same = same && found[static_cast<std::size_t>(k)] == delta(6, 4, k, column);
+    for (int k = 0; k < experts; ++k)
+      same = same && found[static_cast<std::size_t>(k)] == delta(6, 4, k, column);
     return same;
   };
   CHECK(is(slices(""), rank_major));
@@ -200,28 +215,42 @@ TEST_CASE("layouts that cannot be are refused", "[peft][stacks]") {
   const auto words = [](const std::string& json, std::initializer_list<std::string_view> parts,
                         const peft::read_options& options = {}) {
     refused([&] { (void)assemble(written_by("0.21.2", json), stack(6, 4), options); }, parts);
-    refused([&] { (void)assemble(written_by("0.21.2", json), stack(6, 4), {.lenient = true}); }, {"lora"});
+    refused([&] { (void)assemble(written_by("0.21.2", json), stack(6, 4), {.lenient = true}); },
+            {"lora"});
   };
   words(layout("by_moon", ""), {"lora_B_layout", "rank_major", "grouped_by_expert", "by_moon"});
   words(R"("lora_B_layout":3)", {"lora_B_layout"});
-  words(layout("rank_major", "grouped_by_expert"), {"unsloth_fused_expert_lora", "another for \"w\"", "both places"});
-  words(layout("", "grouped_by_expert", "4"), {"x.experts.lora_A.weight", "4 experts", "num_experts", "3 in F32"});
-  words(R"("unsloth_fused_expert_lora":{"lora_A_layout":"rank_major"})", {"lora_A_layout", "rank_major"});
+  words(layout("rank_major", "grouped_by_expert"),
+        {"unsloth_fused_expert_lora", "another for \"w\"", "both places"});
+  words(layout("", "grouped_by_expert", "4"),
+        {"x.experts.lora_A.weight", "4 experts", "num_experts", "3 in F32"});
+  words(R"("unsloth_fused_expert_lora":{"lora_A_layout":"rank_major"})",
+        {"lora_A_layout", "rank_major"});
   words(R"("unsloth_fused_expert_lora":7)", {"an object or null"});
-  refused([&] { (void)assemble(written_by("0.21.2", layout("rank_major", "")), stack(6, 4), {.experts_grouped_b = true}); },
-          {"x.experts.lora_B.weight", "experts_grouped_b"});
-  refused([&] { (void)assemble(written_by("0.21.2", R"("unsloth_fused_expert_lora":{"later":1})"), stack(6, 4)); },
-          {"unsloth_fused_expert_lora.later"});
+  refused(
+      [&] {
+        (void)assemble(written_by("0.21.2", layout("rank_major", "")), stack(6, 4),
+                       {.experts_grouped_b = true});
+      },
+      {"x.experts.lora_B.weight", "experts_grouped_b"});
+  refused(
+      [&] {
+        (void)assemble(written_by("0.21.2", R"("unsloth_fused_expert_lora":{"later":1})"),
+                       stack(6, 4));
+      },
+      {"unsloth_fused_expert_lora.later"});
 }
 
-TEST_CASE("a layout is for one stack of the file, and one layout is for a stack", "[peft][stacks]") {
+TEST_CASE("a layout is for one stack of the file, and one layout is for a stack",
+          "[peft][stacks]") {
   const auto under = [](const std::string& names) {
     return written_by("0.21.2", R"("unsloth_fused_expert_lora":{"parameters":{)" + names + "}}");
   };
-  const std::string by_expert = R"(":{"lora_B_layout":"grouped_by_expert"})", major = R"(":{"lora_B_layout":"rank_major"})";
+  const std::string by_expert = R"(":{"lora_B_layout":"grouped_by_expert"})",
+                    major = R"(":{"lora_B_layout":"rank_major"})";
   for (const std::string name : {"w", "experts.w", "x.experts.w", "base_model.model.x.experts.w"})
-    CHECK(merged(assemble(under("\"" + name + by_expert), stack(6, 4)).at("x.experts.w"), 6, 4)[1] ==
-          delta(6, 4, 1, grouped));
+    CHECK(merged(assemble(under("\"" + name + by_expert), stack(6, 4)).at("x.experts.w"), 6,
+                 4)[1] == delta(6, 4, 1, grouped));
   for (const std::string name : {"gate_up_proj", "experts", "v"})
     refused([&] { (void)assemble(under("\"" + name + by_expert), stack(6, 4)); },
             {"unsloth_fused_expert_lora", name, "scrambled"});
@@ -232,20 +261,25 @@ TEST_CASE("a layout is for one stack of the file, and one layout is for a stack"
 }
 
 TEST_CASE("a stack is written in PEFT's order of columns", "[peft][stacks]") {
-  const auto file = assemble(written_by("0.21.2", layout("grouped_by_expert", "grouped_by_expert")), stack(6, 4));
+  const auto file =
+      assemble(written_by("0.21.2", layout("grouped_by_expert", "grouped_by_expert")), stack(6, 4));
   const auto text = peft::config_text(file);
   CHECK_FALSE(build::has(text, R"("lora_B_layout": "grouped_by_expert")"));
   CHECK(build::has(text, R"("lora_B_layout": "rank_major")"));
   CHECK(merged(again(file, {}).at("x.experts.w"), 6, 4) == merged(file.at("x.experts.w"), 6, 4));
   const auto unsaid = assemble(written_by("0.21.2"), stack(6, 4), {.experts_grouped_b = true});
-  CHECK(merged(again(unsaid, {}).at("x.experts.w"), 6, 4) == merged(unsaid.at("x.experts.w"), 6, 4));
+  CHECK(merged(again(unsaid, {}).at("x.experts.w"), 6, 4) ==
+        merged(unsaid.at("x.experts.w"), 6, 4));
 }
 
 // ---- layouts of other writers
 
 TEST_CASE("three-dimensional factors of experts are named for what they are", "[peft][stacks]") {
-  const auto words = [](const std::string& json, std::initializer_list<int> A, std::initializer_list<int> B) {
-    const auto tensors = build::file().add(prefix + "x.experts.lora_A.weight", A).add(prefix + "x.experts.lora_B.weight", B);
+  const auto words = [](const std::string& json, std::initializer_list<int> A,
+                        std::initializer_list<int> B) {
+    const auto tensors = build::file()
+                             .add(prefix + "x.experts.lora_A.weight", A)
+                             .add(prefix + "x.experts.lora_B.weight", B);
     refused([&] { (void)assemble(json, tensors); },
             {"x.experts.lora_A.weight", "a stack of experts", "not read yet", "target_parameters"});
   };
@@ -257,7 +291,9 @@ TEST_CASE("three-dimensional factors of experts are named for what they are", "[
     words(json, {3, 2, 4}, {6, 2, 3});  // the expert last in lora_B
   }
   // A kernel of one dimension is none of these.
-  const auto kernel = build::file().add(prefix + "c.lora_A.weight", {2, 2, 4}).add(prefix + "c.lora_B.weight", {6, 2, 1});
+  const auto kernel = build::file()
+                          .add(prefix + "c.lora_A.weight", {2, 2, 4})
+                          .add(prefix + "c.lora_B.weight", {6, 2, 1});
   CHECK(assemble(config(), kernel).at("c").kind() == peft::entry_kind::convolution);
 }
 
@@ -267,12 +303,17 @@ TEST_CASE("flat factors of several experts ask for target_parameters", "[peft][s
 }
 
 TEST_CASE("parameter_order may name the parameters that the file has", "[peft][stacks]") {
-  const std::string json =
-      config(R"("target_modules":[],"target_parameters":["experts.up","experts.down"],"peft_version":"0.21.2")");
+  const std::string json = config(
+      R"("target_modules":[],"target_parameters":["experts.up","experts.down"],"peft_version":"0.21.2")");
   refused([&] { (void)assemble(json, stack(6, 4)); },
           {"2 adapters inside", "\"up\", \"down\"", "found 1", "parameter_order"});
-  refused([&] { (void)assemble(json, stack(6, 4), {.parameter_order = {"up", "down"}}); }, {"found 1"});
-  CHECK(assemble(json, stack(6, 4), {.parameter_order = {"down"}}).names() == std::vector<std::string>{"x.experts.down"});
+  refused(
+      [&] {
+        (void)assemble(json, stack(6, 4), {.parameter_order = {"up", "down"}});
+      },
+      {"found 1"});
+  CHECK(assemble(json, stack(6, 4), {.parameter_order = {"down"}}).names() ==
+        std::vector<std::string>{"x.experts.down"});
 }
 
 TEST_CASE("a stack merges into a copy, checked, and is unmerged", "[peft][stacks]") {
@@ -281,21 +322,23 @@ TEST_CASE("a stack merges into a copy, checked, and is unmerged", "[peft][stacks
   std::vector<float> values(experts * 5 * 4, 0.5F);
   const auto before = values;
   const lora::tensor_view<float, 3> view(values, {experts, 5, 4});
-  const std::vector<float> copy =
-      lora::merged(lora::tensor_view<const float, 3>(before, {experts, 5, 4}), lora::scaled(-0.5, e));
+  const std::vector<float> copy = lora::merged(
+      lora::tensor_view<const float, 3>(before, {experts, 5, 4}), lora::scaled(-0.5, e));
   CHECK(lora::merge_checked(view, lora::scaled(-0.5, e)).weights == experts);
   CHECK(values == copy);
   CHECK(values != before);
   for (int k = 0; k < experts; ++k) {
     test::matrix<float> alone = test::matrix<float>::Constant(5, 4, 0.5F);
     lora::merge(alone, lora::scaled(-0.5, e.expert(k)));
-    CHECK(test::same_bits(alone, test::matrix<float>(Eigen::Map<const test::matrix<float>>(copy.data() + 20 * k, 5, 4))));
+    CHECK(test::same_bits(alone, test::matrix<float>(Eigen::Map<const test::matrix<float>>(
+                                     copy.data() + 20 * k, 5, 4))));
   }
   lora::unmerge(view, lora::scaled(-0.5, e));
   for (const float v : values) CHECK(std::abs(v - 0.5F) < 1e-3F);
   auto sixteen = std::vector<lora::float16>(experts * 5 * 4, lora::float16(1.0F));
   const auto kept = sixteen;
-  CHECK_THROWS_AS(lora::merge_checked(lora::tensor_view<lora::float16, 3>(sixteen, {experts, 5, 4}), lora::scaled(1e4, e)),
+  CHECK_THROWS_AS(lora::merge_checked(lora::tensor_view<lora::float16, 3>(sixteen, {experts, 5, 4}),
+                                      lora::scaled(1e4, e)),
                   lora::value_error);
   CHECK(std::memcmp(kept.data(), sixteen.data(), sizeof(lora::float16) * kept.size()) == 0);
 }

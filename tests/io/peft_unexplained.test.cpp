@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tensors that are no factors under a plain name: wrapped names, tensors of the base, heads of a task, resized vocabularies, empty
-// placeholders, factors of other writers. Each is used, or refused by a sentence that is true of it; none is lost.
+// Tensors that are no factors under a plain name: wrapped names, tensors of the base, heads of a
+// task, resized vocabularies, empty placeholders, factors of other writers. Each is used, or
+// refused by a sentence that is true of it; none is lost.
 #include <cstddef>
 #include <string>
 #include <string_view>
@@ -58,7 +59,8 @@ TEST_CASE("a wrapper in a name is named, and stripped on request", "[peft][wrapp
     INFO(name);
     const auto tensors = factors_of(name);
     file_refused(config(), tensors,
-                 {name + ".lora_A.weight", who, prefix + "m.q.lora_A.weight", "wrapper_names::strip", "unwrapped"});
+                 {name + ".lora_A.weight", who, prefix + "m.q.lora_A.weight",
+                  "wrapper_names::strip", "unwrapped"});
     for (const auto& options : {strip, lenient}) {
       const auto file = assemble(config(), tensors, options);
       CHECK(file.names() == std::vector<std::string>{"m.q"});
@@ -74,11 +76,13 @@ TEST_CASE("a wrapper in a name is named, and stripped on request", "[peft][wrapp
 }
 
 TEST_CASE("names that only look like a wrapper are the base's", "[peft][wrappers]") {
-  for (const std::string name : {"m.module.q", "my_orig_mod.q", "m._orig_module.q", "modules.q", "m.base_model.q"}) {
+  for (const std::string name :
+       {"m.module.q", "my_orig_mod.q", "m._orig_module.q", "modules.q", "m.base_model.q"}) {
     INFO(name);
     CHECK(assemble(config(), factors_of(prefix + name)).names() == std::vector<std::string>{name});
   }
-  const auto kept = assemble(config(), factors_of(prefix + "module.q"), {.wrappers = peft::wrapper_names::keep});
+  const auto kept =
+      assemble(config(), factors_of(prefix + "module.q"), {.wrappers = peft::wrapper_names::keep});
   CHECK(kept.names() == std::vector<std::string>{"module.q"});
 }
 
@@ -95,14 +99,18 @@ TEST_CASE("two adapters of nested PeftModels are no adapter", "[peft][wrappers]"
 TEST_CASE("a dict of several state dicts is no adapter", "[peft][wrappers]") {
   for (const std::string& other : {prefix, "text_encoder." + prefix})
     for (const auto& options : {peft::read_options{}, strip, lenient})
-      refused([&] { (void)assemble(config(), factors_of("unet." + prefix + "m.q", factors_of(other + "m.k")), options); },
-              {"one adapter in a file", "save each by itself"});
+      refused(
+          [&] {
+            (void)assemble(
+                config(), factors_of("unet." + prefix + "m.q", factors_of(other + "m.k")), options);
+          },
+          {"one adapter in a file", "save each by itself"});
 }
 
 TEST_CASE("a config knows the names that its file has", "[peft][wrappers]") {
   const auto tensors = factors_of(prefix + "_orig_mod.m.q", factors_of(prefix + "_orig_mod.m.k"));
-  for (const std::string pattern :
-       {R"("_orig_mod.m.q")", R"("^_orig_mod\\.m\\.q")", R"("^_orig_mod.m.q")", R"("_orig_mod\\..*q")"}) {
+  for (const std::string pattern : {R"("_orig_mod.m.q")", R"("^_orig_mod\\.m\\.q")",
+                                    R"("^_orig_mod.m.q")", R"("_orig_mod\\..*q")"}) {
     const auto file = assemble(config("\"alpha_pattern\":{" + pattern + ":64}"), tensors, strip);
     INFO(pattern);
     CHECK(file.at("m.q").scaling() == 32.0);
@@ -112,26 +120,33 @@ TEST_CASE("a config knows the names that its file has", "[peft][wrappers]") {
     peft::write(dir.path(), file);
     CHECK(peft::read(dir.path()).at("m.q").scaling() == 32.0);
   }
-  const auto excluded = R"("exclude_modules":["_orig_mod.m.q"],"target_modules":["_orig_mod.m.q","_orig_mod.m.k"])";
+  const auto excluded =
+      R"("exclude_modules":["_orig_mod.m.q"],"target_modules":["_orig_mod.m.q","_orig_mod.m.k"])";
   CHECK(assemble(config(excluded), tensors, lenient).names() == std::vector<std::string>{"m.k"});
   const auto parameter = factors_of(prefix + "_orig_mod.m");
-  const auto file = assemble(config(R"("target_parameters":["_orig_mod.m.w"],"peft_version":"0.21.2")"), parameter, strip);
+  const auto file = assemble(
+      config(R"("target_parameters":["_orig_mod.m.w"],"peft_version":"0.21.2")"), parameter, strip);
   CHECK(file.names() == std::vector<std::string>{"m.w"});
 }
 
 TEST_CASE("two names that become one are refused", "[peft][wrappers]") {
   const auto twice = factors_of(prefix + "_orig_mod.m.q", factors_of(prefix + "m.q"));
-  refused([&] { (void)assemble(config(), twice, strip); }, {"one adapter for a module", "a second tensor"});
+  refused([&] { (void)assemble(config(), twice, strip); },
+          {"one adapter for a module", "a second tensor"});
   const std::string rows = ".token_adapter.trainable_tokens_delta";
   auto tokens = small().add(prefix + "e" + rows, {1, 3});
   tokens.add(prefix + "_orig_mod.e" + rows, {1, 3});
-  refused([&] { (void)assemble(config(R"("trainable_token_indices":{"e":[1]})"), tokens, strip); }, {"\"e\" once", "twice"});
+  refused([&] { (void)assemble(config(R"("trainable_token_indices":{"e":[1]})"), tokens, strip); },
+          {"\"e\" once", "twice"});
 }
 
-TEST_CASE("replacements and trained rows lose their wrapper, too, and are written without it", "[peft][wrappers]") {
-  auto tensors = factors_of(prefix + "_orig_mod.m.q").add(prefix + "_orig_mod.score.weight", {2, 4});
+TEST_CASE("replacements and trained rows lose their wrapper, too, and are written without it",
+          "[peft][wrappers]") {
+  auto tensors =
+      factors_of(prefix + "_orig_mod.m.q").add(prefix + "_orig_mod.score.weight", {2, 4});
   tensors.add(prefix + "_orig_mod.e.token_adapter.trainable_tokens_delta", {1, 3});
-  const std::string json = config(R"("modules_to_save":["score"],"trainable_token_indices":{"e":[1]})");
+  const std::string json =
+      config(R"("modules_to_save":["score"],"trainable_token_indices":{"e":[1]})");
   const auto file = assemble(json, tensors, strip);
   CHECK(file.replacements().at(0).name == "score.weight");
   CHECK(file.token_rows().contains("e"));
@@ -139,7 +154,9 @@ TEST_CASE("replacements and trained rows lose their wrapper, too, and are writte
   peft::write(dir.path(), file);
   CHECK(peft::read(dir.path()).names() == std::vector<std::string>{"m.q"});
   // The order of keys is that of the names as they are written.
-  auto crossed = factors_of("base_model.model.m.q").add(prefix + "_orig_mod.a.weight", {1}).add(prefix + "b.weight", {1});
+  auto crossed = factors_of("base_model.model.m.q")
+                     .add(prefix + "_orig_mod.a.weight", {1})
+                     .add(prefix + "b.weight", {1});
   const auto both = assemble(config(R"("modules_to_save":["a","b"])"), crossed, strip);
   peft::write(dir.path(), both);
   CHECK(peft::read(dir.path()).replacements().at(0).key == "a.weight");
@@ -153,10 +170,12 @@ TEST_CASE("replacements and trained rows lose their wrapper, too, and are writte
 // ---- tensors of the base
 
 TEST_CASE("lenient gives a tensor of the base that no key explains", "[peft][base]") {
-  for (const std::string name : {"m.norm.weight", "m.up.weight", "m.up.bias", "m.q.base_layer.weight", "m.scale"}) {
+  for (const std::string name :
+       {"m.norm.weight", "m.up.weight", "m.up.bias", "m.q.base_layer.weight", "m.scale"}) {
     INFO(name);
     const auto tensors = small().add(prefix + name, {2, 2});
-    file_refused(config(), tensors, {name, "read_options::lenient gives it as a replacement", "PEFT loads it"});
+    file_refused(config(), tensors,
+                 {name, "read_options::lenient gives it as a replacement", "PEFT loads it"});
     const auto file = assemble(config(), tensors, lenient);
     REQUIRE(file.replacements().size() == 1);
     const auto& found = file.replacements()[0];
@@ -176,7 +195,8 @@ TEST_CASE("lenient gives a tensor of the base that no key explains", "[peft][bas
 TEST_CASE("a name that PEFT's model does not have is passed over for what it is", "[peft][base]") {
   // An adapted module's own weight is under base_layer there; another module's is not.
   for (const auto& [name, why] : std::vector<std::pair<std::string, std::string>>{
-           {"m.q.weight", "the module is adapted"}, {"m.up.base_layer.weight", "the module has no adapter"}}) {
+           {"m.q.weight", "the module is adapted"},
+           {"m.up.base_layer.weight", "the module has no adapter"}}) {
     INFO(name);
     const auto tensors = small().add(prefix + name, {2, 2});
     file_refused(config(), tensors, {name, "PEFT drops it", why});
@@ -188,9 +208,9 @@ TEST_CASE("a name that PEFT's model does not have is passed over for what it is"
 }
 
 TEST_CASE("names of the base that look like an adapter's are the base's", "[peft][base]") {
-  for (const std::string name :
-       {"m.act.alpha", "m.alphabet.weight", "m.flora_embed.weight", "m.k.weight_scale", "m.k.weight_packed",
-        "m.proj_A.weight", "m.loralike.weight", "m.lokr_x.weight", "m.hada_rot.weight"}) {
+  for (const std::string name : {"m.act.alpha", "m.alphabet.weight", "m.flora_embed.weight",
+                                 "m.k.weight_scale", "m.k.weight_packed", "m.proj_A.weight",
+                                 "m.loralike.weight", "m.lokr_x.weight", "m.hada_rot.weight"}) {
     INFO(name);
     auto tensors = small().add(prefix + name, {2, 2});
     if (name == "m.proj_A.weight") tensors.add(prefix + "m.proj_B.weight", {2, 3});
@@ -204,8 +224,9 @@ TEST_CASE("names of the base that look like an adapter's are the base's", "[peft
 
 TEST_CASE("two values for one tensor of the base are refused", "[peft][base]") {
   const std::string e = prefix + "m.embed_tokens.";
-  auto table =
-      small().add(e + "token_adapter.trainable_tokens_delta", {1, 4}).add(e + "token_adapter.base_layer.weight", {3, 4});
+  auto table = small()
+                   .add(e + "token_adapter.trainable_tokens_delta", {1, 4})
+                   .add(e + "token_adapter.base_layer.weight", {3, 4});
   file_refused(config(R"("trainable_token_indices":[1])"), table.add(e + "weight", {3, 4}, 2),
                {"m.embed_tokens.weight", "one tensor for", "another in"});
   auto bias = small().add(prefix + "m.k.bias", {3}).add(prefix + "m.k.base_layer.bias", {3}, 2);
@@ -216,12 +237,14 @@ TEST_CASE("two values for one tensor of the base are refused", "[peft][base]") {
 }
 
 TEST_CASE("bias = all takes what old versions called a bias", "[peft][base]") {
-  for (const std::string name : {"m.relative_attention_bias.weight", "m.attn.base_layer.in_proj_bias", "m.dt_bias"}) {
+  for (const std::string name :
+       {"m.relative_attention_bias.weight", "m.attn.base_layer.in_proj_bias", "m.dt_bias"}) {
     INFO(name);
     const auto file = assemble(config(R"("bias":"all")"), small().add(prefix + name, {3}));
     REQUIRE(file.replacements().size() == 1);
     CHECK(file.replacements()[0].why == reason::bias);
-    CHECK_THROWS_AS(assemble(config(R"("bias":"lora_only")"), small().add(prefix + name, {3})), lora::format_error);
+    CHECK_THROWS_AS(assemble(config(R"("bias":"lora_only")"), small().add(prefix + name, {3})),
+                    lora::format_error);
   }
 }
 
@@ -235,11 +258,13 @@ TEST_CASE("a tensor without a name is nothing", "[peft][base]") {
 
 TEST_CASE("the head of a task is saved without a word in modules_to_save", "[peft][base]") {
   const auto with = [](const std::string& task, const std::string& name) {
-    return std::pair(config(R"("modules_to_save":null,"task_type":")" + task + '"'), small().add(prefix + name, {2, 2}));
+    return std::pair(config(R"("modules_to_save":null,"task_type":")" + task + '"'),
+                     small().add(prefix + name, {2, 2}));
   };
   for (const std::string task : {"SEQ_CLS", "TOKEN_CLS"})
-    for (const std::string name : {"score.weight", "classifier.weight", "classifier.bias", "classifier.dense.weight",
-                                   "pre_classifier.weight", "m.classifier.out_proj.weight"}) {
+    for (const std::string name :
+         {"score.weight", "classifier.weight", "classifier.bias", "classifier.dense.weight",
+          "pre_classifier.weight", "m.classifier.out_proj.weight"}) {
       INFO(task << " " << name);
       const auto [json, tensors] = with(task, name);
       const auto file = assemble(json, tensors);
@@ -253,11 +278,12 @@ TEST_CASE("the head of a task is saved without a word in modules_to_save", "[pef
     }
   const auto [answers, tensors] = with("QUESTION_ANS", "qa_outputs.weight");
   CHECK(assemble(answers, tensors).replacements().at(0).name == "qa_outputs.weight");
-  for (const auto& [task, name] : std::vector<std::pair<std::string, std::string>>{{"SEQ_CLS", "pooler.weight"},
-                                                                                   {"SEQ_CLS", "qa_outputs.weight"},
-                                                                                   {"QUESTION_ANS", "score.weight"},
-                                                                                   {"CAUSAL_LM", "score.weight"},
-                                                                                   {"SEQ_CLS", "scores.weight"}}) {
+  for (const auto& [task, name] :
+       std::vector<std::pair<std::string, std::string>>{{"SEQ_CLS", "pooler.weight"},
+                                                        {"SEQ_CLS", "qa_outputs.weight"},
+                                                        {"QUESTION_ANS", "score.weight"},
+                                                        {"CAUSAL_LM", "score.weight"},
+                                                        {"SEQ_CLS", "scores.weight"}}) {
     const auto [json, file] = with(task, name);
     file_refused(json, file, {name, "task_type"});
   }
@@ -265,12 +291,14 @@ TEST_CASE("the head of a task is saved without a word in modules_to_save", "[pef
   const auto head = factors_of(prefix + "classifier", small());
   file_refused(config(R"("task_type":"SEQ_CLS","target_modules":["q","classifier"])"), head,
                {"classifier", "PEFT would ignore"});
-  CHECK(assemble(config(R"("task_type":"CAUSAL_LM","target_modules":["q","classifier"])"), head).size() == 2);
+  CHECK(assemble(config(R"("task_type":"CAUSAL_LM","target_modules":["q","classifier"])"), head)
+            .size() == 2);
 }
 
 TEST_CASE("a resized embedding lies under its token adapter", "[peft][base]") {
   const std::string e = prefix + "m.embed_tokens.token_adapter.";
-  auto tensors = small().add(e + "trainable_tokens_delta", {2, 4}).add(e + "base_layer.weight", {13, 4});
+  auto tensors =
+      small().add(e + "trainable_tokens_delta", {2, 4}).add(e + "base_layer.weight", {13, 4});
   for (const std::string tokens : {R"({"embed_tokens":[11,12]})", "[11,12]"}) {
     const auto file = assemble(config("\"trainable_token_indices\":" + tokens), tensors);
     REQUIRE(file.replacements().size() == 1);
@@ -281,28 +309,34 @@ TEST_CASE("a resized embedding lies under its token adapter", "[peft][base]") {
     CHECK(lora::safetensors::parse(bytes, "written").find(e + "base_layer.weight") != nullptr);
     // The table first, then its trained rows.
     const auto values = file.replacements()[0].values<float>();
-    Eigen::MatrixXf W = Eigen::Map<const Eigen::Matrix<float, 13, 4, Eigen::RowMajor>>(values.data());
+    Eigen::MatrixXf W =
+        Eigen::Map<const Eigen::Matrix<float, 13, 4, Eigen::RowMajor>>(values.data());
     lora::merge(W, file.token_rows().at("m.embed_tokens"));
     CHECK(W.row(11) == Eigen::RowVector4f(1, 2, 3, 4));
     CHECK(W(0, 0) == 1);
   }
   // An embedding of any name, and nothing without trained tokens.
   const std::string own = prefix + "m.my_table.token_adapter.";
-  const auto other = small().add(own + "trainable_tokens_delta", {1, 4}).add(own + "base_layer.weight", {13, 4});
-  CHECK(assemble(config(R"("trainable_token_indices":{"my_table":[2]})"), other).replacements().size() == 1);
-  file_refused(config(), small().add(own + "base_layer.weight", {13, 4}), {"my_table", "nothing in the config asks for"});
+  const auto other =
+      small().add(own + "trainable_tokens_delta", {1, 4}).add(own + "base_layer.weight", {13, 4});
+  CHECK(assemble(config(R"("trainable_token_indices":{"my_table":[2]})"), other)
+            .replacements()
+            .size() == 1);
+  file_refused(config(), small().add(own + "base_layer.weight", {13, 4}),
+               {"my_table", "nothing in the config asks for"});
 }
 
 // ---- empty tensors
 
 TEST_CASE("no replacement is empty", "[peft][empty]") {
-  const std::vector<std::pair<std::string, std::string>> rows{{R"("modules_to_save":["score"])", "score.weight"},
-                                                              {R"("bias":"all")", "m.q.bias"},
-                                                              {"", "m.embed_tokens.weight"},
-                                                              {R"("task_type":"SEQ_CLS")", "classifier.weight"},
-                                                              {R"("lora_bias":true)", "m.q.lora_B.bias"},
-                                                              {R"("use_dora":true)", "m.q.lora_magnitude_vector"},
-                                                              {R"("kasa_config":{})", "m.q.lora_diag"}};
+  const std::vector<std::pair<std::string, std::string>> rows{
+      {R"("modules_to_save":["score"])", "score.weight"},
+      {R"("bias":"all")", "m.q.bias"},
+      {"", "m.embed_tokens.weight"},
+      {R"("task_type":"SEQ_CLS")", "classifier.weight"},
+      {R"("lora_bias":true)", "m.q.lora_B.bias"},
+      {R"("use_dora":true)", "m.q.lora_magnitude_vector"},
+      {R"("kasa_config":{})", "m.q.lora_diag"}};
   for (const auto& [json, name] : rows) {
     INFO(name);
     for (const auto shape : {std::initializer_list<int>{0}, std::initializer_list<int>{0, 4}}) {
@@ -315,12 +349,14 @@ TEST_CASE("no replacement is empty", "[peft][empty]") {
   refused([] { (void)assemble(config(), small().add(prefix + "m.norm.weight", {0}), lenient); },
           {"m.norm.weight", "sharded"});
   file_refused(config(R"("trainable_token_indices":{"e":[4]})"),
-               small().add(prefix + "e.token_adapter.trainable_tokens_delta", {0}), {"trainable_tokens_delta", "sharded"});
+               small().add(prefix + "e.token_adapter.trainable_tokens_delta", {0}),
+               {"trainable_tokens_delta", "sharded"});
 }
 
 TEST_CASE("rows of no token are no values", "[peft][empty]") {
-  const auto file = assemble(config(R"("trainable_token_indices":{"e":[]})"),
-                             small().add(prefix + "e.token_adapter.trainable_tokens_delta", {0, 3}));
+  const auto file =
+      assemble(config(R"("trainable_token_indices":{"e":[]})"),
+               small().add(prefix + "e.token_adapter.trainable_tokens_delta", {0, 3}));
   Eigen::MatrixXf W = Eigen::MatrixXf::Ones(5, 3);
   lora::merge(W, file.token_rows().at("e"));
   CHECK(W == Eigen::MatrixXf::Ones(5, 3));
@@ -328,12 +364,15 @@ TEST_CASE("rows of no token are no values", "[peft][empty]") {
 
 TEST_CASE("an empty module among whole ones is a placeholder", "[peft][empty]") {
   // A whole head beside sharded factors tells nothing of them.
-  auto head = build::file().add(prefix + "m.q.lora_A.weight", {0}).add(prefix + "m.q.lora_B.weight", {0});
+  auto head =
+      build::file().add(prefix + "m.q.lora_A.weight", {0}).add(prefix + "m.q.lora_B.weight", {0});
   file_refused(config(R"("modules_to_save":["score"])"), head.add(prefix + "score.weight", {2, 4}),
                {"m.q.lora_A.weight", "sharded"});
   auto tensors = small().add(prefix + "m.w3.lora_A.weight", {0});
-  file_refused(config(), tensors.add(prefix + "m.w3.lora_B.weight", {0}), {"m.w3.lora_A.weight", "F32 [0]", "placeholder"});
-  const auto all = build::file().add(prefix + "m.q.lora_A.weight", {0}).add(prefix + "m.q.lora_B.weight", {0});
+  file_refused(config(), tensors.add(prefix + "m.w3.lora_B.weight", {0}),
+               {"m.w3.lora_A.weight", "F32 [0]", "placeholder"});
+  const auto all =
+      build::file().add(prefix + "m.q.lora_A.weight", {0}).add(prefix + "m.q.lora_B.weight", {0});
   file_refused(config(), all, {"m.q.lora_A.weight", "sharded"});
 }
 
@@ -375,16 +414,21 @@ TEST_CASE("a part of an adapter is never called a tensor of the base", "[peft][n
 
 TEST_CASE("a factor that lost the name of its adapter is known by its pair", "[peft][names]") {
   for (const std::string cut : {"_", "a_", "ra_", "ora_"}) {
-    const auto pair =
-        build::file().add(prefix + "m.q" + cut + "A.weight", {2, 4}).add(prefix + "m.q" + cut + "B.weight", {3, 2});
+    const auto pair = build::file()
+                          .add(prefix + "m.q" + cut + "A.weight", {2, 4})
+                          .add(prefix + "m.q" + cut + "B.weight", {3, 2});
     file_refused(config(), pair, {"before 0.18", "\"lora\""});
   }
-  file_refused(config(), small().add(prefix + "m.q_A.weight", {2, 4}), {"m.q_A.weight", "a tensor of the base model"});
+  file_refused(config(), small().add(prefix + "m.q_A.weight", {2, 4}),
+               {"m.q_A.weight", "a tensor of the base model"});
 }
 
 TEST_CASE("a file without an adapter says what was there", "[peft][names]") {
-  refused([] { (void)assemble(config(), build::file()); }, {"no tensor at all", "nothing was saved"});
-  const auto others = build::file().add(prefix + "m.lora_A_1.weight", {2, 4}).add(prefix + "m.lora_B_1.weight", {3, 2});
+  refused([] { (void)assemble(config(), build::file()); },
+          {"no tensor at all", "nothing was saved"});
+  const auto others = build::file()
+                          .add(prefix + "m.lora_A_1.weight", {2, 4})
+                          .add(prefix + "m.lora_B_1.weight", {3, 2});
   const auto message = build::refusal([&] { (void)assemble(config(), others, lenient); });
   INFO(message);
   CHECK(has(message, "after passing over 2"));

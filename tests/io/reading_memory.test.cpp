@@ -81,10 +81,10 @@ TEST_CASE("LoRA: a convolution and a stack of experts", "[memory][peft]") {
   build::file stack;
   add(stack, "experts.lora_A.weight", "F32", 17 * 6, 2056);
   add(stack, "experts.lora_B.weight", "F32", 3700, 17 * 6);
-  const adapter experts(
-      "LORA", R"(,"r":6,"lora_alpha":4,"target_parameters":["experts.w"])"
-              R"(,"peft_version":"0.21.0")",
-      stack);
+  const adapter experts("LORA",
+                        R"(,"r":6,"lora_alpha":4,"target_parameters":["experts.w"])"
+                        R"(,"peft_version":"0.21.0")",
+                        stack);
   test::allocations::start(large);
   const auto set = peft::adapters(experts.dir.path());
   test::allocations::stop();

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The safetensors reader, rule by rule: files that break one rule and their neighbours that do not, every truncation
-// and every flipped bit of a small file, numbers chosen by an enemy, and files that other projects wrote.
+// The safetensors reader, rule by rule: files that break one rule and their neighbours that do not,
+// every truncation and every flipped bit of a small file, numbers chosen by an enemy, and files
+// that other projects wrote.
 #include "lora/io/safetensors.hpp"
 
 #include <sys/resource.h>
@@ -42,8 +43,10 @@ void parse(const std::string& text, const st::limits& limit = {}) {
   }
 }
 
-std::string entry(const std::string& name, const std::string& dtype, const std::string& shape, const std::string& offsets) {
-  return '"' + name + R"(":{"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":)" + offsets + "}";
+std::string entry(const std::string& name, const std::string& dtype, const std::string& shape,
+                  const std::string& offsets) {
+  return '"' + name + R"(":{"dtype":")" + dtype + R"(","shape":)" + shape + R"(,"data_offsets":)" +
+         offsets + "}";
 }
 std::string one(const std::string& dtype, const std::string& shape, const std::string& offsets) {
   return "{" + entry("t", dtype, shape, offsets) + "}";
@@ -76,9 +79,10 @@ void all_accepted(const std::vector<std::pair<std::string, std::size_t>>& cases)
 
 /// Three tensors with metadata: what the sweeps below cut and flip.
 std::string seed_file() {
-  return safetensors("{\"__metadata__\":{\"format\":\"pt\"}," + entry("a", "F32", "[2,3]", "[0,24]") + "," +
-                         entry("b.c", "F16", "[3]", "[24,30]") + "," + entry("d", "U8", "[]", "[30,31]") + "}",
-                     31);
+  return safetensors(
+      "{\"__metadata__\":{\"format\":\"pt\"}," + entry("a", "F32", "[2,3]", "[0,24]") + "," +
+          entry("b.c", "F16", "[3]", "[24,30]") + "," + entry("d", "U8", "[]", "[30,31]") + "}",
+      31);
 }
 
 }  // namespace
@@ -100,7 +104,8 @@ TEST_CASE("a well-formed file is read as it is", "[safetensors]") {
 }
 
 TEST_CASE("iteration follows the data, names() the alphabet", "[safetensors]") {
-  const parsed p(safetensors("{" + entry("a", "U8", "[1]", "[2,3]") + "," + entry("b", "U8", "[2]", "[0,2]") + "}", 3));
+  const parsed p(safetensors(
+      "{" + entry("a", "U8", "[1]", "[2,3]") + "," + entry("b", "U8", "[2]", "[0,2]") + "}", 3));
   std::vector<std::string> order;
   for (const auto& t : p.file) order.emplace_back(t.name);
   CHECK(order == std::vector<std::string>{"b", "a"});
@@ -122,37 +127,44 @@ TEST_CASE("a missing tensor is named with its neighbours", "[safetensors]") {
   CHECK(mentions(missing([&] { (void)p.file.tensor<float, 2>("x"); }), says));
   CHECK(mentions(missing([&] { (void)p.file.copy<float>("x"); }), says));
   CHECK(mentions(missing([&] { (void)p.file.copy<std::uint8_t>(""); }), {"no tensor \"\""}));
-  CHECK(mentions(missing([] { (void)parsed(safetensors("{}", 0)).file.at("x"); }), {"\"x\"", "it is empty"}));
+  CHECK(mentions(missing([] { (void)parsed(safetensors("{}", 0)).file.at("x"); }),
+                 {"\"x\"", "it is empty"}));
 }
 
 // ---- the rules of the format, numbered as in docs/formats.md
 // ---------------------------------------------------------
 
 TEST_CASE("rule 1: eight bytes of length", "[safetensors][rules]") {
-  for (std::size_t k = 0; k < 8; ++k) refused([&] { parse(std::string(k, '\0')); }, {std::to_string(k) + " bytes in all"});
+  for (std::size_t k = 0; k < 8; ++k)
+    refused([&] { parse(std::string(k, '\0')); }, {std::to_string(k) + " bytes in all"});
   CHECK_NOTHROW(parse(safetensors("{}", 0)));
 }
 
-TEST_CASE("rule 2: the length is at most 100,000,000, or the caller's limit", "[safetensors][rules]") {
+TEST_CASE("rule 2: the length is at most 100,000,000, or the caller's limit",
+          "[safetensors][rules]") {
   for (const std::uint64_t n : {100'000'001ull, 1ull << 40, ~0ull})
-    refused([&] { parse(build::length_field(n) + "{}"); }, {"byte 0", "at most 100000000", std::to_string(n)});
-  refused([&] { parse(build::length_field(100'000'000) + "{}"); }, {"header length 100000000", "2 bytes left"});
+    refused([&] { parse(build::length_field(n) + "{}"); },
+            {"byte 0", "at most 100000000", std::to_string(n)});
+  refused([&] { parse(build::length_field(100'000'000) + "{}"); },
+          {"header length 100000000", "2 bytes left"});
   CHECK_NOTHROW(parse(safetensors("{}  ", 0), {.header_bytes = 4}));
   refused([&] { parse(safetensors("{}   ", 0), {.header_bytes = 4}); }, {"at most 4"});
-  refused([&] { parse(build::length_field(100'000'001) + "{}", {.header_bytes = ~0ull}); }, {"at most 100000000"});
+  refused([&] { parse(build::length_field(100'000'001) + "{}", {.header_bytes = ~0ull}); },
+          {"at most 100000000"});
 }
 
 TEST_CASE("rule 3: the header lies inside the file", "[safetensors][rules]") {
   for (const std::uint64_t n : {3ull, 4ull, 1000ull})
-    refused([&] { parse(build::length_field(n) + "{}"); }, {"byte 0", "2 bytes left", "header length " + std::to_string(n)});
+    refused([&] { parse(build::length_field(n) + "{}"); },
+            {"byte 0", "2 bytes left", "header length " + std::to_string(n)});
   CHECK_NOTHROW(parse(build::length_field(2) + "{}"));
   refused([] { parse(build::length_field(0)); }, {"byte 8"});
 }
 
 TEST_CASE("rule 4: strict UTF-8", "[safetensors][rules]") {
   const std::string rest = R"(":{"dtype":"U8","shape":[1],"data_offsets":[0,1]}})";
-  for (const std::string name :
-       {"\x80", "\xC0\xAF", "\xE2\x82", "\xED\xA0\x80", "\xF4\x90\x80\x80", "\xFF", "\xF0\x80\x80\xAF"}) {
+  for (const std::string name : {"\x80", "\xC0\xAF", "\xE2\x82", "\xED\xA0\x80", "\xF4\x90\x80\x80",
+                                 "\xFF", "\xF0\x80\x80\xAF"}) {
     all_refused({{"{\"" + name + rest, 1, {"byte 1"}}});
     CHECK_FALSE(lora::io_detail::is_utf8("a" + name));
     CHECK_FALSE(lora::io_detail::is_utf8("a" + name + "b"));
@@ -190,9 +202,12 @@ TEST_CASE("rule 5: strict JSON and nothing else", "[safetensors][rules]") {
                {"7", 0, {"a JSON object"}},
                {"\"t\"", 0, {"a JSON object"}}});
   const std::string nul("\0\0\0", 3);
-  all_refused(
-      {{"{" + t + "}" + nul, 1, {"NUL", "padded with spaces"}}, {"{" + nul + t + "}", 1, {"NUL"}}, {nul, 0, {"NUL"}}});
-  all_accepted({{"{" + t + "} \t\r\n   ", 1}, {"{ " + t + " }", 1}, {R"({"\u0074\ud83d\ude00)" + t.substr(2) + "}", 1}});
+  all_refused({{"{" + t + "}" + nul, 1, {"NUL", "padded with spaces"}},
+               {"{" + nul + t + "}", 1, {"NUL"}},
+               {nul, 0, {"NUL"}}});
+  all_accepted({{"{" + t + "} \t\r\n   ", 1},
+                {"{ " + t + " }", 1},
+                {R"({"\u0074\ud83d\ude00)" + t.substr(2) + "}", 1}});
 }
 
 TEST_CASE("rule 6: whitespace before the header is accepted", "[safetensors][rules]") {
@@ -200,7 +215,8 @@ TEST_CASE("rule 6: whitespace before the header is accepted", "[safetensors][rul
   all_refused({{"\v{}", 0, {"strict JSON"}}, {"\xC2\xA0{}", 0, {"strict JSON"}}});
 }
 
-TEST_CASE("rule 7: nesting of skipped fields is limited, without recursion", "[safetensors][rules]") {
+TEST_CASE("rule 7: nesting of skipped fields is limited, without recursion",
+          "[safetensors][rules]") {
   const auto nested = [](std::size_t depth) {  // the field's own arrays lie below two objects
     return R"({"t":{"x":)" + std::string(depth, '[') + std::string(depth, ']') +
            R"(,"dtype":"U8","shape":[1],"data_offsets":[0,1]}})";
@@ -216,14 +232,18 @@ TEST_CASE("rule 7: nesting of skipped fields is limited, without recursion", "[s
 }
 
 TEST_CASE("rule 8: shapes and offsets are unsigned integers", "[safetensors][rules]") {
-  for (const std::string number :
-       {"-4", "4.0", "4e0", "-0", "18446744073709551616", "\"4\"", "true", "null", "[4]", "{}", "1e999"}) {
+  for (const std::string number : {"-4", "4.0", "4e0", "-0", "18446744073709551616", "\"4\"",
+                                   "true", "null", "[4]", "{}", "1e999"}) {
     all_refused({{one("U8", "[" + number + "]", "[0,4]"), 4, {}},
                  {one("U8", "[4]", "[0," + number + "]"), 4, {}},
                  {one("U8", "[4]", "[" + number + ",4]"), 4, {}}});
   }
-  all_refused({{one("U8", "[-4]", "[0,4]"), 4, {"\"t\"", "unsigned integers in shape", "a negative integer"}},
-               {one("U8", "[4]", "[0,4.0]"), 4, {"\"t\"", "unsigned integers in data_offsets", "a fraction"}},
+  all_refused({{one("U8", "[-4]", "[0,4]"),
+                4,
+                {"\"t\"", "unsigned integers in shape", "a negative integer"}},
+               {one("U8", "[4]", "[0,4.0]"),
+                4,
+                {"\"t\"", "unsigned integers in data_offsets", "a fraction"}},
                {one("U8", "[4]", "[0]"), 4, {"two data_offsets", "found 1"}},
                {one("U8", "[4]", "[]"), 4, {"two data_offsets", "found 0"}},
                {one("U8", "[4]", "[0,4,4]"), 4, {"two data_offsets"}},
@@ -236,13 +256,15 @@ TEST_CASE("rule 8: shapes and offsets are unsigned integers", "[safetensors][rul
 TEST_CASE("rule 9: the 22 dtypes, spelled exactly", "[safetensors][rules]") {
   for (const std::string name : {"f32", "F31", "FLOAT", "", "F32 ", "BFLOAT16", "bool", "F8"})
     all_refused({{one(name, "[1]", "[0,4]"), 4, {"\"t\"", "BOOL, F4", "\"" + name + "\""}}});
-  all_refused({{R"({"t":{"dtype":5,"shape":[1],"data_offsets":[0,4]}})", 4, {"dtype as text"}},
-               {R"({"t":{"dtype":["F32"],"shape":[1],"data_offsets":[0,4]}})", 4, {"dtype as text"}}});
+  all_refused(
+      {{R"({"t":{"dtype":5,"shape":[1],"data_offsets":[0,4]}})", 4, {"dtype as text"}},
+       {R"({"t":{"dtype":["F32"],"shape":[1],"data_offsets":[0,4]}})", 4, {"dtype as text"}}});
   const std::array<std::pair<const char*, std::size_t>, 22> sizes{
-      {{"BOOL", 8},    {"F4", 4},      {"F6_E2M3", 6}, {"F6_E3M2", 6},     {"U8", 8},          {"I8", 8},
-       {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"F8_E4M3FNUZ", 8}, {"F8_E5M2FNUZ", 8}, {"I16", 16},
-       {"U16", 16},    {"F16", 16},    {"BF16", 16},   {"I32", 32},        {"U32", 32},        {"F32", 32},
-       {"C64", 64},    {"F64", 64},    {"I64", 64},    {"U64", 64}}};
+      {{"BOOL", 8},        {"F4", 4},      {"F6_E2M3", 6}, {"F6_E3M2", 6}, {"U8", 8},
+       {"I8", 8},          {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"F8_E4M3FNUZ", 8},
+       {"F8_E5M2FNUZ", 8}, {"I16", 16},    {"U16", 16},    {"F16", 16},    {"BF16", 16},
+       {"I32", 32},        {"U32", 32},    {"F32", 32},    {"C64", 64},    {"F64", 64},
+       {"I64", 64},        {"U64", 64}}};
   for (const auto& [name, bits] : sizes) {
     INFO(name);
     const parsed p(safetensors(one(name, "[4]", "[0," + std::to_string(bits / 2) + "]"), bits / 2));
@@ -253,8 +275,8 @@ TEST_CASE("rule 9: the 22 dtypes, spelled exactly", "[safetensors][rules]") {
 }
 
 TEST_CASE("rule 10: tensors fill the data without hole and overlap", "[safetensors][rules]") {
-  const auto two = [](const std::string& first, const std::string& second, const char* shape_a = "[2]",
-                      const char* shape_b = "[2]") {
+  const auto two = [](const std::string& first, const std::string& second,
+                      const char* shape_a = "[2]", const char* shape_b = "[2]") {
     return "{" + entry("a", "U8", shape_a, first) + "," + entry("b", "U8", shape_b, second) + "}";
   };
   all_refused({{two("[1,3]", "[3,5]"), 5, {"\"a\"", "the beginning of the data", "a hole"}},
@@ -270,12 +292,13 @@ TEST_CASE("rule 10: tensors fill the data without hole and overlap", "[safetenso
 }
 
 TEST_CASE("rule 11: sizes are counted without overflow, in any order", "[safetensors][rules]") {
-  all_refused({{one("F32", "[4294967296,4294967296]", "[0,0]"), 0, {"\"t\"", "bytes can be counted"}},
-               {one("U8", "[4294967296,4294967296]", "[0,0]"), 0, {"bytes can be counted"}},
-               {one("F64", "[9223372036854775807]", "[0,0]"), 0, {"bytes can be counted"}},
-               {one("U8", "[9223372036854775808]", "[0,0]"), 0, {"below 2^63"}},
-               {one("U8", "[0,18446744073709551615]", "[0,0]"), 0, {"below 2^63"}},
-               {one("U8", "[1152921504606846976]", "[0,1]"), 1, {"1152921504606846976 bytes", "found 1"}}});
+  all_refused(
+      {{one("F32", "[4294967296,4294967296]", "[0,0]"), 0, {"\"t\"", "bytes can be counted"}},
+       {one("U8", "[4294967296,4294967296]", "[0,0]"), 0, {"bytes can be counted"}},
+       {one("F64", "[9223372036854775807]", "[0,0]"), 0, {"bytes can be counted"}},
+       {one("U8", "[9223372036854775808]", "[0,0]"), 0, {"below 2^63"}},
+       {one("U8", "[0,18446744073709551615]", "[0,0]"), 0, {"below 2^63"}},
+       {one("U8", "[1152921504606846976]", "[0,1]"), 1, {"1152921504606846976 bytes", "found 1"}}});
   all_accepted({{one("F32", "[0,4294967296,4294967296,8]", "[0,0]"), 0},
                 {one("F32", "[4294967296,4294967296,0]", "[0,0]"), 0},
                 {one("F32", "[]", "[0,4]"), 4}});
@@ -299,64 +322,80 @@ TEST_CASE("rule 13: offsets fit shape and dtype", "[safetensors][rules]") {
 TEST_CASE("rule 14: the data ends with the file", "[safetensors][rules]") {
   const std::string json = one("F32", "[2]", "[0,8]");
   for (std::size_t extra = 1; extra <= 16; ++extra)
-    refused(
-        [&] { parse(safetensors(json, 8 + extra)); },
-        {"\"t\"", "to end at 8", "data size of " + std::to_string(8 + extra), std::to_string(extra) + " bytes too many"});
+    refused([&] { parse(safetensors(json, 8 + extra)); },
+            {"\"t\"", "to end at 8", "data size of " + std::to_string(8 + extra),
+             std::to_string(extra) + " bytes too many"});
   for (std::size_t left = 0; left < 8; ++left)
-    refused([&] { parse(safetensors(json, left)); }, {std::to_string(8 - left) + " bytes missing", "cut off"});
+    refused([&] { parse(safetensors(json, left)); },
+            {std::to_string(8 - left) + " bytes missing", "cut off"});
   refused([] { parse(safetensors("{}", 1)); }, {"1 bytes too many"});
   CHECK_NOTHROW(parse(safetensors(json, 8)));
 }
 
 TEST_CASE("rule 15: metadata is text, null or empty", "[safetensors][rules]") {
-  all_refused({{R"({"__metadata__":{"a":1}})", 0, {"__metadata__", "\"a\"", "found 1"}},
-               {R"({"__metadata__":{"a":null}})", 0, {"__metadata__", "null"}},
-               {R"({"__metadata__":{"a":{}}})", 0, {"__metadata__", "an object"}},
-               {R"({"__metadata__":{"a":["b"]}})", 0, {"__metadata__", "an array"}},
-               {R"({"__metadata__":[]})", 0, {"__metadata__", "an array"}},
-               {R"({"__metadata__":"a"})", 0, {"__metadata__"}},
-               {R"({"__metadata__":{"a":"1","a":"2"}})", 0, {"\"a\"", "twice"}},
-               {R"({"__metadata__":{"a":"1","\u0061":"2"}})", 0, {"\"a\"", "twice"}},
-               {R"({"__metadata__":{},"__metadata__":{}})", 0, {"__metadata__", "twice"}},
-               {R"({"__metadata__":null,"__metadata__":{"a":"b"}})", 0, {"__metadata__", "twice"}}});
-  all_accepted({{R"({"__metadata__":null})", 0}, {R"({"__metadata__":{}})", 0}, {R"({"__metadata__":{"a":"","":"b"}})", 0}});
+  all_refused(
+      {{R"({"__metadata__":{"a":1}})", 0, {"__metadata__", "\"a\"", "found 1"}},
+       {R"({"__metadata__":{"a":null}})", 0, {"__metadata__", "null"}},
+       {R"({"__metadata__":{"a":{}}})", 0, {"__metadata__", "an object"}},
+       {R"({"__metadata__":{"a":["b"]}})", 0, {"__metadata__", "an array"}},
+       {R"({"__metadata__":[]})", 0, {"__metadata__", "an array"}},
+       {R"({"__metadata__":"a"})", 0, {"__metadata__"}},
+       {R"({"__metadata__":{"a":"1","a":"2"}})", 0, {"\"a\"", "twice"}},
+       {R"({"__metadata__":{"a":"1","\u0061":"2"}})", 0, {"\"a\"", "twice"}},
+       {R"({"__metadata__":{},"__metadata__":{}})", 0, {"__metadata__", "twice"}},
+       {R"({"__metadata__":null,"__metadata__":{"a":"b"}})", 0, {"__metadata__", "twice"}}});
+  all_accepted({{R"({"__metadata__":null})", 0},
+                {R"({"__metadata__":{}})", 0},
+                {R"({"__metadata__":{"a":"","":"b"}})", 0}});
 }
 
 TEST_CASE("where the reference reader is laxer than its description", "[safetensors][rules]") {
   const std::string t = entry("t", "U8", "[1]", "[0,1]");
-  all_refused({// a name given twice, also when it is spelled with an escape
-               {"{" + t + "," + t + "}", 1, {"\"t\"", "once", "twice"}},
-               {"{" + t + "," + entry("\\u0074", "U8", "[1]", "[1,2]") + "}", 2, {"\"t\"", "twice"}},
-               {"{" + t + "," + entry("u", "U8", "[1]", "[1,2]") + "," + entry("t", "U8", "[1]", "[2,3]") + "}",
-                3,
-                {"\"t\"", "twice"}},
-               // a field given twice
-               {R"({"t":{"dtype":"U8","dtype":"U8","shape":[1],"data_offsets":[0,1]}})", 1, {"\"dtype\"", "twice"}},
-               {R"({"t":{"dtype":"U8","shape":[1],"\u0073hape":[1],"data_offsets":[0,1]}})", 1, {"\"shape\"", "twice"}},
-               {R"({"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":1,"x":2}})", 1, {"\"x\"", "twice"}},
-               // the positional form
-               {R"({"t":["U8",[1],[0,1]]})", 1, {"an object with dtype", "an array"}},
-               {R"({"t":7})", 0, {"an object with dtype"}},
-               {R"({"t":null})", 0, {"an object with dtype"}},
-               // a field missing
-               {R"({"t":{"shape":[1],"data_offsets":[0,1]}})", 1, {"the field dtype"}},
-               {R"({"t":{"dtype":"U8","data_offsets":[0,1]}})", 1, {"the field shape"}},
-               {R"({"t":{"dtype":"U8","shape":[1]}})", 1, {"the field data_offsets"}},
-               {R"({"t":{}})", 0, {"the field dtype"}}});
-  all_accepted({{R"({"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":1,"y":{"x":[1.5,-2,null,{"x":"x"}]}}})", 1},
-                {"{" + entry("", "U8", "[1]", "[0,1]") + "}", 1},
-                {"{" + entry("a\\u0000b", "U8", "[1]", "[0,1]") + "}", 1}});
+  all_refused(
+      {// a name given twice, also when it is spelled with an escape
+       {"{" + t + "," + t + "}", 1, {"\"t\"", "once", "twice"}},
+       {"{" + t + "," + entry("\\u0074", "U8", "[1]", "[1,2]") + "}", 2, {"\"t\"", "twice"}},
+       {"{" + t + "," + entry("u", "U8", "[1]", "[1,2]") + "," + entry("t", "U8", "[1]", "[2,3]") +
+            "}",
+        3,
+        {"\"t\"", "twice"}},
+       // a field given twice
+       {R"({"t":{"dtype":"U8","dtype":"U8","shape":[1],"data_offsets":[0,1]}})",
+        1,
+        {"\"dtype\"", "twice"}},
+       {R"({"t":{"dtype":"U8","shape":[1],"\u0073hape":[1],"data_offsets":[0,1]}})",
+        1,
+        {"\"shape\"", "twice"}},
+       {R"({"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":1,"x":2}})",
+        1,
+        {"\"x\"", "twice"}},
+       // the positional form
+       {R"({"t":["U8",[1],[0,1]]})", 1, {"an object with dtype", "an array"}},
+       {R"({"t":7})", 0, {"an object with dtype"}},
+       {R"({"t":null})", 0, {"an object with dtype"}},
+       // a field missing
+       {R"({"t":{"shape":[1],"data_offsets":[0,1]}})", 1, {"the field dtype"}},
+       {R"({"t":{"dtype":"U8","data_offsets":[0,1]}})", 1, {"the field shape"}},
+       {R"({"t":{"dtype":"U8","shape":[1]}})", 1, {"the field data_offsets"}},
+       {R"({"t":{}})", 0, {"the field dtype"}}});
+  all_accepted(
+      {{R"({"t":{"dtype":"U8","shape":[1],"data_offsets":[0,1],"x":1,"y":{"x":[1.5,-2,null,{"x":"x"}]}}})",
+        1},
+       {"{" + entry("", "U8", "[1]", "[0,1]") + "}", 1},
+       {"{" + entry("a\\u0000b", "U8", "[1]", "[0,1]") + "}", 1}});
 }
 
 TEST_CASE("limits can be lowered", "[safetensors][rules]") {
-  const std::string two = "{" + entry("aa", "U8", "[1]", "[0,1]") + "," + entry("bb", "U8", "[1]", "[1,2]") + "}";
+  const std::string two =
+      "{" + entry("aa", "U8", "[1]", "[0,1]") + "," + entry("bb", "U8", "[1]", "[1,2]") + "}";
   CHECK_NOTHROW(parse(safetensors(two, 2), {.tensors = 2, .name_bytes = 2}));
   refused([&] { parse(safetensors(two, 2), {.tensors = 1}); }, {"\"bb\"", "at most 1 tensors"});
   refused([&] { parse(safetensors(two, 2), {.name_bytes = 1}); }, {"\"aa\"", "at most 1 bytes"});
   std::string ones = "1";
   for (int k = 1; k < 64; ++k) ones += ",1";
   CHECK_NOTHROW(parse(safetensors(one("U8", "[" + ones + "]", "[0,1]"), 1)));
-  refused([&] { parse(safetensors(one("U8", "[" + ones + ",1]", "[0,1]"), 1)); }, {"at most 64 dimensions"});
+  refused([&] { parse(safetensors(one("U8", "[" + ones + ",1]", "[0,1]"), 1)); },
+          {"at most 64 dimensions"});
   const std::string longest(65536, 'n');
   CHECK_NOTHROW(parse(safetensors("{" + entry(longest, "U8", "[1]", "[0,1]") + "}", 1)));
   refused([&] { parse(safetensors("{" + entry(longest + "n", "U8", "[1]", "[0,1]") + "}", 1)); },
@@ -387,7 +426,7 @@ TEST_CASE("files of other kinds are recognized by their first bytes", "[safetens
 }
 
 // ---- sweeps
-// ----------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 TEST_CASE("every truncation is refused", "[safetensors][sweep]") {
   const std::string whole = seed_file();
@@ -420,8 +459,8 @@ TEST_CASE("every flipped bit of a header is refused or harmless", "[safetensors]
 }
 
 TEST_CASE("numbers chosen by an enemy cost no memory", "[safetensors][sweep]") {
-  const std::vector<std::uint64_t> hostile{0,          1,          7,          0x7fffffff, 0x80000000,
-                                           1ull << 32, 1ull << 53, ~0ull >> 1, 1ull << 63, ~0ull};
+  const std::vector<std::uint64_t> hostile{
+      0, 1, 7, 0x7fffffff, 0x80000000, 1ull << 32, 1ull << 53, ~0ull >> 1, 1ull << 63, ~0ull};
   rusage before{};
   getrusage(RUSAGE_SELF, &before);
   std::size_t count = 0;
@@ -458,15 +497,16 @@ TEST_CASE("a header of the largest length is read", "[safetensors][.large]") {
 }
 
 // ---- values
-// ----------------------------------------------------------------------------------------------------------
+// -------------------------------------------------------------------------------------------------
 
 TEST_CASE("tensors are viewed where they lie", "[safetensors]") {
   const build::directory dir;
-  const auto path = dir.write("f.safetensors", build::file()
-                                                   .add("m", {2, 3})
-                                                   .add<std::uint16_t>("h", "F16", {2}, {0x3c00, 0xc000})
-                                                   .add<std::uint16_t>("b", "BF16", {1, 2}, {0x3f80, 0xc000})
-                                                   .text());
+  const auto path =
+      dir.write("f.safetensors", build::file()
+                                     .add("m", {2, 3})
+                                     .add<std::uint16_t>("h", "F16", {2}, {0x3c00, 0xc000})
+                                     .add<std::uint16_t>("b", "BF16", {1, 2}, {0x3f80, 0xc000})
+                                     .text());
   const auto f = st::read(path);
   const auto m = f.tensor<float, 2>("m");
   CHECK(m.shape() == std::array<lora::index_t, 2>{2, 3});
@@ -476,7 +516,8 @@ TEST_CASE("tensors are viewed where they lie", "[safetensors]") {
   CHECK(static_cast<float>(f.tensor<lora::float16, 1>("h").data()[1]) == -2.0F);
   CHECK(static_cast<float>(f.tensor<Eigen::half, 1>("h").data()[1]) == -2.0F);
   CHECK(static_cast<float>(f.tensor<lora::bfloat16, 2>("b").data()[0]) == 1.0F);
-  refused([&] { (void)f.tensor<double, 2>("m"); }, {"\"m\"", "expected F64", "F32 [2, 3]", "copy<T>()"});
+  refused([&] { (void)f.tensor<double, 2>("m"); },
+          {"\"m\"", "expected F64", "F32 [2, 3]", "copy<T>()"});
   refused([&] { (void)f.tensor<float, 1>("m"); }, {"\"m\"", "1 dimensions"});
   refused([&] { (void)f.tensor<lora::float16, 2>("b"); }, {"\"b\"", "expected F16", "BF16 [1, 2]"});
 }
@@ -524,7 +565,8 @@ TEST_CASE("bytes of no length at all are refused under their name", "[safetensor
 }
 
 TEST_CASE("unaligned tensors are refused as views and readable as copies", "[safetensors]") {
-  const std::string text = safetensors("{" + entry("a", "F32", "[1]", "[0,4]") + "}", std::string("\0\0\xC0\x3F", 4));
+  const std::string text =
+      safetensors("{" + entry("a", "F32", "[1]", "[0,4]") + "}", std::string("\0\0\xC0\x3F", 4));
   build::bytes shifted(text.size() + 16);
   for (std::size_t shift = 0; shift < 8; ++shift) {
     std::memcpy(shifted.data() + shift, text.data(), text.size());
@@ -537,21 +579,26 @@ TEST_CASE("unaligned tensors are refused as views and readable as copies", "[saf
   }
 }
 
-TEST_CASE("read() places the data so that tensors are aligned where that is possible", "[safetensors]") {
+TEST_CASE("read() places the data so that tensors are aligned where that is possible",
+          "[safetensors]") {
   const build::directory dir;
-  // Three bytes before the floats: no tensor begins at a multiple of four, but a shift by one puts all of them there.
-  const auto path = dir.write("shift", build::file().add("u", "U8", {3}, "abc").add("f", {2}).add("g", {1}).text());
+  // Three bytes before the floats: no tensor begins at a multiple of four, but a shift by one puts
+  // all of them there.
+  const auto path = dir.write(
+      "shift", build::file().add("u", "U8", {3}, "abc").add("f", {2}).add("g", {1}).text());
   const auto f = st::read(path);
   CHECK(f.tensor<float, 1>("f").data()[1] == 2.0F);
   CHECK(f.tensor<float, 1>("g").data()[0] == 1.0F);
   // An F32 at 0 and another at 5 cannot both be aligned.
-  const auto odd = st::read(dir.write("odd", build::file().add("f", {1}).add("u", "U8", {1}, "a").add("g", {1}).text()));
+  const auto odd = st::read(
+      dir.write("odd", build::file().add("f", {1}).add("u", "U8", {1}, "a").add("g", {1}).text()));
   CHECK(odd.tensor<float, 1>("f").data()[0] == 1.0F);
   refused([&] { (void)odd.tensor<float, 1>("g"); }, {"\"g\"", "copy<T>()"});
   CHECK(odd.copy<float>("g") == std::vector<float>{1.0F});
 }
 
-TEST_CASE("read() and parse() give the same, and a copy of a file keeps its bytes", "[safetensors]") {
+TEST_CASE("read() and parse() give the same, and a copy of a file keeps its bytes",
+          "[safetensors]") {
   const build::directory dir;
   const auto path = dir.write("seed.safetensors", seed_file());
   std::vector<st::file> kept;
@@ -572,7 +619,8 @@ TEST_CASE("read() and parse() give the same, and a copy of a file keeps its byte
 
 TEST_CASE("read() refuses what is not a readable file", "[safetensors]") {
   const build::directory dir;
-  refused([&] { (void)st::read(dir.path() / "none.safetensors"); }, {"none.safetensors", "can be read"});
+  refused([&] { (void)st::read(dir.path() / "none.safetensors"); },
+          {"none.safetensors", "can be read"});
   refused([&] { (void)st::read(dir.path()); }, {"a directory"});
   refused([&] { (void)st::read(dir.write("empty", "")); }, {"empty", "0 bytes in all"});
   const std::string whole = seed_file();
@@ -638,7 +686,8 @@ TEST_CASE("outside: broken files are refused with what is wrong", "[safetensors]
   refused([&] { (void)st::read(dir / "safetensors_abuse_attempt_1.safetensors"); },
           {"safetensors_abuse_attempt_1", "byte 0", "header length 1000", "80 bytes left"});
   refused([&] { (void)st::read(dir / "tiny.safetensors"); },
-          {"tiny.safetensors", "test.weight.0", "32768", "32773", "5 bytes too many", "uncounted header padding"});
+          {"tiny.safetensors", "test.weight.0", "32768", "32773", "5 bytes too many",
+           "uncounted header padding"});
   refused([&] { (void)st::read(dir / "empty.gguf"); }, {"GGUF"});
 }
 
@@ -661,5 +710,7 @@ TEST_CASE("outside: real files open, with as many tensors as they have", "[safet
     const auto f = st::read(outside / path);
     CHECK(f.size() == count);
   }
-  CHECK(st::read(outside / "adapters/lycoris-lokr/smart_falcon_4_lokr.safetensors").metadata().size() == 61);
+  CHECK(st::read(outside / "adapters/lycoris-lokr/smart_falcon_4_lokr.safetensors")
+            .metadata()
+            .size() == 61);
 }

@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The index of a safetensors file: it has what the whole file has; ranges are read straight into the
-// caller's memory and widen exactly; a file that shrinks meanwhile is an error.
+// The index of a safetensors file: it has what the whole file has; ranges are read straight into
+// the caller's memory and widen exactly; a file that shrinks meanwhile is an error.
 #include "lora/io/safetensors_index.hpp"
 
 #include <cstddef>

@@ -23,12 +23,13 @@ std::vector<T> values(const test::matrix<T>& m) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("the step is w alpha / (initial_rank + 1e-5) B diag(E) A", "[adalora]", float, double, lora::float16,
-                   lora::bfloat16) {
+TEMPLATE_TEST_CASE("the step is w alpha / (initial_rank + 1e-5) B diag(E) A", "[adalora]", float,
+                   double, lora::float16, lora::bfloat16) {
   using T = TestType;
   using acc = acc_of<T>;
   test::random g(51);
-  for (const auto& [out, in, rank] : {std::array<index_t, 3>{5, 9, 3}, {17, 3, 4}, {1, 6, 1}, {8, 8, 12}})
+  for (const auto& [out, in, rank] :
+       {std::array<index_t, 3>{5, 9, 3}, {17, 3, 4}, {1, 6, 1}, {8, 8, 12}})
     for (const double strength : {1.0, -0.35, 2.5})
       for (const double alpha : {9.0, 0.0, -2.0}) {
         CAPTURE(out, in, rank, strength, alpha, g.seed());
@@ -39,11 +40,13 @@ TEMPLATE_TEST_CASE("the step is w alpha / (initial_rank + 1e-5) B diag(E) A", "[
         CHECK(kind.out_features() == out);
         CHECK(kind.in_features() == in);
         CHECK(kind.rank() == rank);
-        const long double scale = strength * static_cast<long double>(alpha > 0 ? alpha : static_cast<double>(rank)) /
-                                  (static_cast<long double>(initial) + 1e-5L);
+        const long double scale =
+            strength * static_cast<long double>(alpha > 0 ? alpha : static_cast<double>(rank)) /
+            (static_cast<long double>(initial) + 1e-5L);
         const test::exact_matrix EA = test::exact(E).col(0).asDiagonal() * test::exact(A);
         const test::exact_matrix want = scale * test::times(test::exact(B), EA);
-        const test::exact_matrix size = std::abs(scale) * test::times(test::exact(B).cwiseAbs(), EA.cwiseAbs());
+        const test::exact_matrix size =
+            std::abs(scale) * test::times(test::exact(B).cwiseAbs(), EA.cwiseAbs());
 
         const auto one = by_hand::only<lora::low_rank_step>(by_hand::of<acc>(kind, strength));
         CHECK(one.strength == strength);
@@ -62,13 +65,15 @@ TEMPLATE_TEST_CASE("the step is w alpha / (initial_rank + 1e-5) B diag(E) A", "[
         const test::exact_matrix before = test::exact(W);
         one.factors.visit([&](const auto& l) { lora::merge(W, lora::scaled(one.strength, l)); });
         const long double u = by_hand::u<acc>, chain = by_hand::gamma<acc>(rank + 3);
-        const test::exact_matrix allowed = u * (before + want).cwiseAbs() + (1 + u) * (u * before.cwiseAbs() + chain * size);
+        const test::exact_matrix allowed =
+            u * (before + want).cwiseAbs() + (1 + u) * (u * before.cwiseAbs() + chain * size);
         CHECK(by_hand::within(W, before + want, allowed));
       }
 }
 
 TEST_CASE("nothing is done at strength 0 and at rank 0", "[adalora]") {
-  const test::matrix<float> A = test::matrix<float>::Ones(2, 3), B = test::matrix<float>::Ones(4, 2);
+  const test::matrix<float> A = test::matrix<float>::Ones(2, 3),
+                            B = test::matrix<float>::Ones(4, 2);
   const adalora_adapter<float> kind(A, B, {1, 2}, {.alpha = 8, .initial_rank = 4});
   CHECK(by_hand::of<float>(kind, 0).empty());
   CHECK(by_hand::of<float>(lora::scaled(0.5, kind)).size() == 1);
@@ -80,7 +85,8 @@ TEST_CASE("nothing is done at strength 0 and at rank 0", "[adalora]") {
 }
 
 TEST_CASE("factors that do not fit are refused", "[adalora]") {
-  const test::matrix<float> A = test::matrix<float>::Ones(2, 3), B = test::matrix<float>::Ones(4, 2);
+  const test::matrix<float> A = test::matrix<float>::Ones(2, 3),
+                            B = test::matrix<float>::Ones(4, 2);
   const auto refused = [](const auto& a, const auto& b, std::vector<float> e, index_t initial) {
     return test::refusal<lora::shape_error>(
         [&] { (void)adalora_adapter<float>(a, b, e, {.alpha = 8, .initial_rank = initial}); });
@@ -89,7 +95,8 @@ TEST_CASE("factors that do not fit are refused", "[adalora]") {
   CHECK(test::mentions(refused(A, A, {1, 2}, 2), {"2x3", "lora_B"}));
   CHECK(test::mentions(refused(A, B, {1, 2}, 1), {"rank is 2", "init_r", "1"}));
   CHECK_THROWS_AS(
-      adalora_adapter<float>(A, B, {1, 2}, {.alpha = std::numeric_limits<double>::quiet_NaN(), .initial_rank = 2}),
+      adalora_adapter<float>(
+          A, B, {1, 2}, {.alpha = std::numeric_limits<double>::quiet_NaN(), .initial_rank = 2}),
       lora::value_error);
 }
 
@@ -99,8 +106,8 @@ TEST_CASE("PEFT's AdaLoRA", "[adalora][golden]") {
     const auto B = file.template copy<float>(module + ".lora_B");
     auto E = file.template copy<float>(module + ".lora_E");
     const auto rank = static_cast<index_t>(E.size());
-    return adalora_adapter<float>(lora::row_major(A, rank, in), lora::row_major(B, out, rank), std::move(E),
-                                  {.alpha = 9, .initial_rank = 4});
+    return adalora_adapter<float>(lora::row_major(A, rank, in), lora::row_major(B, out, rank),
+                                  std::move(E), {.alpha = 9, .initial_rank = 4});
   };
   by_hand::check_golden("other_adalora", {"a"}, make);
 }

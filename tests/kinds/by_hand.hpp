@@ -17,6 +17,7 @@
 #include "lora/steps.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
+#include "support/golden.hpp"
 #include "support/outside.hpp"
 #include "support/random.hpp"
 #include "support/refused.hpp"
@@ -53,13 +54,15 @@ Step only(const steps<Acc>& all) {
 }
 
 /// got is within allowed of want, element by element; a NaN is not.
-inline bool within(const test::exact_matrix& exact, const test::exact_matrix& want, const test::exact_matrix& allowed) {
+inline bool within(const test::exact_matrix& exact, const test::exact_matrix& want,
+                   const test::exact_matrix& allowed) {
   if (exact.rows() != want.rows() || exact.cols() != want.cols()) return false;
   for (index_t i = 0; i < want.rows(); ++i)
     for (index_t j = 0; j < want.cols(); ++j)
       if (!(std::abs(exact(i, j) - want(i, j)) <= allowed(i, j))) {
         UNSCOPED_INFO("(" << i << ", " << j << "): " << static_cast<double>(exact(i, j)) << " for "
-                          << static_cast<double>(want(i, j)) << ", allowed " << static_cast<double>(allowed(i, j)));
+                          << static_cast<double>(want(i, j)) << ", allowed "
+                          << static_cast<double>(allowed(i, j)));
         return false;
       }
   return true;
@@ -72,7 +75,8 @@ bool within(const M& got, const test::exact_matrix& want, const test::exact_matr
 template <class Acc>
 test::matrix<Acc> delta_of(const lora::low_rank_step& one) {
   return one.factors.visit([&](const auto& l) {
-    return test::matrix<Acc>((static_cast<long double>(one.strength) * test::exact_delta(l)).template cast<Acc>());
+    return test::matrix<Acc>(
+        (static_cast<long double>(one.strength) * test::exact_delta(l)).template cast<Acc>());
   });
 }
 template <class Acc>
@@ -104,11 +108,13 @@ void merge(const steps<Acc>& all, test::matrix<Acc>& W, vector<Acc>& bias) {
 
 /// y = W x + bias with the steps mixed in.
 template <class Acc>
-test::col_matrix<Acc> mix(const steps<Acc>& all, const test::matrix<Acc>& W, vector<Acc> bias, test::col_matrix<Acc> x) {
+test::col_matrix<Acc> mix(const steps<Acc>& all, const test::matrix<Acc>& W, vector<Acc> bias,
+                          test::col_matrix<Acc> x) {
   std::vector<test::col_matrix<Acc>> seen(all.size());
   for (std::size_t k = all.size(); k-- > 0;) {
     seen[k] = x;
-    if (const auto* input = std::get_if<lora::input_step<Acc>>(&all[k])) input->map->columns(x.data(), x.cols(), x.rows());
+    if (const auto* input = std::get_if<lora::input_step<Acc>>(&all[k]))
+      input->map->columns(x.data(), x.cols(), x.rows());
   }
   test::col_matrix<Acc> y = W * x;
   for (std::size_t k = 0; k < all.size(); ++k) {
@@ -134,28 +140,24 @@ void check_golden(const std::string& id, const std::vector<std::string>& names, 
                   bool stored_in_out = false) {
   if (!test::have_outside()) return;
   INFO(id);
-  const auto folder = test::outside / "golden/peft-0.21" / id;
-  const auto base = lora::safetensors::read(folder / "base.safetensors");
-  const auto io = lora::safetensors::read(folder / "io.safetensors");
+  const golden::case_files c{golden::root() / id};
   const auto tensor = [](const auto& file, const std::string& name) {
-    const auto values = file.template copy<double>(name);
-    const auto& shape = file.at(name).shape;
-    const auto cols = static_cast<index_t>(shape.back());
-    return test::matrix<double>(
-        Eigen::Map<const test::matrix<double>>(values.data(), static_cast<index_t>(values.size()) / cols, cols));
+    return golden::tensor<double>(file, name);
   };
-  const auto turned = [&](const test::matrix<double>& m) { return stored_in_out ? test::matrix<double>(m.transpose()) : m; };
+  const auto turned = [&](const test::matrix<double>& m) {
+    return stored_in_out ? test::matrix<double>(m.transpose()) : m;
+  };
   std::string scenario;
   for (const auto& name : names) scenario += (scenario.empty() ? "" : "+") + name;
 
-  test::col_matrix<double> mixed = tensor(io, "x").transpose(), merged = mixed;
+  test::col_matrix<double> mixed = tensor(c.io, "x").transpose(), merged = mixed;
   for (const std::string module : {"l0", "l1"}) {
     INFO(module);
-    auto W = turned(tensor(base, module + ".weight"));
-    vector<double> bias = tensor(base, module + ".bias").transpose();
+    auto W = turned(tensor(c.base, module + ".weight"));
+    vector<double> bias = tensor(c.base, module + ".bias").transpose();
     steps<double> all;
     for (const auto& name : names) {
-      const auto file = lora::safetensors::read(folder / name / "adapter_model.safetensors");
+      const auto file = lora::safetensors::read(c.folder / name / "adapter_model.safetensors");
       const auto kind = make(file, "base_model.model." + module, W.rows(), W.cols());
       CHECK(kind.out_features() == W.rows());
       CHECK(kind.in_features() == W.cols());
@@ -168,12 +170,14 @@ void check_golden(const std::string& id, const std::vector<std::string>& names, 
     mixed = mix(all, W, bias, mixed);
     merge(all, W, bias);
     merged = (W * merged).colwise() + bias;
-    const auto want = [&](const std::string& what) { return tensor(io, "merged64." + scenario + "." + module + what); };
+    const auto want = [&](const std::string& what) {
+      return tensor(c.io, "merged64." + scenario + "." + module + what);
+    };
     CHECK((W - turned(want(".weight"))).cwiseAbs().maxCoeff() < 1e-9);
-    if (io.contains("merged64." + scenario + "." + module + ".bias"))
+    if (c.io.contains("merged64." + scenario + "." + module + ".bias"))
       CHECK((bias - want(".bias").transpose()).cwiseAbs().maxCoeff() < 1e-9);
   }
-  const test::matrix<double> y = tensor(io, "y64_" + scenario).transpose();
+  const test::matrix<double> y = tensor(c.io, "y64_" + scenario).transpose();
   CHECK((mixed - y).cwiseAbs().maxCoeff() < 1e-9);
   CHECK((merged - y).cwiseAbs().maxCoeff() < 1e-9);
 }

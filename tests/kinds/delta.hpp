@@ -11,10 +11,10 @@
 #include <string>
 #include <vector>
 
-#include "golden/reference.hpp"
 #include "lora/kernel/threads.hpp"
 #include "lora/kinds/factored_matrix.hpp"
 #include "support/bits.hpp"
+#include "support/golden.hpp"
 #include "support/outside.hpp"
 #include "support/random.hpp"
 
@@ -23,11 +23,14 @@ namespace delta {
 using lora::index_t;
 using test::exact_matrix;
 
-inline exact_matrix hadamard(const exact_matrix& a, const exact_matrix& b) { return a.cwiseProduct(b); }
+inline exact_matrix hadamard(const exact_matrix& a, const exact_matrix& b) {
+  return a.cwiseProduct(b);
+}
 inline exact_matrix kron(const exact_matrix& a, const exact_matrix& b) {
   exact_matrix result(a.rows() * b.rows(), a.cols() * b.cols());
   for (index_t i = 0; i < result.rows(); ++i)
-    for (index_t j = 0; j < result.cols(); ++j) result(i, j) = a(i / b.rows(), j / b.cols()) * b(i % b.rows(), j % b.cols());
+    for (index_t j = 0; j < result.cols(); ++j)
+      result(i, j) = a(i / b.rows(), j / b.cols()) * b(i % b.rows(), j % b.cols());
   return result;
 }
 
@@ -86,8 +89,10 @@ test::matrix<Acc> rows_of(const lora::delta_source<Acc>& source, index_t out, in
   return result;
 }
 template <class Acc>
-test::col_matrix<Acc> product_of(const lora::delta_source<Acc>& source, const test::col_matrix<Acc>& x, index_t out) {
-  test::col_matrix<Acc> y = test::col_matrix<Acc>::Constant(out, x.cols(), std::numeric_limits<Acc>::quiet_NaN());
+test::col_matrix<Acc> product_of(const lora::delta_source<Acc>& source,
+                                 const test::col_matrix<Acc>& x, index_t out) {
+  test::col_matrix<Acc> y =
+      test::col_matrix<Acc>::Constant(out, x.cols(), std::numeric_limits<Acc>::quiet_NaN());
   source.product(x.data(), x.cols(), y.data());
   return y;
 }
@@ -130,45 +135,18 @@ void check(const K& kind, const known& D, index_t depth, test::random& g) {
 
 // --- PEFT's cases ---
 
-/// One case's tensors, in double, of any number of dimensions: the first along the rows.
-struct golden_case {
-  std::string folder;
-  golden::json about = golden::read_json(golden::outside("golden/peft-0.21/" + folder + "/case.json"));
-  lora::safetensors::file base = read("base.safetensors"), io = read("io.safetensors");
-
-  lora::safetensors::file read(const std::string& name) const {
-    return lora::safetensors::read(golden::outside("golden/peft-0.21/" + folder + "/" + name));
-  }
-  static test::matrix<double> matrix(const lora::safetensors::file& file, const std::string& name) {
-    const auto values = file.copy<double>(name);
-    const auto rows = static_cast<index_t>(file.at(name).shape[0]);
-    return Eigen::Map<const test::matrix<double>>(values.data(), rows, static_cast<index_t>(values.size()) / rows);
-  }
-};
-
-/// Columns are the places where a kernel of k x k meets an image [channels, height, width], rows
-/// (channel, y, x) of the kernel.
-inline void unfold(const double* image, index_t channels, index_t height, index_t width, index_t k,
-                   Eigen::Ref<Eigen::MatrixXd> to) {
-  for (index_t y = 0; y + k <= height; ++y)
-    for (index_t x = 0; x + k <= width; ++x)
-      for (index_t c = 0; c < channels; ++c)
-        for (index_t i = 0; i < k * k; ++i)
-          to(c * k * k + i, y * (width - k + 1) + x) = image[(c * height + y + i / k) * width + x + i % k];
-}
-
 /// Adapter `name` of a case, in double: s D is what PEFT's formula adds to each weight, and the
 /// network with s D x added to each layer's output is y64. make(file, "base_model.model.<module>.",
 /// r, alpha) makes a module's kind.
 template <class Make>
 void check_case(const std::string& folder, const std::string& name, const Make& make) {
   CAPTURE(folder, name);
-  const golden_case c{folder};
-  const auto file = c.read(name + "/adapter_model.safetensors");
+  const golden::case_files c{golden::root() / folder};
+  const auto file = lora::safetensors::read(c.folder / name / "adapter_model.safetensors");
   const auto& config = c.about.at("adapters").at(name);
   const index_t r = config.at("r");
   const auto alphas = config.value("alpha_pattern", golden::json::object());
-  Eigen::MatrixXd h = golden_case::matrix(c.io, "x").transpose();
+  Eigen::MatrixXd h = golden::input<double>(c);
   index_t layers = 0;
   for (const auto& op : c.about.at("graph")) {
     if (op.at("op") == "tanh") h = h.array().tanh();
@@ -178,48 +156,23 @@ void check_case(const std::string& folder, const std::string& name, const Make& 
     const double alpha = alphas.value(module, config.at("alpha").get<double>());
     const auto kind = make(file, "base_model.model." + module + ".", r, alpha);
     const auto step = step_of<double>(kind);
-    const auto W = golden_case::matrix(c.base, module + ".weight");
-    const auto merged = golden_case::matrix(c.io, "merged64." + name + "." + module + ".weight");
+    const auto W = golden::kernel<double>(c.base, module + ".weight");
+    const auto merged = golden::kernel<double>(c.io, "merged64." + name + "." + module + ".weight");
     REQUIRE(kind.out_features() == W.rows());
     REQUIRE(kind.in_features() == W.cols());
     const auto D = rows_of(*step.source, W.rows(), W.cols());
     CHECK(D.cwiseAbs().maxCoeff() > 1e-3);
     CHECK((merged - (W + step.scale * D)).cwiseAbs().maxCoeff() <= 1e-9);
-    if (op.at("op") == "conv2d") {
-      const auto& shape = c.io.at("x").shape;
-      const auto images = static_cast<index_t>(shape[0]), channels = static_cast<index_t>(shape[1]),
-                 height = static_cast<index_t>(shape[2]), width = static_cast<index_t>(shape[3]);
-      const index_t k = op.at("kernel"), places = (height - k + 1) * (width - k + 1);
-      Eigen::MatrixXd columns(channels * k * k, images * places);
-      for (index_t n = 0; n < images; ++n)
-        unfold(h.col(n).data(), channels, height, width, k, columns.middleCols(n * places, places));
-      h = columns;
-    }
     const test::col_matrix<double> x = h;
     h = W * x + step.scale * product_of(*step.source, x, W.rows());
-    h.colwise() += golden_case::matrix(c.base, module + ".bias").col(0);
+    h.colwise() += golden::kernel<double>(c.base, module + ".bias").col(0);
     ++layers;
   }
   REQUIRE(layers > 0);
-  Eigen::MatrixXd y = golden_case::matrix(c.io, "y64_" + name);
-  if (c.io.at("y64_" + name).shape.size() == 4) {  // [images, out, places]: a column for each place
-    const index_t places = h.cols() / y.rows();
-    Eigen::MatrixXd turned(h.rows(), h.cols());
-    for (index_t n = 0; n < y.rows(); ++n)
-      for (index_t o = 0; o < h.rows(); ++o)
-        for (index_t p = 0; p < places; ++p) turned(o, n * places + p) = y(n, o * places + p);
-    y = turned;
-  } else {
-    y = y.transpose().eval();
-  }
+  const Eigen::MatrixXd y = golden::columns<double>(c.io, "y64_" + name);
   REQUIRE(h.rows() == y.rows());
   REQUIRE(h.cols() == y.cols());
   CHECK((h - y).cwiseAbs().maxCoeff() <= 1e-9);
-}
-
-/// A tensor of a factor or a core as a matrix.
-inline test::matrix<double> factor(const lora::safetensors::file& file, const std::string& name) {
-  return golden_case::matrix(file, name);
 }
 
 }  // namespace delta

@@ -15,8 +15,8 @@ static_assert(!lora::low_rank<lora::full_difference<float>>);
 using by_hand::index_t;
 using lora::full_difference;
 
-TEMPLATE_TEST_CASE("rows are read exactly, and D x is within gamma_in", "[full]", float, double, lora::float16,
-                   lora::bfloat16) {
+TEMPLATE_TEST_CASE("rows are read exactly, and D x is within gamma_in", "[full]", float, double,
+                   lora::float16, lora::bfloat16) {
   using T = TestType;
   using acc = by_hand::acc_of<T>;
   test::random g(61);
@@ -87,9 +87,11 @@ TEST_CASE("copies and steps share D, and steps keep it", "[full]") {
 }
 
 TEST_CASE("a view of either order, and a narrower scalar, make the same difference", "[full]") {
-  const std::vector<lora::bfloat16> numbers{lora::bfloat16(1.5F), lora::bfloat16(-2.0F), lora::bfloat16(0.25F),
-                                            lora::bfloat16(3.0F), lora::bfloat16(4.0F),  lora::bfloat16(5.0F)};
-  const full_difference<float> rows(lora::row_major(numbers, 2, 3)), cols(lora::col_major(numbers, 3, 2).transpose());
+  const std::vector<lora::bfloat16> numbers{lora::bfloat16(1.5F),  lora::bfloat16(-2.0F),
+                                            lora::bfloat16(0.25F), lora::bfloat16(3.0F),
+                                            lora::bfloat16(4.0F),  lora::bfloat16(5.0F)};
+  const full_difference<float> rows(lora::row_major(numbers, 2, 3)),
+      cols(lora::col_major(numbers, 3, 2).transpose());
   CHECK(test::same_bits(rows.difference(), cols.difference()));
   CHECK(rows.difference()(1, 0) == 3);
 }

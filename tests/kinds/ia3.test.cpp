@@ -34,8 +34,8 @@ ia3_adapter<T> adapter_of(ia3_side side, std::vector<T> l, index_t others) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("W' = W + w (W l - W), on outputs with the bias and on inputs without", "[ia3]", float, double,
-                   lora::float16, lora::bfloat16) {
+TEMPLATE_TEST_CASE("W' = W + w (W l - W), on outputs with the bias and on inputs without", "[ia3]",
+                   float, double, lora::float16, lora::bfloat16) {
   using T = TestType;
   using acc = acc_of<T>;
   test::random g(31);
@@ -65,7 +65,8 @@ TEMPLATE_TEST_CASE("W' = W + w (W l - W), on outputs with the bias and on inputs
         };
         const test::exact_matrix want = times(scale);
         const long double u = by_hand::u<acc>;
-        const test::exact_matrix allowed = (2 * u + u * u) * want.cwiseAbs() + 2 * times(off).cwiseAbs();
+        const test::exact_matrix allowed =
+            (2 * u + u * u) * want.cwiseAbs() + 2 * times(off).cwiseAbs();
 
         const auto all = by_hand::of<acc>(kind, strength);
         test::matrix<acc> merged = W;
@@ -75,7 +76,8 @@ TEMPLATE_TEST_CASE("W' = W + w (W l - W), on outputs with the bias and on inputs
         if (outputs) {
           const test::exact_matrix wanted = scale.cwiseProduct(test::exact(b));
           CHECK(by_hand::within(bias, wanted,
-                                (2 * u + u * u) * wanted.cwiseAbs() + 2 * off.cwiseProduct(test::exact(b)).cwiseAbs()));
+                                (2 * u + u * u) * wanted.cwiseAbs() +
+                                    2 * off.cwiseProduct(test::exact(b)).cwiseAbs()));
         } else {
           CHECK(bias == b);
         }
@@ -102,15 +104,16 @@ TEST_CASE("rows and tokens may lie apart", "[ia3]") {
   CHECK(rows == std::vector<float>{1, 1, 7, 1, 1, 7});
 }
 
-TEMPLATE_TEST_CASE("at strength 1 the factors are the stored ones, at 0 nothing is done", "[ia3]", float, double,
-                   lora::float16, lora::bfloat16) {
+TEMPLATE_TEST_CASE("at strength 1 the factors are the stored ones, at 0 nothing is done", "[ia3]",
+                   float, double, lora::float16, lora::bfloat16) {
   using acc = acc_of<TestType>;
   test::random g(32);
   const auto l = factors<TestType>(g, 6);
   const auto kind = ia3_adapter<TestType>::of_outputs(l, 3);
   const auto gain = by_hand::only<lora::gain_step<acc>>(by_hand::of<acc>(kind));
   CHECK(gain.scales_bias);
-  for (std::size_t k = 0; k < l.size(); ++k) CHECK(static_cast<double>(gain.gain[k]) == test::value(l[k]));
+  for (std::size_t k = 0; k < l.size(); ++k)
+    CHECK(static_cast<double>(gain.gain[k]) == test::value(l[k]));
   CHECK(by_hand::of<acc>(kind, 0).empty());
   CHECK(by_hand::of<acc>(lora::scaled(0.0, kind)).empty());
   const auto half = by_hand::only<lora::gain_step<acc>>(by_hand::of<acc>(lora::scaled(0.5, kind)));
@@ -120,14 +123,19 @@ TEMPLATE_TEST_CASE("at strength 1 the factors are the stored ones, at 0 nothing 
 TEST_CASE("a factor of 0 is taken, and is not undone", "[ia3]") {
   const auto kind = ia3_adapter<float>::of_inputs({2, 0, 3}, 4);
   const auto map = by_hand::only<lora::input_step<float>>(by_hand::of<float>(kind)).map;
-  const auto text = test::refusal<lora::value_error>([&] { map->undo_rows("unmerge", nullptr, 0, 3); });
+  const auto text =
+      test::refusal<lora::value_error>([&] { map->undo_rows("unmerge", nullptr, 0, 3); });
   CHECK(test::mentions(text, {"lora::unmerge", "input 1", "column"}));
 }
 
 TEST_CASE("a negative number of features is refused", "[ia3]") {
-  const auto text = test::refusal<lora::shape_error>([] { (void)ia3_adapter<float>::of_outputs({1, 2}, -1); });
+  const auto text = test::refusal<lora::shape_error>([] {
+    (void)ia3_adapter<float>::of_outputs({1, 2}, -1);
+  });
   CHECK(test::mentions(text, {"ia3_adapter", "in_features is -1"}));
-  const auto other = test::refusal<lora::shape_error>([] { (void)ia3_adapter<float>::of_inputs({1, 2}, -3); });
+  const auto other = test::refusal<lora::shape_error>([] {
+    (void)ia3_adapter<float>::of_inputs({1, 2}, -3);
+  });
   CHECK(test::mentions(other, {"out_features is -3"}));
 }
 

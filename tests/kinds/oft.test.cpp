@@ -55,7 +55,8 @@ dense dense_of(const exact_matrix& packed, index_t b, const oft_settings& settin
         squares += 2 * q(i, j) * q(i, j);
       }
     if (settings.coft_eps) {
-      const long double most = *settings.coft_eps / std::sqrt(static_cast<long double>(packed.rows()));
+      const long double most =
+          *settings.coft_eps / std::sqrt(static_cast<long double>(packed.rows()));
       if (std::sqrt(squares) > most) q *= most / std::sqrt(squares);
     }
     Q.block(block * b, block * b, b, b) = q;
@@ -66,7 +67,8 @@ dense dense_of(const exact_matrix& packed, index_t b, const oft_settings& settin
   if (settings.rotation == oft_rotation::cayley) {
     result.R = (I - Q) * exact_matrix((I + Q).fullPivLu().inverse());
     // |A^-1| <= 1 and |x| = 1 (2-norms), and gamma_3b |L||U| with |L| <= 1 and growth of at most 8.
-    result.off = exact_matrix::Constant(in, in, 3 * size * 0x1p-53L * size * size * 8 * (1 + Q.cwiseAbs().maxCoeff()));
+    result.off = exact_matrix::Constant(
+        in, in, 3 * size * 0x1p-53L * size * size * 8 * (1 + Q.cwiseAbs().maxCoeff()));
   } else {
     const auto coefficients = series(settings.neumann_terms);
     exact_matrix power = I, absolute = I, sum = exact_matrix::Zero(in, in), magnitude = sum;
@@ -96,13 +98,15 @@ constexpr sizes all_sizes[] = {{5, 12, 4, 3},  {7, 9, 3, 1},   {3, 7, 7, 1},  {4
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("W' = W R^T row by row, R^T x token by token, and back", "[oft]", float, double, lora::float16,
-                   lora::bfloat16) {
+TEMPLATE_TEST_CASE("W' = W R^T row by row, R^T x token by token, and back", "[oft]", float, double,
+                   lora::float16, lora::bfloat16) {
   using T = TestType;
   using acc = acc_of<T>;
   test::random g(41);
-  std::vector<oft_settings> ways{{.out_features = 0, .in_features = 0, .rotation = oft_rotation::cayley}};
-  for (int terms = 1; terms <= 7; ++terms) ways.push_back({.out_features = 0, .in_features = 0, .neumann_terms = terms});
+  std::vector<oft_settings> ways{
+      {.out_features = 0, .in_features = 0, .rotation = oft_rotation::cayley}};
+  for (int terms = 1; terms <= 7; ++terms)
+    ways.push_back({.out_features = 0, .in_features = 0, .neumann_terms = terms});
   ways.push_back({.out_features = 0, .in_features = 0, .coft_eps = 0.3});
   for (oft_settings settings : ways)
     for (const auto& [out, in, b, stored] : all_sizes) {
@@ -138,17 +142,20 @@ TEMPLATE_TEST_CASE("W' = W R^T row by row, R^T x token by token, and back", "[of
       test::col_matrix<acc> turned = x;
       map->columns(turned.data(), 19, in);
       const exact_matrix x_exact = test::exact(x), x_size = x_exact.cwiseAbs();
-      CHECK(by_hand::within(turned, exact_matrix(exact.R.transpose() * x_exact), chain * T_abs * x_size + 2 * off * x_size));
+      CHECK(by_hand::within(turned, exact_matrix(exact.R.transpose() * x_exact),
+                            chain * T_abs * x_size + 2 * off * x_size));
 
       map->undo_rows("unmerge", nullptr, 0, in);
       map->undo_rows("unmerge", rows.data(), out, in);
       // Both maps round. The inverse in double has the error of R, times |R^-1| twice, and that of
       // its own solution.
       const exact_matrix back = exact.inverse.cwiseAbs().transpose();
-      const exact_matrix inverse_off =
-          back * off * back + 24.0L * 0x1p-53L * static_cast<long double>(b * b * b) * back * T_abs * back;
+      const exact_matrix inverse_off = back * off * back + 24.0L * 0x1p-53L *
+                                                               static_cast<long double>(b * b * b) *
+                                                               back * T_abs * back;
       CHECK(by_hand::within(rows, w,
-                            exact_matrix(allowed * back + chain * size * T_abs * back + 2 * size * T_abs * inverse_off)));
+                            exact_matrix(allowed * back + chain * size * T_abs * back +
+                                         2 * size * T_abs * inverse_off)));
     }
 }
 
@@ -156,7 +163,8 @@ TEMPLATE_TEST_CASE("the exact rotation is orthogonal", "[oft]", float, double, l
   using acc = acc_of<TestType>;
   test::random g(42);
   const test::matrix<TestType> packed = g.reals<TestType>(3, 10, 2);
-  const oft_adapter<TestType> kind(packed, {.out_features = 4, .in_features = 15, .rotation = oft_rotation::cayley});
+  const oft_adapter<TestType> kind(
+      packed, {.out_features = 4, .in_features = 15, .rotation = oft_rotation::cayley});
   const auto map = by_hand::only<lora::input_step<acc>>(by_hand::of<acc>(kind)).map;
   test::matrix<acc> R = test::matrix<acc>::Identity(15, 15);
   map->rows(R.data(), 15, 15);
@@ -170,8 +178,11 @@ TEST_CASE("a series without an inverse is refused before anything is written", "
   const std::vector<float> numbers{0.25F, 1};
   const auto packed = lora::row_major(numbers, 2, 1);
   const oft_settings settings{.out_features = 3, .in_features = 4};
-  const auto map = by_hand::only<lora::input_step<float>>(by_hand::of<float>(oft_adapter<float>(packed, settings))).map;
-  const auto text = test::refusal<lora::value_error>([&] { map->undo_rows("unmerge", nullptr, 0, 4); });
+  const auto map = by_hand::only<lora::input_step<float>>(
+                       by_hand::of<float>(oft_adapter<float>(packed, settings)))
+                       .map;
+  const auto text =
+      test::refusal<lora::value_error>([&] { map->undo_rows("unmerge", nullptr, 0, 4); });
   CHECK(test::mentions(text, {"lora::unmerge", "block 1", "no inverse"}));
   // Merging and mixing need none.
   std::vector<float> row{1, 2, 3, 4};
@@ -180,23 +191,28 @@ TEST_CASE("a series without an inverse is refused before anything is written", "
 
   // A little off, and the rounding of R would decide.
   const std::vector<double> near{1 + 0x1p-50};
-  const oft_adapter<double> almost(lora::row_major(near, 1, 1), {.out_features = 3, .in_features = 2});
-  CHECK_THROWS_AS(
-      by_hand::only<lora::input_step<double>>(by_hand::of<double>(almost)).map->undo_rows("unmerge", nullptr, 0, 2),
-      lora::value_error);
+  const oft_adapter<double> almost(lora::row_major(near, 1, 1),
+                                   {.out_features = 3, .in_features = 2});
+  CHECK_THROWS_AS(by_hand::only<lora::input_step<double>>(by_hand::of<double>(almost))
+                      .map->undo_rows("unmerge", nullptr, 0, 2),
+                  lora::value_error);
   // The exact rotation has one for every Q.
-  const oft_adapter<float> cayley(packed, {.out_features = 3, .in_features = 4, .rotation = oft_rotation::cayley});
-  CHECK_NOTHROW(by_hand::only<lora::input_step<float>>(by_hand::of<float>(cayley)).map->undo_rows("unmerge", nullptr, 0, 4));
+  const oft_adapter<float> cayley(
+      packed, {.out_features = 3, .in_features = 4, .rotation = oft_rotation::cayley});
+  CHECK_NOTHROW(by_hand::only<lora::input_step<float>>(by_hand::of<float>(cayley))
+                    .map->undo_rows("unmerge", nullptr, 0, 4));
   // A NaN has none.
   const std::vector<float> broken{std::numeric_limits<float>::quiet_NaN(), 0.5F};
   const oft_adapter<float> nan(lora::row_major(broken, 2, 1), settings);
-  CHECK_THROWS_AS(by_hand::only<lora::input_step<float>>(by_hand::of<float>(nan)).map->undo_rows("unmerge", nullptr, 0, 4),
+  CHECK_THROWS_AS(by_hand::only<lora::input_step<float>>(by_hand::of<float>(nan))
+                      .map->undo_rows("unmerge", nullptr, 0, 4),
                   lora::value_error);
 }
 
 TEST_CASE("an OFT adapter is there or not", "[oft]") {
   const std::vector<float> numbers{0.25F, 0.5F};
-  const oft_adapter<float> kind(lora::row_major(numbers, 2, 1), {.out_features = 3, .in_features = 4});
+  const oft_adapter<float> kind(lora::row_major(numbers, 2, 1),
+                                {.out_features = 3, .in_features = 4});
   CHECK(by_hand::of<float>(kind, 0).empty());
   CHECK(by_hand::of<float>(lora::scaled(2, lora::scaled(0.5, kind))).size() == 1);
   for (const double strength : {0.5, -1.0, 2.0}) {
@@ -206,13 +222,17 @@ TEST_CASE("an OFT adapter is there or not", "[oft]") {
 }
 
 TEST_CASE("blocks that do not fit and settings without a meaning are refused", "[oft]") {
-  const test::matrix<float> two = test::matrix<float>::Zero(2, 3), five = test::matrix<float>::Zero(2, 5);
+  const test::matrix<float> two = test::matrix<float>::Zero(2, 3),
+                            five = test::matrix<float>::Zero(2, 5);
   const auto refused = [](const auto& blocks, const oft_settings& settings) {
     return test::refusal<lora::shape_error>([&] { (void)oft_adapter<float>(blocks, settings); });
   };
-  CHECK(test::mentions(refused(five, {.out_features = 4, .in_features = 8}), {"2x5", "b (b - 1) / 2"}));
-  CHECK(test::mentions(refused(two, {.out_features = 4, .in_features = 9}), {"2x3", "in_features is 9"}));
-  CHECK(test::mentions(refused(two, {.out_features = 4, .in_features = 7}), {"2x3", "in_features is 7"}));
+  CHECK(test::mentions(refused(five, {.out_features = 4, .in_features = 8}),
+                       {"2x5", "b (b - 1) / 2"}));
+  CHECK(test::mentions(refused(two, {.out_features = 4, .in_features = 9}),
+                       {"2x3", "in_features is 9"}));
+  CHECK(test::mentions(refused(two, {.out_features = 4, .in_features = 7}),
+                       {"2x3", "in_features is 7"}));
   CHECK(test::mentions(refused(two, {.out_features = -4, .in_features = 6}), {"-4x6"}));
   const auto bad = [&](oft_settings settings) {
     settings.out_features = 4;
@@ -239,8 +259,9 @@ TEST_CASE("PEFT's OFT, and two of them in the order of PEFT's merge", "[oft][gol
       const auto name = module + ".oft_R.weight";
       const auto values = file.template copy<float>(name);
       const auto& shape = file.at(name).shape;
-      return oft_adapter<float>(lora::row_major(values, static_cast<index_t>(shape[0]), static_cast<index_t>(shape[1])),
-                                {.out_features = out, .in_features = in, .rotation = rotation});
+      return oft_adapter<float>(
+          lora::row_major(values, static_cast<index_t>(shape[0]), static_cast<index_t>(shape[1])),
+          {.out_features = out, .in_features = in, .rotation = rotation});
     };
   };
   by_hand::check_golden("other_oft", {"a"}, make(oft_rotation::neumann));

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "lora/dora.hpp"
+#include "lora/embed.hpp"
 #include "lora/io/peft_entry.hpp"
 #include "lora/kinds/adalora.hpp"
 #include "lora/kinds/full.hpp"
@@ -33,7 +34,6 @@
 #include "lora/module_adapter.hpp"
 #include "lora/prepared_merge.hpp"
 #include "lora/rounding.hpp"
-#include "lora/rows.hpp"
 #include "lora/through.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
@@ -69,7 +69,8 @@ struct problem {
 
 exact_column column(const values& v) {
   exact_column result(static_cast<index_t>(v.size()));
-  for (std::size_t i = 0; i < v.size(); ++i) result(static_cast<index_t>(i)) = static_cast<long double>(v[i]);
+  for (std::size_t i = 0; i < v.size(); ++i)
+    result(static_cast<index_t>(i)) = static_cast<long double>(v[i]);
   return result;
 }
 
@@ -89,7 +90,8 @@ definition sum(const exact_matrix& W, double s, const exact_matrix& D, const exa
     return {W + f * D, W.cwiseAbs() + std::abs(f) * size};
   };
 }
-definition sum_of_factors(const exact_matrix& W, double s, const exact_matrix& B, const exact_matrix& A) {
+definition sum_of_factors(const exact_matrix& W, double s, const exact_matrix& B,
+                          const exact_matrix& A) {
   return sum(W, s, test::times(B, A), test::times(B.cwiseAbs(), A.cwiseAbs()));
 }
 
@@ -117,8 +119,8 @@ constexpr verb_name verbs[] = {
     {"forward(packed_weight, x, y, l)"},
     {"apply(x, y, l)"},
     {"apply(x, y, mixed(W, l))", "mixed"},
-    {"rows(W, ids, y, l)", "rows"},
-    {"rows(W, ids, y, mixed(W, l))", "mixed"},
+    {"embed(W, ids, y, l)", "rows"},
+    {"embed(W, ids, y, mixed(W, l))", "mixed"},
     {"apply_through(down, y, l)", "apply_through"},
     {"apply_through(down, y, mixed(W, l))", "mixed"},
     {"packed_adapter{l}", "packed_adapter"},
@@ -171,11 +173,14 @@ class table {
 };
 
 /// A sentence without the verb before it.
-std::string note(const std::string& message) { return std::regex_replace(message, std::regex("^lora::[a-z_:]+: "), ""); }
+std::string note(const std::string& message) {
+  return std::regex_replace(message, std::regex("^lora::[a-z_:]+: "), "");
+}
 
 /// What the compiler says of a call, by the case of tests/compile_fail that tests it.
 std::string refused_by_compiler(const std::string& file) {
-  std::ifstream stream(std::filesystem::path(LORA_SOURCE_DIR) / "tests/compile_fail" / (file + ".cpp"));
+  std::ifstream stream(std::filesystem::path(LORA_SOURCE_DIR) / "tests/compile_fail" /
+                       (file + ".cpp"));
   INFO("tests/compile_fail/" << file << ".cpp");
   REQUIRE(stream.good());
   std::string line;
@@ -192,7 +197,8 @@ class matrix_rows final : public lora::weight_rows<float> {
   explicit matrix_rows(const matrix<float>& W) : W_(W) {}
   index_t out_features() const override { return W_.rows(); }
   index_t in_features() const override { return W_.cols(); }
-  void read(index_t first, index_t count, index_t col, index_t cols, float* to, index_t stride) const override {
+  void read(index_t first, index_t count, index_t col, index_t cols, float* to,
+            index_t stride) const override {
     for (index_t i = 0; i < count; ++i)
       for (index_t k = 0; k < cols; ++k) to[i * stride + k] = W_(first + i, col + k);
   }
@@ -202,10 +208,11 @@ class matrix_rows final : public lora::weight_rows<float> {
 };
 
 // An element is a chain of in + R multiply-adds, at most 12 here, of what was rounded a few times
-// before (a gain, a turn, a product of factors): fewer than 64 roundings together. unmerge divides by
-// gains of at least 0.2 and turns back: at most 8 times that.
+// before (a gain, a turn, a product of factors): fewer than 64 roundings together. unmerge divides
+// by gains of at least 0.2 and turns back: at most 8 times that.
 constexpr long double u = 0x1p-24L, gamma_64 = 64 * u / (1 - 64 * u);
-bool near(const exact_matrix& got, const exact_matrix& want, const exact_matrix& size, long double more = 1) {
+bool near(const exact_matrix& got, const exact_matrix& want, const exact_matrix& size,
+          long double more = 1) {
   return ((got - want).cwiseAbs().array() <= more * gamma_64 * size.array()).all();
 }
 
@@ -217,7 +224,8 @@ class column_of {
       : to_(to), name_(name), p_(p), kind_(kind), is_(std::move(is)), one_(is_(1)) {
     to_.add_column(name);
     // Far more than what roundings could hide.
-    CHECK((one_.W - test::exact(p.W)).cwiseAbs().maxCoeff() > 1000 * gamma_64 * one_.size.maxCoeff());
+    CHECK((one_.W - test::exact(p.W)).cwiseAbs().maxCoeff() >
+          1000 * gamma_64 * one_.size.maxCoeff());
     merging();
     mixing();
     keeping();
@@ -243,8 +251,9 @@ class column_of {
         result = note(e.what());
       }
     } else {
-      const auto* const v = std::find_if(std::begin(verbs), std::end(verbs),
-                                         [&](const verb_name& one) { return std::string(one.call) == call; });
+      const auto* const v =
+          std::find_if(std::begin(verbs), std::end(verbs),
+                       [&](const verb_name& one) { return std::string(one.call) == call; });
       result = refused_by_compiler(case_of(v->file));
     }
     to_.add(call, result);
@@ -257,7 +266,9 @@ class column_of {
   }
 
   exact_matrix x() const { return test::exact(p_.x); }
-  bool weight(const exact_matrix& got, const changed& want) const { return near(got, want.W, want.size); }
+  bool weight(const exact_matrix& got, const changed& want) const {
+    return near(got, want.W, want.size);
+  }
   /// y for W x + more, with the bias of the layer or without.
   bool output(const matrix<float>& y, bool biased) const {
     const exact_column b = biased ? column(p_.bias) : exact_column::Zero(out).eval();
@@ -302,8 +313,9 @@ class column_of {
       W.copy_to(copy);
       return weight(test::exact(copy), one_);
     });
-    cell<takes<verb::merged>>("merged(W, l)",
-                              [&](const auto& l) { return weight(test::exact(lora::merged(p_.W, l)), one_); });
+    cell<takes<verb::merged>>("merged(W, l)", [&](const auto& l) {
+      return weight(test::exact(lora::merged(p_.W, l)), one_);
+    });
     cell<takes<verb::merge_checked>>("merge_checked(W, l)", [&](const auto& l) {
       auto W = p_.W;
       lora::merge_checked(W, l);
@@ -321,11 +333,15 @@ class column_of {
       all.rows(0, first);
       return weight(test::exact(W), one_);
     };
-    cell<takes<verb::merge>>("prepared_merge(out, in, l)",
-                             [&](const auto& l) { return in_blocks(lora::prepared_merge<float>(out, in, l)); });
-    cell<takes<verb::merge>>("prepared_merge(rows of W, l)",
-                             [&](const auto& l) { return in_blocks(lora::prepared_merge<float>(matrix_rows(p_.W), l)); });
-    const auto restored = [&](const matrix<float>& W) { return near(test::exact(W), test::exact(p_.W), one_.size, 8); };
+    cell<takes<verb::merge>>("prepared_merge(out, in, l)", [&](const auto& l) {
+      return in_blocks(lora::prepared_merge<float>(out, in, l));
+    });
+    cell<takes<verb::merge>>("prepared_merge(rows of W, l)", [&](const auto& l) {
+      return in_blocks(lora::prepared_merge<float>(matrix_rows(p_.W), l));
+    });
+    const auto restored = [&](const matrix<float>& W) {
+      return near(test::exact(W), test::exact(p_.W), one_.size, 8);
+    };
     cell<takes<verb::unmerge>>("unmerge(W, l)", [&](const auto& l) {
       matrix<float> W = test::rounded<float>(one_.W);
       lora::unmerge(W, l);
@@ -336,7 +352,8 @@ class column_of {
       auto b = p_.bias;
       lora::merge(W, b, l);
       lora::unmerge(W, b, l);
-      return restored(W) && near(column(b), column(p_.bias), (column(p_.bias) + one_.c).cwiseAbs() + one_.c.cwiseAbs(), 8);
+      return restored(W) && near(column(b), column(p_.bias),
+                                 (column(p_.bias) + one_.c).cwiseAbs() + one_.c.cwiseAbs(), 8);
     });
     cell<takes<verb::mixed>>("unmerge(W, mixed(W, l))", [&](const auto& l) {
       matrix<float> W = test::rounded<float>(one_.W);
@@ -384,14 +401,14 @@ class column_of {
       }
       return near(test::exact(y), want, size);
     };
-    cell<takes<verb::rows>>("rows(W, ids, y, l)", [&](const auto& l) {
+    cell<takes<verb::embed>>("embed(W, ids, y, l)", [&](const auto& l) {
       auto y = empty();
-      lora::rows(embedding, p_.ids, y, l);
+      lora::embed(embedding, p_.ids, y, l);
       return found(y);
     });
-    cell<takes<verb::mixed>>("rows(W, ids, y, mixed(W, l))", [&](const auto& l) {
+    cell<takes<verb::mixed>>("embed(W, ids, y, mixed(W, l))", [&](const auto& l) {
       auto y = empty();
-      lora::rows(embedding, p_.ids, y, lora::mixed(p_.W, l));
+      lora::embed(embedding, p_.ids, y, lora::mixed(p_.W, l));
       return found(y);
     });
     // A convolution with a kernel of 1: lora_A times x.
@@ -479,7 +496,8 @@ class column_of {
       if constexpr (packed || low_rank)
         return test::within(y, want, lora::forward_bound(p_.W, p_.x, y, l));
       else
-        return test::within(y, want, lora::forward_bound(p_.W, p_.x, y, lora::mixed_bound(p_.W, l)));
+        return test::within(y, want,
+                            lora::forward_bound(p_.W, p_.x, y, lora::mixed_bound(p_.W, l)));
     });
   }
 
@@ -502,9 +520,11 @@ void add(table& to, const char* name, const problem& p, const K& kind, definitio
 void add_low_rank(table& to, problem& p) {
   const exact_matrix W = test::exact(p.W);
   const auto l = p.factors(3);
-  const definition plain = sum_of_factors(W, l.scaling(), test::exact(l.lora_B()), test::exact(l.lora_A()));
+  const definition plain =
+      sum_of_factors(W, l.scaling(), test::exact(l.lora_B()), test::exact(l.lora_A()));
   add(to, "adapter", p, l, plain);
-  add(to, "scaled(0.7, adapter)", p, lora::scaled(0.7, l), [&](double w) { return plain(0.7 * w); });
+  add(to, "scaled(0.7, adapter)", p, lora::scaled(0.7, l),
+      [&](double w) { return plain(0.7 * w); });
   add(to, "packed_adapter", p, lora::packed_adapter<float>(l), plain);
   add(to, "module_adapter", p, lora::module_adapter({"m.q"}, lora::any_kind(l)), plain);
 
@@ -525,13 +545,16 @@ void add_dora(table& to, problem& p) {
   const auto l = p.factors(2);
   const values m = p.list(out, 1, 2);
   const lora::dora_adapter<float> dora(l, m);
-  const definition before = sum_of_factors(test::exact(p.W), l.scaling(), test::exact(l.lora_B()), test::exact(l.lora_A()));
+  const definition before = sum_of_factors(test::exact(p.W), l.scaling(), test::exact(l.lora_B()),
+                                           test::exact(l.lora_A()));
   // diag(m / n) (W + s B A). An error of the row before it reaches all of the row by its norm n.
   add(to, "dora", p, dora, [&](double w) {
     changed result = before(w);
     for (index_t i = 0; i < out; ++i) {
       const long double n = result.W.row(i).norm(), gain = column(m)(i) / n;
-      result.size.row(i) = gain * (result.size.row(i) + result.W.row(i).cwiseAbs() * (result.size.row(i).norm() / n)).eval();
+      result.size.row(i) =
+          gain * (result.size.row(i) + result.W.row(i).cwiseAbs() * (result.size.row(i).norm() / n))
+                     .eval();
       result.W.row(i) *= gain;
     }
     return result;
@@ -544,10 +567,13 @@ void add_deltas(table& to, problem& p) {
   const auto B1 = reals(out, 2), A1 = reals(2, in), B2 = reals(out, 2), A2 = reals(2, in);
   const exact_matrix first = test::times(test::exact(B1), test::exact(A1)),
                      second = test::times(test::exact(B2), test::exact(A2)),
-                     first_size = test::times(test::exact(B1).cwiseAbs(), test::exact(A1).cwiseAbs()),
-                     second_size = test::times(test::exact(B2).cwiseAbs(), test::exact(A2).cwiseAbs());
+                     first_size =
+                         test::times(test::exact(B1).cwiseAbs(), test::exact(A1).cwiseAbs()),
+                     second_size =
+                         test::times(test::exact(B2).cwiseAbs(), test::exact(A2).cwiseAbs());
   const lora::loha_adapter<float> loha({B1, A1}, {B2, A2}, {.alpha = 1.4});
-  const definition hadamard = sum(W, loha.scaling(), first.cwiseProduct(second), first_size.cwiseProduct(second_size));
+  const definition hadamard =
+      sum(W, loha.scaling(), first.cwiseProduct(second), first_size.cwiseProduct(second_size));
   add(to, "loha", p, loha, hadamard);
   add(to, "any_kind", p, lora::any_kind(loha), hadamard);
 
@@ -555,11 +581,13 @@ void add_deltas(table& to, problem& p) {
   const lora::lokr_adapter<float> lokr({C1}, {C2}, 2, {.alpha = 1.4});
   exact_matrix kron(out, in);
   for (index_t i = 0; i < out; ++i)
-    for (index_t j = 0; j < in; ++j) kron(i, j) = test::exact(C1)(i / 3, j / 2) * test::exact(C2)(i % 3, j % 2);
+    for (index_t j = 0; j < in; ++j)
+      kron(i, j) = test::exact(C1)(i / 3, j / 2) * test::exact(C2)(i % 3, j % 2);
   add(to, "lokr", p, lokr, sum(W, lokr.scaling(), kron, kron.cwiseAbs()));
 
   const auto D = reals(out, in);
-  add(to, "full_difference", p, lora::full_difference<float>(D), sum(W, 1, test::exact(D), test::exact(D).cwiseAbs()));
+  add(to, "full_difference", p, lora::full_difference<float>(D),
+      sum(W, 1, test::exact(D), test::exact(D).cwiseAbs()));
 }
 
 void add_scaled_factors(table& to, problem& p) {
@@ -568,14 +596,17 @@ void add_scaled_factors(table& to, problem& p) {
   const exact_matrix A = test::exact(l.lora_A()), B = test::exact(l.lora_B());
   // diag(E) between B and A; s = alpha / (init_r + 1e-5)
   const values E = p.list(3, -1, 1);
-  const lora::adalora_adapter<float> adalora(l.lora_A(), l.lora_B(), E, {.alpha = 5.6, .initial_rank = 4});
-  add(to, "adalora", p, adalora, sum_of_factors(W, 5.6 / (4 + 1e-5), B, column(E).asDiagonal() * A));
+  const lora::adalora_adapter<float> adalora(l.lora_A(), l.lora_B(), E,
+                                             {.alpha = 5.6, .initial_rank = 4});
+  add(to, "adalora", p, adalora,
+      sum_of_factors(W, 5.6 / (4 + 1e-5), B, column(E).asDiagonal() * A));
 
   using shared = lora::detail::row_major_matrix<float>;
   const values b = p.list(out, -1, 1), d = p.list(3, -1, 1);
   const lora::vera_adapter<float> vera(std::make_shared<const shared>(l.lora_A()),
                                        std::make_shared<const shared>(l.lora_B()), b, d, in);
-  add(to, "vera", p, vera, sum_of_factors(W, 1, column(b).asDiagonal() * B, column(d).asDiagonal() * A));
+  add(to, "vera", p, vera,
+      sum_of_factors(W, 1, column(b).asDiagonal() * B, column(d).asDiagonal() * A));
 }
 
 void add_factors_of_features(table& to, problem& p) {
@@ -585,24 +616,30 @@ void add_factors_of_features(table& to, problem& p) {
     return exact_column((strength * (column(l).array() - 1) + 1).matrix());
   };
   const values of_outputs = p.list(out, 0.5, 1.5), of_inputs = p.list(in, 0.5, 1.5);
-  add(to, "ia3, outputs", p, lora::ia3_adapter<float>::of_outputs(of_outputs, in), [&](double w) -> changed {
-    const exact_column l = at(of_outputs, w);
-    return {l.asDiagonal() * W, l.asDiagonal() * W.cwiseAbs(), l};
-  });
-  add(to, "ia3, inputs", p, lora::ia3_adapter<float>::of_inputs(of_inputs, out), [&](double w) -> changed {
-    const exact_column l = at(of_inputs, w);
-    return {W * l.asDiagonal(), W.cwiseAbs() * l.asDiagonal()};
-  });
+  add(to, "ia3, outputs", p, lora::ia3_adapter<float>::of_outputs(of_outputs, in),
+      [&](double w) -> changed {
+        const exact_column l = at(of_outputs, w);
+        return {l.asDiagonal() * W, l.asDiagonal() * W.cwiseAbs(), l};
+      });
+  add(to, "ia3, inputs", p, lora::ia3_adapter<float>::of_inputs(of_inputs, out),
+      [&](double w) -> changed {
+        const exact_column l = at(of_inputs, w);
+        return {W * l.asDiagonal(), W.cwiseAbs() * l.asDiagonal()};
+      });
   // A block [0 q; -q 0] makes R = (I - Q) (I + Q)^-1 = [c -s; s c], with c = (1 - q^2) / (1 + q^2)
   // and s = 2 q / (1 + q^2); W' = W R^T.
   const auto q = p.g.reals<float>(in / 2, 1, 0.8);
   exact_matrix R = exact_matrix::Zero(in, in);
   for (index_t k = 0; k < in / 2; ++k) {
-    const long double v = test::exact(q)(k, 0), c = (1 - v * v) / (1 + v * v), s = 2 * v / (1 + v * v);
+    const long double v = test::exact(q)(k, 0), c = (1 - v * v) / (1 + v * v),
+                      s = 2 * v / (1 + v * v);
     R.block(2 * k, 2 * k, 2, 2) << c, -s, s, c;
   }
-  const lora::oft_adapter<float> oft(q, {.out_features = out, .in_features = in, .rotation = lora::oft_rotation::cayley});
-  add(to, "oft", p, oft, [&](double) -> changed { return {W * R.transpose(), W.cwiseAbs() * R.transpose().cwiseAbs()}; });
+  const lora::oft_adapter<float> oft(
+      q, {.out_features = out, .in_features = in, .rotation = lora::oft_rotation::cayley});
+  add(to, "oft", p, oft, [&](double) -> changed {
+    return {W * R.transpose(), W.cwiseAbs() * R.transpose().cwiseAbs()};
+  });
 }
 
 /// The lines of the page between its two comments.

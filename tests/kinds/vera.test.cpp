@@ -29,8 +29,8 @@ auto shared(const test::matrix<T>& m) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("the step is w diag(b) B[:out] diag(d) A[:, :in]", "[vera]", float, double, lora::float16,
-                   lora::bfloat16) {
+TEMPLATE_TEST_CASE("the step is w diag(b) B[:out] diag(d) A[:, :in]", "[vera]", float, double,
+                   lora::float16, lora::bfloat16) {
   using T = TestType;
   using acc = acc_of<T>;
   test::random g(61);
@@ -43,15 +43,19 @@ TEMPLATE_TEST_CASE("the step is w diag(b) B[:out] diag(d) A[:, :in]", "[vera]", 
       CHECK(kind.out_features() == out);
       CHECK(kind.in_features() == in);
       CHECK(kind.rank() == rank);
-      const test::exact_matrix dA = test::exact(d).col(0).asDiagonal() * test::exact(A).leftCols(in);
-      const test::exact_matrix bB = test::exact(b).col(0).asDiagonal() * test::exact(B).topRows(out);
+      const test::exact_matrix dA =
+          test::exact(d).col(0).asDiagonal() * test::exact(A).leftCols(in);
+      const test::exact_matrix bB =
+          test::exact(b).col(0).asDiagonal() * test::exact(B).topRows(out);
       const test::exact_matrix want = strength * test::times(bB, dA);
-      const test::exact_matrix size = std::abs(strength) * test::times(bB.cwiseAbs(), dA.cwiseAbs());
+      const test::exact_matrix size =
+          std::abs(strength) * test::times(bB.cwiseAbs(), dA.cwiseAbs());
       const auto one = by_hand::only<lora::low_rank_step>(by_hand::of<acc>(kind, strength));
       CHECK(one.strength == strength);
       one.factors.visit([&](const auto& l) {
         const long double roundings = sizeof(T) == 2 ? 0 : by_hand::gamma<acc>(2);
-        CHECK(by_hand::within(one.strength * test::exact_delta(l), want, (roundings + 0x1p-52L) * size));
+        CHECK(by_hand::within(one.strength * test::exact_delta(l), want,
+                              (roundings + 0x1p-52L) * size));
         if (sizeof(T) == 2) CHECK(test::exact(l.lora_A()) == dA);
       });
       CHECK(by_hand::of<acc>(kind, 0).empty());
@@ -59,7 +63,8 @@ TEMPLATE_TEST_CASE("the step is w diag(b) B[:out] diag(d) A[:, :in]", "[vera]", 
 }
 
 TEST_CASE("what is no VeRA is refused", "[vera]") {
-  const auto A = shared<float>(test::matrix<float>::Ones(2, 4)), B = shared<float>(test::matrix<float>::Ones(3, 2));
+  const auto A = shared<float>(test::matrix<float>::Ones(2, 4)),
+             B = shared<float>(test::matrix<float>::Ones(3, 2));
   const auto refusal = [&](std::vector<float> b, std::vector<float> d, index_t in) {
     return test::refusal<lora::shape_error>([&] { (void)vera_adapter<float>(A, B, b, d, in); });
   };
@@ -74,15 +79,16 @@ TEST_CASE("what is no VeRA is refused", "[vera]") {
 }
 
 TEST_CASE("PEFT's VeRA", "[vera][golden]") {
-  by_hand::check_golden("other_vera", {"a"}, [](const auto& file, const std::string& module, index_t, index_t in) {
-    const auto matrix = [&](const std::string& name) {
-      const auto all = file.template copy<float>(name);
-      const auto& shape = file.at(name).shape;
-      return shared<float>(
-          Eigen::Map<const test::matrix<float>>(all.data(), static_cast<index_t>(shape[0]), static_cast<index_t>(shape[1])));
-    };
-    return vera_adapter<float>(matrix("base_model.vera_A"), matrix("base_model.vera_B"),
-                               file.template copy<float>(module + ".vera_lambda_b"),
-                               file.template copy<float>(module + ".vera_lambda_d"), in);
-  });
+  by_hand::check_golden(
+      "other_vera", {"a"}, [](const auto& file, const std::string& module, index_t, index_t in) {
+        const auto matrix = [&](const std::string& name) {
+          const auto all = file.template copy<float>(name);
+          const auto& shape = file.at(name).shape;
+          return shared<float>(Eigen::Map<const test::matrix<float>>(
+              all.data(), static_cast<index_t>(shape[0]), static_cast<index_t>(shape[1])));
+        };
+        return vera_adapter<float>(matrix("base_model.vera_A"), matrix("base_model.vera_B"),
+                                   file.template copy<float>(module + ".vera_lambda_b"),
+                                   file.template copy<float>(module + ".vera_lambda_d"), in);
+      });
 }

@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The algebra: what must hold for any adapter, whatever the implementation. Typed over the scalars, on non-square weights,
-// s never 1, ranks from 1 to beyond the smaller side, B zero and B tiny among them. Where a law is exact it is checked bit
-// for bit; elsewhere the tolerance is the bound of docs/numerics.md.
+// The algebra: what must hold for any adapter, whatever the implementation. Typed over the scalars,
+// on non-square weights, s never 1, ranks from 1 to beyond the smaller side, B zero and B tiny
+// among them. Where a law is exact it is checked bit for bit; elsewhere the tolerance is the bound
+// of docs/numerics.md.
 #include <Eigen/QR>
 #include <cstring>
 #include <string>
@@ -27,12 +28,14 @@ struct sample {
 
 template <class T>
 sample<T> draw(layers::generator& g, regime kind) {
-  const Eigen::Index out = layers::size(g, 45), in = layers::size(g, 70), rank = layers::size(g, 2 * std::min(out, in));
+  const Eigen::Index out = layers::size(g, 45), in = layers::size(g, 70),
+                     rank = layers::size(g, 2 * std::min(out, in));
   const double b = kind == regime::zero ? 0 : kind == regime::tiny ? 1e-4 : 0.5;
   return {out, in, rank,
-          lora::adapter<T>{layers::normal<T>(g, rank, in, 0.3),
-                           layers::normal<T>(g, out, rank, b),
-                           {.alpha = layers::uniform(g, 2, 40), .rule = lora::scaling_rule::rank_stabilized}},
+          lora::adapter<T>{
+              layers::normal<T>(g, rank, in, 0.3),
+              layers::normal<T>(g, out, rank, b),
+              {.alpha = layers::uniform(g, 2, 40), .rule = lora::scaling_rule::rank_stabilized}},
           layers::normal<T>(g, out, in, 0.7)};
 }
 
@@ -70,32 +73,38 @@ bool within(const M& a, const N& b, const Eigen::MatrixXd& bound) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("delta_weight is linear in the strength", "[law]", float, double, lora::float16, lora::bfloat16) {
+TEMPLATE_TEST_CASE("delta_weight is linear in the strength", "[law]", float, double, lora::float16,
+                   lora::bfloat16) {
   CAPTURE(seed);
   using acc = lora::accumulator_t<TestType>;
   for_samples<TestType>([](const auto& t, auto& g) {
-    // Powers of two scale exactly, and so must the delta (as values: a sum from zero never gives -0).
+    // Powers of two scale exactly, and so must the delta (as values: a sum from zero never gives
+    // -0).
     const auto delta = lora::delta_weight(t.l);
     CHECK(lora::delta_weight(lora::scaled(-0.25, t.l)) == delta * acc(-0.25));
     const double c = layers::uniform(g, -3, 3);
-    const auto bound = delta_bound({agreement::part_of(lora::scaled(c, t.l))}, agreement::format_of<acc>().u);
-    CHECK(
-        within(agreement::in_double(lora::delta_weight(lora::scaled(c, t.l))), c * agreement::in_double(delta), 2 * bound));
+    const auto bound =
+        delta_bound({agreement::part_of(lora::scaled(c, t.l))}, agreement::format_of<acc>().u);
+    CHECK(within(agreement::in_double(lora::delta_weight(lora::scaled(c, t.l))),
+                 c * agreement::in_double(delta), 2 * bound));
   });
 }
 
-TEMPLATE_TEST_CASE("the delta of several adapters is the sum of their deltas", "[law]", float, double, lora::bfloat16) {
+TEMPLATE_TEST_CASE("the delta of several adapters is the sum of their deltas", "[law]", float,
+                   double, lora::bfloat16) {
   using acc = lora::accumulator_t<TestType>;
   for_samples<TestType>([](const auto& t, auto& g) {
-    const lora::adapter<TestType> other{
-        layers::normal<TestType>(g, 3, t.in, 0.4), layers::normal<TestType>(g, t.out, 3, 0.4), {.alpha = 7}};
+    const lora::adapter<TestType> other{layers::normal<TestType>(g, 3, t.in, 0.4),
+                                        layers::normal<TestType>(g, t.out, 3, 0.4),
+                                        {.alpha = 7}};
     const double u = agreement::format_of<acc>().u;
-    const Eigen::MatrixXd sum =
-        agreement::in_double(lora::delta_weight(t.l)) + agreement::in_double(lora::delta_weight(other));
+    const Eigen::MatrixXd sum = agreement::in_double(lora::delta_weight(t.l)) +
+                                agreement::in_double(lora::delta_weight(other));
     const auto bound = delta_bound({agreement::part_of(t.l), agreement::part_of(other)}, u);
     CHECK(within(agreement::in_double(lora::delta_weight(t.l, other)), sum, 2 * bound));
     // A range is the list of its elements, and an adapter against its negative is exactly nothing.
-    const std::vector<lora::scaled_adapter<lora::adapter<TestType>>> both{lora::scaled(1, t.l), lora::scaled(1, other)};
+    const std::vector<lora::scaled_adapter<lora::adapter<TestType>>> both{lora::scaled(1, t.l),
+                                                                          lora::scaled(1, other)};
     CHECK(same_bits(lora::delta_weight(t.l, other), lora::delta_weight(both)));
   });
 }
@@ -112,16 +121,20 @@ TEMPLATE_TEST_CASE("(B R^-1, R A) is the same adapter", "[law]", float, double) 
     const lora::scaling s{.alpha = t.l.scaling(), .rule = lora::scaling_rule::fixed};
     CHECK(same_bits(lora::delta_weight(lora::adapter<TestType>{A, B, s}), lora::delta_weight(t.l)));
 
-    const Eigen::MatrixXd square = agreement::in_double(layers::normal<double>(g, t.rank, t.rank, 1));
+    const Eigen::MatrixXd square =
+        agreement::in_double(layers::normal<double>(g, t.rank, t.rank, 1));
     const Eigen::MatrixXd R = Eigen::HouseholderQR<Eigen::MatrixXd>(square).householderQ();
-    const Eigen::MatrixXd A0 = agreement::in_double(t.l.lora_A()), B0 = agreement::in_double(t.l.lora_B());
+    const Eigen::MatrixXd A0 = agreement::in_double(t.l.lora_A()),
+                          B0 = agreement::in_double(t.l.lora_B());
     const lora::adapter<double> turned{R * A0, B0 * R.transpose(), s};
     const Eigen::MatrixXd exact = t.l.scaling() * B0 * A0;
-    // Forming R A and B R' rounds each rank times, the delta 2 more; Householder's R is orthogonal to 10 r^1.5 u.
+    // Forming R A and B R' rounds each rank times, the delta 2 more; Householder's R is orthogonal
+    // to 10 r^1.5 u.
     const double u = agreement::format_of<double>().u, r = static_cast<double>(t.rank);
     const Eigen::MatrixXd bound =
         std::abs(t.l.scaling()) *
-        ((agreement::gamma(3 * t.rank + 8, u) * (B0.cwiseAbs() * R.transpose().cwiseAbs() * R.cwiseAbs() * A0.cwiseAbs()))
+        ((agreement::gamma(3 * t.rank + 8, u) *
+          (B0.cwiseAbs() * R.transpose().cwiseAbs() * R.cwiseAbs() * A0.cwiseAbs()))
              .array() +
          10 * r * std::sqrt(r) * u * B0.norm() * A0.norm())
             .matrix();
@@ -129,7 +142,8 @@ TEMPLATE_TEST_CASE("(B R^-1, R A) is the same adapter", "[law]", float, double) 
   });
 }
 
-TEMPLATE_TEST_CASE("merge is W + delta, rounded once", "[law]", float, double, lora::float16, lora::bfloat16) {
+TEMPLATE_TEST_CASE("merge is W + delta, rounded once", "[law]", float, double, lora::float16,
+                   lora::bfloat16) {
   using acc = lora::accumulator_t<TestType>;
   for_samples<TestType>([](const auto& t, auto& g) {
     const auto second = draw<TestType>(g, regime::random);
@@ -137,7 +151,8 @@ TEMPLATE_TEST_CASE("merge is W + delta, rounded once", "[law]", float, double, l
     layers::matrix<TestType> expected = t.W;
     for (Eigen::Index i = 0; i < t.out; ++i)
       for (Eigen::Index j = 0; j < t.in; ++j)
-        if (delta(i, j) != 0) expected(i, j) = static_cast<TestType>(static_cast<acc>(t.W(i, j)) + delta(i, j));
+        if (delta(i, j) != 0)
+          expected(i, j) = static_cast<TestType>(static_cast<acc>(t.W(i, j)) + delta(i, j));
     layers::matrix<TestType> W = t.W;
     CHECK(lora::merge(W, t.l).became_nonfinite == 0);
     CHECK(same_bits(W, expected));
@@ -146,12 +161,13 @@ TEMPLATE_TEST_CASE("merge is W + delta, rounded once", "[law]", float, double, l
     const agreement::part p = agreement::part_of(t.l);
     const Eigen::MatrixXd exact = agreement::in_double(t.W) + p.s * p.B * p.A;
     CHECK(within(agreement::in_double(W), exact,
-                 (agreement::merge_bound(agreement::in_double(t.W), {p}, formats).array() + 1e-15).matrix()));
+                 (agreement::merge_bound(agreement::in_double(t.W), {p}, formats).array() + 1e-15)
+                     .matrix()));
   });
 }
 
-TEMPLATE_TEST_CASE("storage order, blocks and transposes change no bit", "[law]", float, double, lora::float16,
-                   lora::bfloat16) {
+TEMPLATE_TEST_CASE("storage order, blocks and transposes change no bit", "[law]", float, double,
+                   lora::float16, lora::bfloat16) {
   using col_major = Eigen::Matrix<TestType, Eigen::Dynamic, Eigen::Dynamic, Eigen::ColMajor>;
   for_samples<TestType>([](const auto& t, auto& g) {
     const auto expected = lora::merged(t.W, t.l);
@@ -183,7 +199,8 @@ TEMPLATE_TEST_CASE("storage order, blocks and transposes change no bit", "[law]"
   });
 }
 
-TEMPLATE_TEST_CASE("apply adds delta * x to y, rounded once", "[law]", float, double, lora::float16, lora::bfloat16) {
+TEMPLATE_TEST_CASE("apply adds delta * x to y, rounded once", "[law]", float, double, lora::float16,
+                   lora::bfloat16) {
   using acc = lora::accumulator_t<TestType>;
   for_samples<TestType>([](const auto& t, auto& g) {
     const layers::matrix<TestType> x = layers::normal<TestType>(g, t.in, 3, 1);
@@ -200,13 +217,16 @@ TEMPLATE_TEST_CASE("apply adds delta * x to y, rounded once", "[law]", float, do
       const auto bound = agreement::error_bound(zero, bias, {{}, {p}}, one, formats);
       const auto exact = layers::reference(zero, bias, {p}, one);
       const Eigen::MatrixXd got = agreement::in_double(y).col(token);
-      CHECK(((got.template cast<long double>() - exact).cwiseAbs().template cast<double>().array() <= bound.array()).all());
+      CHECK(
+          ((got.template cast<long double>() - exact).cwiseAbs().template cast<double>().array() <=
+           bound.array())
+              .all());
     }
   });
 }
 
-TEMPLATE_TEST_CASE("unmerge takes away what merge added, within two merges' bounds", "[law]", float, double,
-                   lora::bfloat16) {
+TEMPLATE_TEST_CASE("unmerge takes away what merge added, within two merges' bounds", "[law]", float,
+                   double, lora::bfloat16) {
   using acc = lora::accumulator_t<TestType>;
   for_samples<TestType>([](const auto& t, auto&) {
     layers::matrix<TestType> W = t.W;
@@ -215,8 +235,8 @@ TEMPLATE_TEST_CASE("unmerge takes away what merge added, within two merges' boun
     lora::unmerge(W, t.l);
     const auto formats = agreement::formats_of<TestType, float, acc>();
     const agreement::part p = agreement::part_of(t.l);
-    const Eigen::MatrixXd bound =
-        agreement::merge_bound(agreement::in_double(t.W), {p}, formats) + agreement::merge_bound(between, {p}, formats);
+    const Eigen::MatrixXd bound = agreement::merge_bound(agreement::in_double(t.W), {p}, formats) +
+                                  agreement::merge_bound(between, {p}, formats);
     CHECK(within(agreement::in_double(W), agreement::in_double(t.W), bound));
     // Subtracting is merging at strength -1, bit for bit.
     layers::matrix<TestType> subtracted = t.W, merged_negative = t.W;
@@ -226,11 +246,12 @@ TEMPLATE_TEST_CASE("unmerge takes away what merge added, within two merges' boun
   });
 }
 
-TEMPLATE_TEST_CASE("the state of linear, not the way to it, decides every bit", "[law]", float, double, lora::float16,
-                   lora::bfloat16) {
+TEMPLATE_TEST_CASE("the state of linear, not the way to it, decides every bit", "[law]", float,
+                   double, lora::float16, lora::bfloat16) {
   for_samples<TestType>([](const auto& t, auto& g) {
-    const lora::adapter<float> other{
-        layers::normal<float>(g, 4, t.in, 0.4), layers::normal<float>(g, t.out, 4, 0.4), {.alpha = 3}};
+    const lora::adapter<float> other{layers::normal<float>(g, 4, t.in, 0.4),
+                                     layers::normal<float>(g, t.out, 4, 0.4),
+                                     {.alpha = 3}};
     lora::linear<TestType> straight{t.W}, winding{t.W};
     straight.attach("a", lora::scaled(0.7, t.l));
     straight.attach("b", lora::scaled(-0.4, other));
@@ -246,7 +267,8 @@ TEMPLATE_TEST_CASE("the state of linear, not the way to it, decides every bit", 
     winding.activate("a");
     CHECK(same_bits(straight.weight(), winding.weight()));
     // Both, rounded once, in the order of the names: the free merge in that order.
-    CHECK(same_bits(straight.weight(), lora::merged(t.W, lora::scaled(0.7, t.l), lora::scaled(-0.4, other))));
+    CHECK(same_bits(straight.weight(),
+                    lora::merged(t.W, lora::scaled(0.7, t.l), lora::scaled(-0.4, other))));
     winding.unmerge("a");
     CHECK(same_bits(winding.weight(), lora::merged(t.W, lora::scaled(-0.4, other))));
     winding.detach("b");

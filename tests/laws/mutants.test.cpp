@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Mistakes that engines really made, each of which must be told from rounding, in every format and also when the adapter is
-// three hundredths of the weight: the bounds are tight enough to be worth having. The right computation passes beside them.
+// Mistakes that engines really made, each of which must be told from rounding, in every format and
+// also when the adapter is three hundredths of the weight: the bounds are tight enough to be worth
+// having. The right computation passes beside them.
 #include <cstdio>
 #include <functional>
 #include <string>
@@ -28,7 +29,8 @@ Eigen::MatrixXd stored(const Eigen::MatrixXd& m) {
   return m.unaryExpr([](double v) { return static_cast<double>(static_cast<T>(v)); });
 }
 
-/// out 64, in 64 (a square layer hides transposition from shape checks), two adapters at `share` of the weight.
+/// out 64, in 64 (a square layer hides transposition from shape checks), two adapters at `share` of
+/// the weight.
 template <class T>
 model make(layers::generator& g, double share) {
   const Eigen::Index n = 64, rank = 9;
@@ -40,13 +42,16 @@ model make(layers::generator& g, double share) {
   for (int k = 0; k < 2; ++k) {
     const double each = std::sqrt(share * 0.05 / (m.alpha / 3 * 3));
     m.parts.push_back({agreement::in_double(layers::normal<float>(g, rank, n, each)),
-                       agreement::in_double(layers::normal<float>(g, n, rank, each)), m.alpha / std::sqrt(m.rank)});
+                       agreement::in_double(layers::normal<float>(g, n, rank, each)),
+                       m.alpha / std::sqrt(m.rank)});
   }
-  m.other_A = agreement::in_double(layers::normal<float>(g, rank, n, std::sqrt(share * 0.05 / m.alpha)));
+  m.other_A =
+      agreement::in_double(layers::normal<float>(g, rank, n, std::sqrt(share * 0.05 / m.alpha)));
   return m;
 }
 
-/// What the library computes for a (possibly wrong) model: the first adapter merged, the second beside it.
+/// What the library computes for a (possibly wrong) model: the first adapter merged, the second
+/// beside it.
 template <class T, class Y>
 Eigen::MatrixXd computed(const model& m, const Eigen::MatrixXd& x) {
   const layers::matrix<T> W = m.W.template cast<T>();
@@ -76,7 +81,8 @@ const std::vector<mutant> mutants{
     {"the merged adapter dropped", [](model& m) { m.parts.erase(m.parts.begin()); }},
     {"B A transposed",
      [](model& m) {
-       std::swap(m.parts[0].A, m.parts[0].B), m.parts[0].A.transposeInPlace(), m.parts[0].B.transposeInPlace();
+       std::swap(m.parts[0].A, m.parts[0].B), m.parts[0].A.transposeInPlace(),
+           m.parts[0].B.transposeInPlace();
      }},
     {"delta added twice", [](model& m) { m.parts[0].s *= 2; }},
     {"delta subtracted", [](model& m) { m.parts[0].s *= -1; }},
@@ -84,7 +90,8 @@ const std::vector<mutant> mutants{
     {"the bias left out", [](model& m) { m.bias.setZero(); }},
     {"another layer's lora_A", [](model& m) { m.parts[1].A = m.other_A; }},
     {"one rank of the adapter lost", [](model& m) { m.parts[1].B.col(3).setZero(); }},
-    {"one output row of B shifted", [](model& m) { m.parts[0].B.row(5).swap(m.parts[0].B.row(6)); }},
+    {"one output row of B shifted",
+     [](model& m) { m.parts[0].B.row(5).swap(m.parts[0].B.row(6)); }},
 };
 
 template <class T, class Y>
@@ -99,8 +106,9 @@ void check(const char* format, double share) {
     return oracle::compare(computed<T, Y>(m, x), exact, right.W, right.bias, where, x, formats);
   };
   const oracle::verdict rounding = judge(right);
-  std::printf("%-9s adapter %4.0f %% of the weight: right: hard %.3f, aggregate %.3f; mistakes from", format, 100 * share,
-              rounding.hard, rounding.aggregate);
+  std::printf(
+      "%-9s adapter %4.0f %% of the weight: right: hard %.3f, aggregate %.3f; mistakes from",
+      format, 100 * share, rounding.hard, rounding.aggregate);
   CHECK(rounding.is_rounding());
   double least = 1e300;
   for (const mutant& one : mutants) {
@@ -108,7 +116,8 @@ void check(const char* format, double share) {
     one.spoil(wrong);
     const oracle::verdict v = judge(wrong);
     least = std::min(least, v.aggregate);
-    INFO(format << ", " << share << ": " << one.name << ": hard " << v.hard << ", aggregate " << v.aggregate);
+    INFO(format << ", " << share << ": " << one.name << ": hard " << v.hard << ", aggregate "
+                << v.aggregate);
     CHECK_FALSE(v.is_rounding());
   }
   std::printf(" aggregate %.2f\n", least);

@@ -34,14 +34,16 @@ test::matrix<T> cancelled(test::random& g, const L& l, double lost) {
   test::matrix<T> W(D.rows(), D.cols());
   for (index_t i = 0; i < W.rows(); ++i)
     for (index_t j = 0; j < W.cols(); ++j)
-      W(i, j) = test::stored<T>((j % 4 == 3 ? 0.0 : -static_cast<double>(D(i, j))) + rest * g.uniform(0.5, 1.5));
+      W(i, j) = test::stored<T>((j % 4 == 3 ? 0.0 : -static_cast<double>(D(i, j))) +
+                                rest * g.uniform(0.5, 1.5));
   return W;
 }
 
 template <class F>
 std::vector<F> magnitudes(test::random& g, index_t out) {
   std::vector<F> m;
-  for (index_t i = 0; i < out; ++i) m.push_back(static_cast<F>(g.uniform(0.2, 3) * (i % 3 == 0 ? -1 : 1)));
+  for (index_t i = 0; i < out; ++i)
+    m.push_back(static_cast<F>(g.uniform(0.2, 3) * (i % 3 == 0 ? -1 : 1)));
   return m;
 }
 template <class F>
@@ -107,9 +109,11 @@ struct drawn {
     test::dora_piece p(out, in);
     for (const F& stored : l) {
       const double v = static_cast<double>(stored);
-      const long double more = static_cast<long double>(strength) * (static_cast<long double>(v) - 1);
+      const long double more =
+          static_cast<long double>(strength) * (static_cast<long double>(v) - 1);
       p.given.push_back(strength == 1 ? v : 1 + more);
-      p.off.push_back(strength == 1 ? 0 : 0x1p-53L * (2 * std::abs(more) + std::abs(p.given.back())));
+      p.off.push_back(strength == 1 ? 0
+                                    : 0x1p-53L * (2 * std::abs(more) + std::abs(p.given.back())));
     }
     p.scales_bias = true;
     return p;
@@ -124,14 +128,16 @@ struct drawn {
   /// call(pieces, adapters...) for one of several lists.
   template <class Call>
   void each_list(const Call& call) const {
-    const test::dora_piece p_one(first, in_double(m)), p_two(second, in_double(n)), p_plain(plain, {});
+    const test::dora_piece p_one(first, in_double(m)), p_two(second, in_double(n)),
+        p_plain(plain, {});
     const auto scaled_factors = lora::scaled(strength, factors);
     call(true, std::vector{p_one}, one);
     call(false, std::vector{p_one, p_plain, p_two}, one, plain, two);
     call(false, std::vector{p_plain, of_ia3(), p_one, p_plain}, plain, scaled_factors, one, plain);
     call(false, std::vector{of_ia3(), p_one}, scaled_factors, one);
     if constexpr (std::is_same_v<F, float>) {
-      call(false, std::vector{p_one, of_shift(), of_ia3(), p_plain, of_shift()}, one, shift, scaled_factors, plain, shift);
+      call(false, std::vector{p_one, of_shift(), of_ia3(), p_plain, of_shift()}, one, shift,
+           scaled_factors, plain, shift);
       call(false, std::vector{of_shift(), p_plain}, shift, plain);
     }
   }
@@ -140,8 +146,9 @@ struct drawn {
 /// The verbs and the bounds of one list. alone: one adapter, for which the counts of a product are
 /// those of the oracle; of several the library counts all ranks for each.
 template <class T, class F, class Acc>
-void check_list(test::random& g, const test::matrix<T>& W, bool alone, const std::vector<test::dora_piece>& pieces,
-                const lora::mixed_form<Acc>& form, const lora::mixed_form_bound<Acc>& sure) {
+void check_list(test::random& g, const test::matrix<T>& W, bool alone,
+                const std::vector<test::dora_piece>& pieces, const lora::mixed_form<Acc>& form,
+                const lora::mixed_form_bound<Acc>& sure) {
   using acc = Acc;
   const index_t out = W.rows(), in = W.cols(), tokens = 3;
   const auto oracle = test::dora_bound::of<acc>(test::exact(W), pieces);
@@ -167,7 +174,9 @@ void check_list(test::random& g, const test::matrix<T>& W, bool alone, const std
 
   const test::matrix<F> x = g.reals<F>(in, tokens, 1);
   const std::vector<F> bias(static_cast<std::size_t>(out), F(0.3F));
-  exact_column b = exact_column::Constant(out, static_cast<long double>(static_cast<double>(bias[0]))), b_scaled = b;
+  exact_column b = exact_column::Constant(out,
+                                          static_cast<long double>(static_cast<double>(bias[0]))),
+               b_scaled = b;
   for (std::size_t k = 0; k < pieces.size(); ++k)
     if (pieces[k].scales_bias) b_scaled = b_scaled.cwiseProduct(oracle.f[k]).eval();
   test::matrix<F> y(out, tokens);
@@ -176,18 +185,21 @@ void check_list(test::random& g, const test::matrix<T>& W, bool alone, const std
   exact_matrix want = test::times(oracle.merged, test::exact(x));
   want.colwise() += b_scaled + oracle.shift;
   REQUIRE(within(y, want, lora::forward_bound(layer, x, y, sure)));
-  REQUIRE(agrees(lora::forward_bound(layer, x, y, sure), oracle.mixed(test::exact(x), b).template stored<F, acc>(),
-                 of_products));
+  REQUIRE(agrees(lora::forward_bound(layer, x, y, sure),
+                 oracle.mixed(test::exact(x), b).template stored<F, acc>(), of_products));
 
   const test::matrix<F> base_y = g.reals<F>(out, tokens, 1);
   const exact_matrix deltas = oracle.merged - exact_matrix(oracle.g0.asDiagonal() * oracle.W);
   y = base_y;
   lora::apply(x, y, form);
-  want = exact_matrix(oracle.g0.asDiagonal() * test::exact(base_y)) + test::times(deltas, test::exact(x));
+  want = exact_matrix(oracle.g0.asDiagonal() * test::exact(base_y)) +
+         test::times(deltas, test::exact(x));
   want.colwise() += oracle.shift;
   const auto apply_bound = lora::apply_bound(x, base_y, sure);
   REQUIRE(within(y, want, apply_bound));
-  REQUIRE(agrees(apply_bound, oracle.applied(test::exact(x), test::exact(base_y)).template stored<F, acc>(), of_products));
+  REQUIRE(agrees(apply_bound,
+                 oracle.applied(test::exact(x), test::exact(base_y)).template stored<F, acc>(),
+                 of_products));
 
   // Folded products are rounded to the accumulator: not counted apart where there is one, and none
   // of the library's roundings in double is.
@@ -197,10 +209,11 @@ void check_list(test::random& g, const test::matrix<T>& W, bool alone, const std
     const std::vector<index_t> ids{in - 1, 0, in - 1};
     const double c = g.uniform(0.1, 9);
     test::matrix<F> found(out, 3);
-    lora::rows(lora::with_scale(embedding, c), ids, found, form);
+    lora::embed(lora::scaled_embedding(embedding, c), ids, found, form);
     exact_matrix want_rows(out, 3), base(out, 3);
     for (index_t t = 0; t < 3; ++t) {
-      want_rows.col(t) = oracle.merged.col(ids[static_cast<std::size_t>(t)]) * static_cast<long double>(c);
+      want_rows.col(t) =
+          oracle.merged.col(ids[static_cast<std::size_t>(t)]) * static_cast<long double>(c);
       base.col(t) = oracle.W.col(ids[static_cast<std::size_t>(t)]).cwiseAbs();
     }
     const auto U = [&](const test::dora_piece& p) {
@@ -211,14 +224,15 @@ void check_list(test::random& g, const test::matrix<T>& W, bool alone, const std
     auto e = oracle.folded(base, U, 3);
     e.size *= static_cast<long double>(c);
     e.e *= static_cast<long double>(c);
-    const auto bound = lora::rows_bound(lora::with_scale(embedding, c), ids, found, sure);
+    const auto bound = lora::embed_bound(lora::scaled_embedding(embedding, c), ids, found, sure);
     REQUIRE(within(found, want_rows, bound));
     REQUIRE(agrees(bound, e.template stored<F, acc>(), of_folds));
   }
   // What the caller makes of lora_A: whole numbers, without an error of their own.
   const auto down = [&](const auto& lora_A) {
     test::matrix<F> U(lora_A.rows(), tokens);
-    for (index_t k = 0; k < U.size(); ++k) U.data()[k] = static_cast<F>(static_cast<float>(k % 7 - 3));
+    for (index_t k = 0; k < U.size(); ++k)
+      U.data()[k] = static_cast<F>(static_cast<float>(k % 7 - 3));
     return U;
   };
   const auto U = [&](const test::dora_piece& p) { return test::exact(down(p.A)); };
@@ -254,12 +268,13 @@ void check(test::random& g) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("forms with gains stay within their bounds where the norm cancels", "[dora][bound]", float, double,
-                   lora::bfloat16) {
+TEMPLATE_TEST_CASE("forms with gains stay within their bounds where the norm cancels",
+                   "[dora][bound]", float, double, lora::bfloat16) {
   std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
   test::random g(seed);
   // Each round has every list, and a rounding that is not counted shows in each.
-  for (int k = 0; k < 50; ++k) check<TestType, std::conditional_t<std::is_same_v<TestType, double>, double, float>>(g);
+  for (int k = 0; k < 50; ++k)
+    check<TestType, std::conditional_t<std::is_same_v<TestType, double>, double, float>>(g);
 }
 
 TEST_CASE("a form of plain adapters has their bounds", "[bound]") {
@@ -280,28 +295,34 @@ TEST_CASE("a form of plain adapters has their bounds", "[bound]") {
   CHECK(close(lora::apply_bound(x, y, sure), lora::apply_bound(x, y, half, b)));
   const test::matrix<float> embedding = W.transpose();
   const std::vector<int> ids{8, 0, 8, 1};
-  CHECK(close(lora::rows_bound(embedding, ids, y, sure), lora::rows_bound(embedding, ids, y, half, b)));
+  CHECK(close(lora::embed_bound(embedding, ids, y, sure),
+              lora::embed_bound(embedding, ids, y, half, b)));
   const auto down = [](const auto& lora_A) -> test::matrix<float> {
     return test::matrix<float>::Constant(lora_A.rows(), 4, 1.5F);
   };
-  CHECK(close(lora::apply_through_bound(down, y, sure), lora::apply_through_bound(down, y, half, b)));
+  CHECK(
+      close(lora::apply_through_bound(down, y, sure), lora::apply_through_bound(down, y, half, b)));
 }
 
 TEST_CASE("a form that changes nothing has no error", "[bound]") {
-  const test::matrix<float> W = test::matrix<float>::Constant(2, 3, 1.5F), x = test::matrix<float>::Ones(3, 1);
+  const test::matrix<float> W = test::matrix<float>::Constant(2, 3, 1.5F),
+                            x = test::matrix<float>::Ones(3, 1);
   const test::matrix<float> y = test::matrix<float>::Ones(2, 1), embedding = W.transpose();
-  const lora::adapter<float> l(test::matrix<float>::Ones(1, 3).eval(), test::matrix<float>::Ones(2, 1).eval(), {.alpha = 2});
+  const lora::adapter<float> l(test::matrix<float>::Ones(1, 3).eval(),
+                               test::matrix<float>::Ones(2, 1).eval(), {.alpha = 2});
   const auto none = lora::scaled(0, l);
   for (const auto& sure : {lora::mixed_bound(W), lora::mixed_bound(W, none)}) {
     CHECK(lora::merge_bound(W, sure).largest() == 0);
     CHECK(lora::unmerge_bound(W, sure)(1, 2) == 0);
     CHECK(lora::apply_bound(x, y, sure).isZero(0));
-    CHECK(lora::rows_bound(embedding, std::vector<int>{1}, y, sure).isZero(0));
-    CHECK(lora::apply_through_bound([](const auto&) { return test::matrix<float>(); }, y, sure).isZero(0));
+    CHECK(lora::embed_bound(embedding, std::vector<int>{1}, y, sure).isZero(0));
+    CHECK(lora::apply_through_bound([](const auto&) { return test::matrix<float>(); }, y, sure)
+              .isZero(0));
   }
 }
 
-TEST_CASE("bounds of entries are those of what they hold, with W as the base stores it", "[bound]") {
+TEST_CASE("bounds of entries are those of what they hold, with W as the base stores it",
+          "[bound]") {
   test::random g(seed);
   const index_t out = 5, in = 8;
   const lora::adapter<float> l(g.reals<float>(3, in, 1), g.reals<float>(out, 3, 1), {.alpha = 1.7});
@@ -329,8 +350,10 @@ TEST_CASE("bounds of entries are those of what they hold, with W as the base sto
   const std::vector<double> b(static_cast<std::size_t>(out), 0.2);
   const auto layer = lora::with_bias(stored, b, form);
   lora::forward(layer, x, y, form);
-  exact_matrix want = test::times(test::dora_bound::of<float>(test::exact(W), {{l, in_double(m)}}).merged, test::exact(x));
-  want.array() += static_cast<long double>(0.2) + static_cast<long double>(l.scaling()) * static_cast<long double>(0.4F);
+  exact_matrix want = test::times(
+      test::dora_bound::of<float>(test::exact(W), {{l, in_double(m)}}).merged, test::exact(x));
+  want.array() += static_cast<long double>(0.2) +
+                  static_cast<long double>(l.scaling()) * static_cast<long double>(0.4F);
   const auto bound = lora::forward_bound(layer, x, y, of_entry);
   CHECK(within(y, want, bound));
   CHECK(bound.maxCoeff() < 1e-4);
@@ -350,7 +373,8 @@ TEST_CASE("bounds of a packed weight and of no weight", "[bound]") {
   CHECK(elements(lora::merge_bound(W, lora::mixed_bound(6, 7, l))) ==
         elements(lora::merge_bound(W, lora::mixed_bound(W, l))));
   CHECK_THROWS_AS(lora::mixed_bound(6, 7, dora), lora::value_error);
-  CHECK_THROWS_AS(lora::merge_bound(g.reals<float>(7, 6, 1), lora::mixed_bound(W, l)), lora::shape_error);
+  CHECK_THROWS_AS(lora::merge_bound(g.reals<float>(7, 6, 1), lora::mixed_bound(W, l)),
+                  lora::shape_error);
 }
 
 TEST_CASE("dot products of bfloat16 under a gain stay within the bounds", "[bound]") {
@@ -362,7 +386,8 @@ TEST_CASE("dot products of bfloat16 under a gain stay within the bounds", "[boun
     CAPTURE(g.seed(), out, in, r, size);
     const auto reals = [&](index_t rows, index_t cols, double factor) {
       test::matrix<F> result(rows, cols);
-      for (index_t i = 0; i < result.size(); ++i) result.data()[i] = test::stored<F>(factor * g.uniform(-1, 1));
+      for (index_t i = 0; i < result.size(); ++i)
+        result.data()[i] = test::stored<F>(factor * g.uniform(-1, 1));
       return result;
     };
     const lora::adapter<F> l(reals(r, in, size), reals(out, r, size), {.alpha = 0.7});
@@ -382,8 +407,8 @@ TEST_CASE("dot products of bfloat16 under a gain stay within the bounds", "[boun
   }
 }
 
-TEMPLATE_TEST_CASE("the gain of a magnitude is within its bound in every format and order", "[dora][bound]", float, double,
-                   lora::bfloat16, lora::float16) {
+TEMPLATE_TEST_CASE("the gain of a magnitude is within its bound in every format and order",
+                   "[dora][bound]", float, double, lora::bfloat16, lora::float16) {
   test::random g(seed);
   const auto check_order = [&g](const auto& W) {
     using F = std::conditional_t<std::is_same_v<TestType, double>, double, float>;
@@ -392,11 +417,13 @@ TEMPLATE_TEST_CASE("the gain of a magnitude is within its bound in every format 
     const auto m = magnitudes<F>(g, out);
     const lora::dora_adapter<F> dora(l, m);
     const auto form = lora::mixed(W, dora);
-    const auto oracle = test::dora_bound::of<lora::accumulator_t<TestType, F>>(test::exact(W), {{l, in_double(m)}});
+    const auto oracle =
+        test::dora_bound::of<lora::accumulator_t<TestType, F>>(test::exact(W), {{l, in_double(m)}});
     for (index_t i = 0; i < out; ++i) {
       CAPTURE(g.seed(), out, in, i);
       const long double p = test::growth{oracle.off[0](i)}.rounds(1, oracle.u).v;
-      CHECK(std::abs(form.gain()[static_cast<std::size_t>(i)] - oracle.g0(i)) <= p * std::abs(oracle.g0(i)));
+      CHECK(std::abs(form.gain()[static_cast<std::size_t>(i)] - oracle.g0(i)) <=
+            p * std::abs(oracle.g0(i)));
     }
   };
   // Whole tiles of every build, and what is left of them.
@@ -411,7 +438,8 @@ TEST_CASE("a form with an input map or a delta has no bound yet", "[bound]") {
   const test::matrix<float> W = test::matrix<float>::Ones(2, 3);
   CHECK_THROWS_WITH(lora::mixed_bound(W, lora::ia3_adapter<float>::of_inputs({1, 2, 3}, 2)),
                     Catch::Contains("there is no bound for that yet"));
-  CHECK_THROWS_WITH(lora::mixed_bound(W, test::dense_delta(W)), Catch::Contains("there is no bound for that yet"));
+  CHECK_THROWS_WITH(lora::mixed_bound(W, test::dense_delta(W)),
+                    Catch::Contains("there is no bound for that yet"));
 }
 
 TEST_CASE("the error of DoRA is that of the norm where it cancels", "[dora][bound]") {
@@ -423,8 +451,10 @@ TEST_CASE("the error of DoRA is that of the norm where it cancels", "[dora][boun
   B << b;
   W << 1 - a * b, 1;
   const lora::dora_adapter<float> l{A, B, {.alpha = 1}, {1}};
-  const auto bound = test::dora_bound::of<float>(test::exact(W), {test::dora_piece(l.factors(), {1})});
-  const long double without_norm = test::gamma(4, 0x1p-24L) * std::abs(bound.g0(0));  // element (0, 1)
+  const auto bound =
+      test::dora_bound::of<float>(test::exact(W), {test::dora_piece(l.factors(), {1})});
+  const long double without_norm =
+      test::gamma(4, 0x1p-24L) * std::abs(bound.g0(0));  // element (0, 1)
   lora::merge(W, l);
   const long double error = std::abs(bound.merged(0, 1) - static_cast<long double>(W(0, 1)));
   CHECK(error > 100 * without_norm);
@@ -432,29 +462,37 @@ TEST_CASE("the error of DoRA is that of the norm where it cancels", "[dora][boun
 }
 
 TEST_CASE("DoRA takes the norm of rows of any size", "[dora]") {
-  for (const double w : {1e-320, 1e-300, 1e-200, 1e-162, 1e-154, 1e-145, 1e-100, 1e100, 1e154, 1e160, 1e300, 1.7e308}) {
+  for (const double w : {1e-320, 1e-300, 1e-200, 1e-162, 1e-154, 1e-145, 1e-100, 1e100, 1e154,
+                         1e160, 1e300, 1.7e308}) {
     CAPTURE(w);
     test::matrix<double> W(2, 3);
     W << w, -w, w, 2, 1, 2;
-    const lora::dora_adapter<double> l{
-        test::matrix<double>::Zero(1, 3).eval(), test::matrix<double>::Zero(2, 1).eval(), {.alpha = 3}, {w, 6}};
+    const lora::dora_adapter<double> l{test::matrix<double>::Zero(1, 3).eval(),
+                                       test::matrix<double>::Zero(2, 1).eval(),
+                                       {.alpha = 3},
+                                       {w, 6}};
     // |row| = sqrt(3) w, with the magnitude w
     const exact_matrix before = test::exact(W);
     lora::merge(W, l);
     const long double want = before(0, 0) / std::sqrt(3.0L);
-    const long double u = 0x1p-53L, bound = test::gamma(3 + 5 + 4, u) * want + static_cast<long double>(0x1p-1074);
-    for (index_t j = 0; j < 3; ++j) CHECK(std::abs(std::abs(static_cast<long double>(W(0, j))) - want) <= bound);
+    const long double u = 0x1p-53L, bound = test::gamma(3 + 5 + 4, u) * want +
+                                            static_cast<long double>(0x1p-1074);
+    for (index_t j = 0; j < 3; ++j)
+      CHECK(std::abs(std::abs(static_cast<long double>(W(0, j))) - want) <= bound);
     CHECK(W(1, 0) == 4);  // an ordinary row, with exact numbers
   }
 }
 
 TEST_CASE("DoRA refuses a factor that no number holds", "[dora]") {
   const test::matrix<double> tiny = test::matrix<double>::Constant(1, 2, 1e-320);
-  const test::matrix<double> none = test::matrix<double>::Zero(1, 2), B = test::matrix<double>::Zero(1, 1);
+  const test::matrix<double> none = test::matrix<double>::Zero(1, 2),
+                             B = test::matrix<double>::Zero(1, 1);
   const lora::dora_adapter<double> l{none, B, {.alpha = 2}, {1.5}};
   CHECK_THROWS_WITH((void)lora::mixed(tiny, l), Catch::Contains("output 0"));
   const test::matrix<float> small = test::matrix<float>::Constant(1, 2, 1e-40F);
-  const lora::dora_adapter<float> f{
-      test::matrix<float>::Zero(1, 2).eval(), test::matrix<float>::Zero(1, 1).eval(), {.alpha = 2}, {1.5F}};
+  const lora::dora_adapter<float> f{test::matrix<float>::Zero(1, 2).eval(),
+                                    test::matrix<float>::Zero(1, 1).eval(),
+                                    {.alpha = 2},
+                                    {1.5F}};
   CHECK_THROWS_WITH((void)lora::mixed(small, f), Catch::Contains("accumulator"));
 }

@@ -7,7 +7,7 @@
 #include <vector>
 
 #include "lora/dora.hpp"
-#include "lora/rows.hpp"
+#include "lora/embed.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
@@ -26,12 +26,12 @@ void check(double c, double w, double want) {
   CAPTURE(c, w);
   const auto W = one<T>(w);
   test::matrix<Y> y(1, 1);
-  lora::rows(lora::with_scale(W, c), ids, y);
+  lora::embed(lora::scaled_embedding(W, c), ids, y);
   CHECK(test::value(y(0, 0)) == want);
   const test::matrix<T> turned = W.transpose();
-  lora::rows(lora::with_scale(W, c), ids, y, lora::mixed(turned));
+  lora::embed(lora::scaled_embedding(W, c), ids, y, lora::mixed(turned));
   CHECK(test::value(y(0, 0)) == want);
-  lora::apply(ids, y, lora::replaced_rows<T>({0}, W), c);
+  lora::overwrite_rows(ids, y, lora::replaced_rows<T>({0}, W), c);
   CHECK(test::value(y(0, 0)) == want);
 }
 
@@ -61,7 +61,7 @@ TEST_CASE("an ordinary constant keeps the bits of a product in float", "[rows][s
     const double c = std::exp2(g.uniform(-120, 120));
     const auto W = g.reals<float>(1, 1, 4);
     test::matrix<float> y(1, 1);
-    lora::rows(lora::with_scale(W, c), ids, y);
+    lora::embed(lora::scaled_embedding(W, c), ids, y);
     CHECK(y(0, 0) == W(0, 0) * static_cast<float>(c));
   }
 }
@@ -69,7 +69,8 @@ TEST_CASE("an ordinary constant keeps the bits of a product in float", "[rows][s
 TEST_CASE("a constant that is no number is refused", "[rows][scale]") {
   test::matrix<float> y = one<float>(7);
   const lora::replaced_rows<float> trained({0}, one<float>(2));
-  CHECK_THROWS_AS(lora::apply(ids, y, trained, std::numeric_limits<double>::infinity()), lora::value_error);
+  CHECK_THROWS_AS(lora::overwrite_rows(ids, y, trained, std::numeric_limits<double>::infinity()),
+                  lora::value_error);
   CHECK(y(0, 0) == 7);
 }
 
@@ -78,9 +79,9 @@ TEST_CASE("a trained row that the weight cannot hold is reported", "[rows][repor
   values << 1, 70000, -3, 65519, 65520, std::numeric_limits<float>::infinity();
   const lora::replaced_rows<float> trained({3, 1}, values);
   test::matrix<lora::float16> W = test::matrix<float>::Constant(4, 3, 2).cast<lora::float16>();
-  CHECK(lora::merge(W, trained).became_nonfinite == 3);
+  CHECK(lora::assign_rows(W, trained).became_nonfinite == 3);
   CHECK(static_cast<float>(W(1, 0)) == 65504);
-  CHECK(lora::merge(W, trained).became_nonfinite == 0);  // they were infinite before
+  CHECK(lora::assign_rows(W, trained).became_nonfinite == 0);  // they were infinite before
   test::matrix<float> wide = test::matrix<float>::Ones(4, 3);
-  CHECK(lora::merge(wide, trained).became_nonfinite == 1);
+  CHECK(lora::assign_rows(wide, trained).became_nonfinite == 1);
 }

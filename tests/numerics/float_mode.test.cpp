@@ -8,8 +8,8 @@
 #include <random>
 
 #include "lora/dora.hpp"
+#include "lora/embed.hpp"
 #include "lora/rounding.hpp"
-#include "lora/rows.hpp"
 #include "lora/through.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
@@ -57,9 +57,11 @@ void keep(bytes& all, const M& m) {
 template <class T, class F>
 struct operands {
   test::matrix<T> W = drawn<T>(out, in, 1);
-  test::matrix<F> A = drawn<F>(5, in, 2), B = drawn<F>(out, 5, 3), x = drawn<F>(in, tokens, 4), y = drawn<F>(out, tokens, 5);
+  test::matrix<F> A = drawn<F>(5, in, 2), B = drawn<F>(out, 5, 3), x = drawn<F>(in, tokens, 4),
+                  y = drawn<F>(out, tokens, 5);
   std::vector<F> magnitude = std::vector<F>(static_cast<std::size_t>(out), F(0.75F));
-  std::vector<F> bias = std::vector<F>(static_cast<std::size_t>(out), std::numeric_limits<F>::denorm_min());
+  std::vector<F> bias =
+      std::vector<F>(static_cast<std::size_t>(out), std::numeric_limits<F>::denorm_min());
   lora::adapter<F> l{A, B, {.alpha = 0.3}};
   lora::adapter<F> no_change{A, test::matrix<F>(test::matrix<F>::Zero(out, 5)), {.alpha = 0.3}};
 };
@@ -90,7 +92,8 @@ void products(bytes& all, const operands<T, F>& o) {
   keep(all, y);
   const lora::packed_weight<T> panels(o.W);
   keep(all, panels.matrix());
-  const std::vector<lora::packed_adapter<lora::accumulator_t<F>>> served{lora::packed_adapter<lora::accumulator_t<F>>(o.l)};
+  const std::vector<lora::packed_adapter<lora::accumulator_t<F>>> served{
+      lora::packed_adapter<lora::accumulator_t<F>>(o.l)};
   lora::batch who{served};
   for (index_t t = 0; t < tokens; ++t) t % 2 == 0 ? who.add({{0, 0.5}}) : who.add();
   lora::forward(panels, o.x, y, who);
@@ -118,14 +121,14 @@ void others(bytes& all, const operands<T, F>& o) {
   keep(all, y);
   const std::vector<int> ids{0, 3, in - 1, 3, 2};
   const test::matrix<T> embedding = o.W.transpose();
-  lora::rows(lora::with_scale(embedding, 0.7), ids, y, o.l);
+  lora::embed(lora::scaled_embedding(embedding, 0.7), ids, y, o.l);
   keep(all, y);
-  lora::rows(embedding, ids, y, layer);
+  lora::embed(embedding, ids, y, layer);
   keep(all, y);
   lora::replaced_rows<F> trained({1, 3}, test::matrix<F>(o.y.topRows(2)));
   test::matrix<F> few(tokens, tokens);
   few.setZero();
-  lora::apply(ids, few, trained, 0.3);
+  lora::overwrite_rows(ids, few, trained, 0.3);
   keep(all, few);
   y = o.y;
   lora::apply_through([&](const auto&) { return test::matrix<F>(o.x.topRows(5)); }, y, o.l);
@@ -144,8 +147,8 @@ bytes everything(const operands<T, F>& o) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("the caller's floating-point mode changes no bit", "[environment]", float, double, lora::bfloat16,
-                   lora::float16) {
+TEMPLATE_TEST_CASE("the caller's floating-point mode changes no bit", "[environment]", float,
+                   double, lora::bfloat16, lora::float16) {
   using T = TestType;
   using F = std::conditional_t<std::is_same_v<T, double>, double, float>;
   const operands<T, F> o;
@@ -170,7 +173,8 @@ TEMPLATE_TEST_CASE("the caller's floating-point mode changes no bit", "[environm
 TEST_CASE("a call that throws gives the caller's mode back", "[environment]") {
   const test::matrix<float> W = test::matrix<float>::Ones(3, 4);
   test::matrix<float> wrong = test::matrix<float>::Ones(4, 3);
-  const lora::adapter<float> l{test::matrix<float>::Ones(2, 4), test::matrix<float>::Ones(3, 2), {.alpha = 3}};
+  const lora::adapter<float> l{
+      test::matrix<float>::Ones(2, 4), test::matrix<float>::Ones(3, 2), {.alpha = 3}};
   const test::in_float_mode changed(test::flush);
   CHECK_THROWS_AS(lora::merge(wrong, l), lora::shape_error);
   CHECK(test::float_mode() == test::flush);
@@ -179,7 +183,8 @@ TEST_CASE("a call that throws gives the caller's mode back", "[environment]") {
 }
 
 TEST_CASE("what the caller computes for a verb is computed in its own mode", "[environment]") {
-  const lora::adapter<float> l{test::matrix<float>::Ones(2, 4), test::matrix<float>::Ones(3, 2), {.alpha = 3}};
+  const lora::adapter<float> l{
+      test::matrix<float>::Ones(2, 4), test::matrix<float>::Ones(3, 2), {.alpha = 3}};
   test::matrix<float> y = test::matrix<float>::Ones(3, 2);
   const test::in_float_mode changed(test::flush);
   auto inside = test::float_mode();
@@ -192,7 +197,8 @@ TEST_CASE("what the caller computes for a verb is computed in its own mode", "[e
   CHECK(inside == test::flush);
 }
 
-TEST_CASE("which adapters apply_through reads does not depend on the caller's mode", "[float_mode]") {
+TEST_CASE("which adapters apply_through reads does not depend on the caller's mode",
+          "[float_mode]") {
   using mode = lora::detail::control_register;
   // Finite factors, and a scaling that a flushing caller would take for 0.
   const lora::adapter<double> l{Eigen::MatrixXd::Constant(1, 1, 0x1p1000),

@@ -24,7 +24,8 @@ real_matrix projected(const real_matrix& columns, const real_matrix& W) {
 
 }  // namespace
 
-TEST_CASE("the error of leading_part is that of a base nearby, times the condition of its columns", "[residual]") {
+TEST_CASE("the error of leading_part is that of a base nearby, times the condition of its columns",
+          "[residual]") {
   test::random g(20261210);
   for (int k = 0; k < 60; ++k) {
     const index_t out = g.integer(4, 20), in = g.integer(4, 20), r = g.integer(2, 4);
@@ -34,9 +35,11 @@ TEST_CASE("the error of leading_part is that of a base nearby, times the conditi
     const int bits = static_cast<int>(g.integer(0, 44));
     const real_matrix plain = W.leftCols(r).cast<long double>();
     for (index_t j = 1; j < r; ++j) W.col(j) = W.col(0) + std::ldexp(1.0, -bits) * W.col(j);
-    const Eigen::VectorXd values = Eigen::JacobiSVD<Eigen::MatrixXd>(W.leftCols(r)).singularValues();
+    const Eigen::VectorXd values =
+        Eigen::JacobiSVD<Eigen::MatrixXd>(W.leftCols(r)).singularValues();
     const double condition = values(0) / values(r - 1);
-    const Eigen::VectorXd of_plain = Eigen::JacobiSVD<Eigen::MatrixXd>(plain.cast<double>()).singularValues();
+    const Eigen::VectorXd of_plain =
+        Eigen::JacobiSVD<Eigen::MatrixXd>(plain.cast<double>()).singularValues();
     if (of_plain(r - 1) < 1) continue;  // whole numbers may be dependent themselves
     CAPTURE(g.seed(), k, out, in, r, bits, condition);
     const auto part = lora::leading_part(W, r);
@@ -45,7 +48,9 @@ TEST_CASE("the error of leading_part is that of a base nearby, times the conditi
     const double error = static_cast<double>((got - want).norm());
     CHECK(error <= static_cast<double>(out * r) * 0x1p-53 * 4 * condition * W.norm());
     // B has orthonormal columns whatever the condition, and the first columns come back without it.
-    CHECK((part.B.transpose() * part.B - Eigen::MatrixXd::Identity(r, r)).norm() <= static_cast<double>(out * r) * 0x1p-50);
-    CHECK((part.B * part.A - W).leftCols(r).norm() <= static_cast<double>(out * r) * 0x1p-50 * W.norm());
+    CHECK((part.B.transpose() * part.B - Eigen::MatrixXd::Identity(r, r)).norm() <=
+          static_cast<double>(out * r) * 0x1p-50);
+    CHECK((part.B * part.A - W).leftCols(r).norm() <=
+          static_cast<double>(out * r) * 0x1p-50 * W.norm());
   }
 }

@@ -26,10 +26,11 @@ test::matrix<T> with_nan(test::random& g, index_t rows, index_t cols) {
   for (index_t i = 0; i < rows; i += 5) {
     const auto payload = static_cast<std::uint16_t>(g.integer(1, 63) | (g.one_in(2) ? 0x8000 : 0));
     if constexpr (sizeof(T) == 2)
-      m(i, g.integer(0, cols - 1)) =
-          std::bit_cast<T>(static_cast<std::uint16_t>(payload | (std::is_same_v<T, lora::bfloat16> ? 0x7fc0 : 0x7e00)));
+      m(i, g.integer(0, cols - 1)) = std::bit_cast<T>(static_cast<std::uint16_t>(
+          payload | (std::is_same_v<T, lora::bfloat16> ? 0x7fc0 : 0x7e00)));
     else
-      m(i, g.integer(0, cols - 1)) = static_cast<T>(lora::bfloat16::from_bits(static_cast<std::uint16_t>(payload | 0x7fc0)));
+      m(i, g.integer(0, cols - 1)) =
+          static_cast<T>(lora::bfloat16::from_bits(static_cast<std::uint16_t>(payload | 0x7fc0)));
   }
   return m;
 }
@@ -38,15 +39,17 @@ template <class T>
 bool same_but_nan(const test::matrix<T>& a, const test::matrix<T>& b) {
   for (index_t k = 0; k < a.size(); ++k) {
     if (is_nan(a.data()[k]) != is_nan(b.data()[k])) return false;
-    if (!is_nan(a.data()[k]) && std::memcmp(a.data() + k, b.data() + k, sizeof(T)) != 0) return false;
+    if (!is_nan(a.data()[k]) && std::memcmp(a.data() + k, b.data() + k, sizeof(T)) != 0)
+      return false;
   }
   return true;
 }
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("a token's results do not depend on the tokens beside it, but for the bits of a NaN", "[forward][nan]",
-                   float, double, lora::bfloat16) {
+TEMPLATE_TEST_CASE(
+    "a token's results do not depend on the tokens beside it, but for the bits of a NaN",
+    "[forward][nan]", float, double, lora::bfloat16) {
   using T = TestType;
   test::random g(20261207);
   const index_t out = 37, in = 19, tokens = 23;

@@ -5,9 +5,9 @@
 #include <vector>
 
 #include "lora/dora.hpp"
+#include "lora/embed.hpp"
 #include "lora/residual.hpp"
 #include "lora/rounding.hpp"
-#include "lora/rows.hpp"
 #include "support/bits.hpp"
 #include "support/catch.hpp"
 
@@ -33,7 +33,8 @@ auto nothing(index_t out, index_t in) {
 TEST_CASE("a view larger than a memory is refused", "[sizes]") {
   std::vector<float> v(8);
   CHECK_THROWS_AS(output_rows(v.data(), too_large, too_large), lora::shape_error);
-  CHECK_THROWS_AS(output_rows(v.data(), index_t{1} << 31, index_t{1} << 31), lora::shape_error);  // 2^64 bytes
+  CHECK_THROWS_AS(output_rows(v.data(), index_t{1} << 31, index_t{1} << 31),
+                  lora::shape_error);  // 2^64 bytes
   CHECK_THROWS_AS(output_rows(v.data(), 2, 3, too_large), lora::shape_error);
   CHECK_THROWS_AS(rows_of(nullptr, 0, too_large), lora::shape_error);
   CHECK_THROWS_AS(columns_of(nullptr, too_large, 0), lora::shape_error);
@@ -48,7 +49,8 @@ TEST_CASE("a view larger than a memory is refused", "[sizes]") {
   CHECK(output_rows(v.data(), 1, 8, 8).size() == 8);
 }
 
-TEST_CASE("a weight without elements takes no time, however many rows or columns it has", "[sizes]") {
+TEST_CASE("a weight without elements takes no time, however many rows or columns it has",
+          "[sizes]") {
   for (const auto& [out, in] : std::vector<std::array<index_t, 2>>{{0, large}, {large, 0}}) {
     CAPTURE(out, in);
     const rows_of W(nullptr, out, in);
@@ -60,8 +62,10 @@ TEST_CASE("a weight without elements takes no time, however many rows or columns
     const lora::packed_adapter<float> packed(l);
     CHECK((packed.rank() == 0 && packed.out_features() == out));
     CHECK(lora::delta_weight(l).size() == 0);
-    CHECK(lora::merge(output_rows(nullptr, out, in), l, lora::scaled(0.5, l)).became_nonfinite == 0);
-    CHECK(lora::merge(lora::rounding::as_peft, output_rows(nullptr, out, in), l).became_nonfinite == 0);
+    CHECK(lora::merge(output_rows(nullptr, out, in), l, lora::scaled(0.5, l)).became_nonfinite ==
+          0);
+    CHECK(lora::merge(lora::rounding::as_peft, output_rows(nullptr, out, in), l).became_nonfinite ==
+          0);
     CHECK(lora::merged(turned, l).size() == 0);
     lora::merge_checked(output_columns(nullptr, out, in), l);
     lora::linear<float> layer{W};
@@ -95,10 +99,11 @@ TEST_CASE("a rank that no adapter has is refused", "[sizes]") {
   CHECK_THROWS_AS(lora::packed_adapter<float>(l), lora::shape_error);
   CHECK_THROWS_AS(lora::merge(W, std::vector(70'000, l)), lora::shape_error);
   CHECK_THROWS_AS(lora::merge(lora::rounding::as_peft, W, l), lora::shape_error);
-  CHECK_THROWS_AS(lora::apply(columns_of(nullptr, 0, 1), output_columns(nullptr, 0, 1), l), lora::shape_error);
-  CHECK_THROWS_AS(
-      lora::apply_through([](const auto&) { return test::col_matrix<float>(0, 1); }, output_columns(nullptr, 0, 1), l),
-      lora::shape_error);
+  CHECK_THROWS_AS(lora::apply(columns_of(nullptr, 0, 1), output_columns(nullptr, 0, 1), l),
+                  lora::shape_error);
+  CHECK_THROWS_AS(lora::apply_through([](const auto&) { return test::col_matrix<float>(0, 1); },
+                                      output_columns(nullptr, 0, 1), l),
+                  lora::shape_error);
   lora::linear<float> layer{W};
   CHECK_THROWS_AS(layer.attach("l", l), lora::shape_error);
 }

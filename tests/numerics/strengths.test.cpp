@@ -51,13 +51,17 @@ struct rounded_up {
     } while (inner == 0 || outer == 0 || B == 0 || A == 0);
   }
   lora::adapter<double> adapter() const {
-    return {test::matrix<double>::Constant(1, 1, A), test::matrix<double>::Constant(1, 1, B), {.alpha = s}};
+    return {test::matrix<double>::Constant(1, 1, A),
+            test::matrix<double>::Constant(1, 1, B),
+            {.alpha = s}};
   }
 };
 
 /// Relative difference in u, of products of numbers near 1: logarithms of their parts beyond 1
 /// would do; long double has 11 bits more than a double.
-double units(double got, real exact) { return static_cast<double>((static_cast<real>(got) - exact) / exact / u); }
+double units(double got, real exact) {
+  return static_cast<double>((static_cast<real>(got) - exact) / exact / u);
+}
 
 }  // namespace
 
@@ -80,13 +84,15 @@ TEST_CASE("each strength rounds once on the way to s", "[bound][strength]") {
   CHECK(units(W(0, 0), seen + 0x1.00001p-53L) <= 4);
 }
 
-TEST_CASE("a strength on a packed adapter, of a batch and of a linear is the same s", "[bound][strength]") {
+TEST_CASE("a strength on a packed adapter, of a batch and of a linear is the same s",
+          "[bound][strength]") {
   const rounded_up n;
   const auto l = n.adapter();
   const auto inner = lora::scaled(n.inner, l);
   const std::vector<lora::packed_adapter<double>> packed{lora::packed_adapter<double>(inner)};
   CHECK(lora::scaled(n.outer, packed[0]).scaling() == lora::scaled(n.outer, inner).scaling());
-  const test::matrix<double> W = test::matrix<double>::Zero(1, 1), x = test::matrix<double>::Ones(1, 1);
+  const test::matrix<double> W = test::matrix<double>::Zero(1, 1),
+                             x = test::matrix<double>::Ones(1, 1);
   test::matrix<double> plain(1, 1), strong(1, 1), batched(1, 1);
   lora::forward(W, x, plain, lora::scaled(n.outer, inner));
   lora::forward(W, x, strong, lora::scaled(n.outer, packed[0]));
@@ -101,7 +107,8 @@ TEST_CASE("a strength on a packed adapter, of a batch and of a linear is the sam
   CHECK(layer.at("a").strength == n.outer * n.inner);
 }
 
-TEST_CASE("a layer in double stays within its bound where every step rounds up", "[bound][strength]") {
+TEST_CASE("a layer in double stays within its bound where every step rounds up",
+          "[bound][strength]") {
   // W x and the bias lie just above half a step of what they are added to: without FMA the product
   // with B rounds, too.
   numbers g;
@@ -116,15 +123,18 @@ TEST_CASE("a layer in double stays within its bound where every step rounds up",
   const test::matrix<double> W = test::matrix<double>::Constant(1, 1, 0x1.00001p-53 / x);
   const test::matrix<double> X = test::matrix<double>::Constant(1, 1, x);
   const std::vector<double> bias{0x1.00001p-53};
-  const lora::adapter<double> l{
-      test::matrix<double>::Constant(1, 1, A), test::matrix<double>::Constant(1, 1, B), {.alpha = s}};
+  const lora::adapter<double> l{test::matrix<double>::Constant(1, 1, A),
+                                test::matrix<double>::Constant(1, 1, B),
+                                {.alpha = s}};
   test::matrix<double> y(1, 1);
   const auto strong = lora::scaled(strength, l);
   lora::forward(lora::with_bias(W, bias), X, y, strong);
-  const real base = static_cast<real>(W(0, 0)) * x + bias[0], seen = base + static_cast<real>(strong.scaling()) * B * A * x;
+  const real base = static_cast<real>(W(0, 0)) * x + bias[0],
+             seen = base + static_cast<real>(strong.scaling()) * B * A * x;
   const agreement::state mixed{.merged = {}, .mixed = {agreement::part_of(strong)}};
-  const double bound = agreement::error_bound(W, Eigen::VectorXd::Constant(1, bias[0]), mixed, X,
-                                              agreement::formats_of<double, double, double>())(0, 0);
+  const double bound =
+      agreement::error_bound(W, Eigen::VectorXd::Constant(1, bias[0]), mixed, X,
+                             agreement::formats_of<double, double, double>())(0, 0);
   CHECK(static_cast<double>(std::abs(static_cast<real>(y(0, 0)) - seen)) <= bound);
 #if !defined(__FMA__) && defined(__x86_64__)
   // From the exact product of strength and scaling it is one rounding more, which is met:

@@ -38,7 +38,8 @@ TEST_CASE("merged and mixed panels of bfloat16 differ by what the factors round"
     const index_t out = g.integer(1, 30), in = g.integer(1, 40), tokens = g.integer(1, 4);
     CAPTURE(g.seed(), k, out, in, tokens);
     const auto W = g.reals<float>(out, in, 1e-3), x = g.reals<float>(in, tokens, 1);
-    const lora::adapter<float> l{g.reals<float>(3, in, 1), g.reals<float>(out, 3, 1), {.alpha = 0.7}};
+    const lora::adapter<float> l{
+        g.reals<float>(3, in, 1), g.reals<float>(out, 3, 1), {.alpha = 0.7}};
     lora::linear<float> layer{W};
     layer.attach<bfloat16>("l", lora::scaled(1.3, l));
     test::matrix<float> mixed(out, tokens), merged(out, tokens);
@@ -48,12 +49,15 @@ TEST_CASE("merged and mixed panels of bfloat16 differ by what the factors round"
     const auto part = agreement::part_of(lora::scaled(1.3, l));
     agreement::part held = part;
     for (auto* m : {&held.A, &held.B})
-      for (index_t i = 0; i < m->size(); ++i) m->data()[i] = static_cast<double>(bfloat16(m->data()[i]));
+      for (index_t i = 0; i < m->size(); ++i)
+        m->data()[i] = static_cast<double>(bfloat16(m->data()[i]));
     const auto f = agreement::formats_of<float, float, float>();
     const Eigen::MatrixXd base = agreement::in_double(W), tokens_in = agreement::in_double(x);
-    const Eigen::MatrixXd rounding = agreement::error_bound(base, {}, {.merged = {part}, .mixed = {}}, tokens_in, f) +
-                                     agreement::error_bound(base, {}, {.merged = {}, .mixed = {held}}, tokens_in, f);
-    const Eigen::ArrayXXd difference = (agreement::in_double(mixed) - agreement::in_double(merged)).cwiseAbs();
+    const Eigen::MatrixXd rounding =
+        agreement::error_bound(base, {}, {.merged = {part}, .mixed = {}}, tokens_in, f) +
+        agreement::error_bound(base, {}, {.merged = {}, .mixed = {held}}, tokens_in, f);
+    const Eigen::ArrayXXd difference =
+        (agreement::in_double(mixed) - agreement::in_double(merged)).cwiseAbs();
     const Eigen::ArrayXXd bound = (rounding + rounded_factors(part, tokens_in)).array();
     REQUIRE((difference <= bound).all());
     most = std::max(most, (difference / rounding.array()).maxCoeff());
@@ -61,12 +65,14 @@ TEST_CASE("merged and mixed panels of bfloat16 differ by what the factors round"
   CHECK(most > 10);  // without the factors' term it does not hold
 }
 
-TEST_CASE("an overflow that only one state meets is counted where it is in the weight", "[linear][overflow]") {
+TEST_CASE("an overflow that only one state meets is counted where it is in the weight",
+          "[linear][overflow]") {
   const auto run = [](double s, float A, float B, float x, float(&y)[2]) {
     const test::matrix<float> none = test::matrix<float>::Zero(1, 1);
     lora::linear<float> layer{none};
-    layer.attach("a", lora::adapter<float>{
-                          test::matrix<float>::Constant(1, 1, A), test::matrix<float>::Constant(1, 1, B), {.alpha = s}});
+    layer.attach("a", lora::adapter<float>{test::matrix<float>::Constant(1, 1, A),
+                                           test::matrix<float>::Constant(1, 1, B),
+                                           {.alpha = s}});
     const test::matrix<float> token = test::matrix<float>::Constant(1, 1, x);
     test::matrix<float> result(1, 1);
     layer.forward(token, result);

@@ -9,8 +9,8 @@
 #include <limits>
 #include <vector>
 
+#include "lora/embed.hpp"
 #include "lora/rounding.hpp"
-#include "lora/rows.hpp"
 #include "lora/through.hpp"
 #include "support/catch.hpp"
 #include "support/dora_bound.hpp"
@@ -70,7 +70,8 @@ bool within(const test::matrix<T>& got, const exact_matrix& want, const exact_ma
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("rows stay within their bound where products underflow", "[rows][bound]", float, lora::bfloat16) {
+TEMPLATE_TEST_CASE("rows stay within their bound where products underflow", "[rows][bound]", float,
+                   lora::bfloat16) {
   using T = TestType;
   std::printf("seed %llu\n", static_cast<unsigned long long>(seed));
   test::random g(seed);
@@ -82,10 +83,10 @@ TEMPLATE_TEST_CASE("rows stay within their bound where products underflow", "[ro
     const double c = std::exp2(g.uniform(-140, 40));
     std::vector<int> ids{6, 0, 1, 2, 3, 4, 5};
     test::matrix<T> y(features, vocabulary);
-    lora::rows(lora::with_scale(W, c), ids, y, l.all);
+    lora::embed(lora::scaled_embedding(W, c), ids, y, l.all);
     exact_matrix want = test::exact(W).transpose();
-    const exact_matrix e =
-        (gamma(3, 0x1p-24L) * want.cwiseAbs() + l.error(l.rank + 5)) * c + exact_matrix::Constant(features, 7, 0x1p-149L);
+    const exact_matrix e = (gamma(3, 0x1p-24L) * want.cwiseAbs() + l.error(l.rank + 5)) * c +
+                           exact_matrix::Constant(features, 7, 0x1p-149L);
     want = (want + l.delta()) * static_cast<long double>(c);
     exact_matrix of_tokens(features, 7), bound(features, 7);
     for (index_t t = 0; t < 7; ++t) {
@@ -96,8 +97,8 @@ TEMPLATE_TEST_CASE("rows stay within their bound where products underflow", "[ro
   }
 }
 
-TEMPLATE_TEST_CASE("apply_through stays within its bound where products underflow", "[through][bound]", float,
-                   lora::bfloat16) {
+TEMPLATE_TEST_CASE("apply_through stays within its bound where products underflow",
+                   "[through][bound]", float, lora::bfloat16) {
   using T = TestType;
   test::random g(seed + 1);
   for (int k = 0; k < 100; ++k) {
@@ -113,13 +114,18 @@ TEMPLATE_TEST_CASE("apply_through stays within its bound where products underflo
   }
 }
 
-TEMPLATE_TEST_CASE("PEFT's roundings stay within their bound", "[rounding][bound]", float, lora::bfloat16, lora::float16) {
+TEMPLATE_TEST_CASE("PEFT's roundings stay within their bound", "[rounding][bound]", float,
+                   lora::bfloat16, lora::float16) {
   using T = TestType;
   test::random g(seed + 2);
   const long double u = 0x1p-24L, eta = 0x1p-149L;
   const bool wide = std::is_same_v<T, float>;
-  const long double us = wide ? 0 : static_cast<long double>(static_cast<double>(std::numeric_limits<T>::epsilon())) / 2;
-  const long double eta_s = wide ? 0 : static_cast<long double>(static_cast<double>(std::numeric_limits<T>::denorm_min()));
+  const long double us =
+      wide ? 0
+           : static_cast<long double>(static_cast<double>(std::numeric_limits<T>::epsilon())) / 2;
+  const long double eta_s =
+      wide ? 0
+           : static_cast<long double>(static_cast<double>(std::numeric_limits<T>::denorm_min()));
   for (int k = 0; k < 200; ++k) {
     const index_t out = g.integer(1, 9), in = g.integer(1, 9), r = g.integer(1, 5);
     const bool safe = g.one_in(2);
@@ -127,8 +133,9 @@ TEMPLATE_TEST_CASE("PEFT's roundings stay within their bound", "[rounding][bound
     const double low = g.one_in(2) ? -140 : -20;
     const auto W = spread<T>(g, out, in, wide ? low : -14, 3);
     const double s = std::exp2(g.uniform(-6, 6));
-    const lora::adapter<T> l{
-        spread<T>(g, r, in, low / 2, 2), spread<T>(g, out, r, low / 2, 2), {.alpha = s, .rule = lora::scaling_rule::fixed}};
+    const lora::adapter<T> l{spread<T>(g, r, in, low / 2, 2),
+                             spread<T>(g, out, r, low / 2, 2),
+                             {.alpha = s, .rule = lora::scaling_rule::fixed}};
     auto stored = W;
     if (safe)
       lora::merge(lora::rounding::as_peft_safe, stored, l);
@@ -138,10 +145,11 @@ TEMPLATE_TEST_CASE("PEFT's roundings stay within their bound", "[rounding][bound
     const exact_matrix absolute = p.delta.cwiseAbs();
     // The delta: chain, times s, stored in the factors' format (a build with dot products flushes:
     // its own term).
-    const double flushed = lora::smallest_in_delta<float, lora::adapter<T>>();
+    const double flushed = lora::flush_threshold_of_delta<float, lora::adapter<T>>();
     exact_matrix e = gamma(r + 2, u) * p.size;
     e.array() += eta * (static_cast<long double>(s) * static_cast<long double>(r) + 1);
-    const exact_matrix sums = p.A.colwise().sum(), of_B = test::exact(l.lora_B()).cwiseAbs().rowwise().sum();
+    const exact_matrix sums = p.A.colwise().sum(),
+                       of_B = test::exact(l.lora_B()).cwiseAbs().rowwise().sum();
     e.array() += static_cast<long double>(flushed * s) * 2 * static_cast<long double>(r);
     e.rowwise() += (static_cast<long double>(flushed * s) * sums).eval().row(0);
     e.colwise() += (static_cast<long double>(flushed * s) * of_B).eval().col(0);

@@ -16,7 +16,8 @@ inline Eigen::MatrixXf base_weight() { return Eigen::MatrixXf::Random(24, 16); }
 inline const Eigen::MatrixXf A = Eigen::MatrixXf::Random(4, 16), B = Eigen::MatrixXf::Random(24, 4);
 inline const Eigen::MatrixXf C = Eigen::MatrixXf::Random(3, 16), D = Eigen::MatrixXf::Random(24, 3);
 inline const lora::adapter<float> style{A, B, {.alpha = 16}};
-inline const lora::adapter<float> subject{C, D, {.alpha = 4, .rule = lora::scaling_rule::rank_stabilized}};
+inline const lora::adapter<float> subject{
+    C, D, {.alpha = 4, .rule = lora::scaling_rule::rank_stabilized}};
 inline const std::vector<lora::adapter<float>> adapters{style, subject};
 inline const Eigen::VectorXf x = Eigen::VectorXf::Random(16);
 inline Eigen::VectorXf y(24), y_1(24), y_2(24);

@@ -10,8 +10,8 @@
 
 namespace test {
 
-/// Up to three adapters for one weight, each with its own scaling, and the exact sum of their deltas. Small ranks, and now
-/// and then one beyond the dimensions.
+/// Up to three adapters for one weight, each with its own scaling, and the exact sum of their
+/// deltas. Small ranks, and now and then one beyond the dimensions.
 template <class F>
 struct whole_adapters {
   std::vector<lora::adapter<F>> all;

@@ -1,10 +1,12 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Sees every allocation of a program, Eigen's too, which call std::malloc and not operator new; and lets the n-th one fail.
-// It defines the allocation functions, so include it in one source file of a program.
+// Sees every allocation of a program, Eigen's too, which call std::malloc and not operator new; and
+// lets the n-th one fail. It defines the allocation functions, so include it in one source file of
+// a program.
 //
-// With glibc it replaces malloc and its family, on which operator new and Eigen both stand. Under AddressSanitizer, which
-// has replaced them already, it listens at the sanitizer's hooks, and only operator new can be made to fail.
+// With glibc it replaces malloc and its family, on which operator new and Eigen both stand. Under
+// AddressSanitizer, which has replaced them already, it listens at the sanitizer's hooks, and only
+// operator new can be made to fail.
 #pragma once
 
 #include <atomic>
@@ -33,13 +35,16 @@ inline constinit std::atomic<void*> large_blocks[slots] = {};
 inline void seen(void* p, std::size_t size) {
   if (!now.watching || p == nullptr) return;
   ++now.count;
-  for (std::size_t most = now.largest; size > most && !now.largest.compare_exchange_weak(most, size);) continue;
+  for (std::size_t most = now.largest;
+       size > most && !now.largest.compare_exchange_weak(most, size);)
+    continue;
   if (size < now.threshold) return;
   ++now.large_count;
   for (auto& slot : large_blocks)
     if (void* free = nullptr; slot.compare_exchange_strong(free, p)) break;
   const std::ptrdiff_t live = ++now.live_large;
-  for (std::ptrdiff_t most = now.most_live_large; live > most && !now.most_live_large.compare_exchange_weak(most, live);)
+  for (std::ptrdiff_t most = now.most_live_large;
+       live > most && !now.most_live_large.compare_exchange_weak(most, live);)
     continue;
 }
 inline void freed(void* p) {
@@ -62,7 +67,8 @@ inline void start(std::size_t large_from) {
 }
 inline void stop() { now.watching = false; }
 
-/// Runs call with its n-th allocation (from 0) failing. True: an allocation failed and came back as std::bad_alloc.
+/// Runs call with its n-th allocation (from 0) failing. True: an allocation failed and came back as
+/// std::bad_alloc.
 template <class Call>
 bool fails_at(long n, const Call& call) {
   now.until_failure = n;
@@ -80,7 +86,8 @@ bool fails_at(long n, const Call& call) {
 
 #if LORA_TEST_ASAN
 
-extern "C" int __sanitizer_install_malloc_and_free_hooks(void (*)(const volatile void*, std::size_t),
+extern "C" int __sanitizer_install_malloc_and_free_hooks(void (*)(const volatile void*,
+                                                                  std::size_t),
                                                          void (*)(const volatile void*));
 namespace test::allocations {
 inline const int installed = __sanitizer_install_malloc_and_free_hooks(
@@ -88,13 +95,17 @@ inline const int installed = __sanitizer_install_malloc_and_free_hooks(
     [](const volatile void* p) { freed(const_cast<void*>(p)); });
 
 inline void* or_bad_alloc(std::size_t size, std::size_t alignment) {
-  void* p = fails() ? nullptr : std::aligned_alloc(alignment, (size + alignment - 1) / alignment * alignment + (size == 0));
+  void* p = fails() ? nullptr
+                    : std::aligned_alloc(
+                          alignment, (size + alignment - 1) / alignment * alignment + (size == 0));
   if (p == nullptr) throw std::bad_alloc();
   return p;
 }
 }  // namespace test::allocations
 
-void* operator new(std::size_t size) { return test::allocations::or_bad_alloc(size, __STDCPP_DEFAULT_NEW_ALIGNMENT__); }
+void* operator new(std::size_t size) {
+  return test::allocations::or_bad_alloc(size, __STDCPP_DEFAULT_NEW_ALIGNMENT__);
+}
 void* operator new(std::size_t size, std::align_val_t a) {
   return test::allocations::or_bad_alloc(size, static_cast<std::size_t>(a));
 }
@@ -139,7 +150,9 @@ void* memalign(std::size_t alignment, std::size_t size) noexcept {
   test::allocations::seen(p, size);
   return p;
 }
-void* aligned_alloc(std::size_t alignment, std::size_t size) noexcept { return memalign(alignment, size); }
+void* aligned_alloc(std::size_t alignment, std::size_t size) noexcept {
+  return memalign(alignment, size);
+}
 int posix_memalign(void** result, std::size_t alignment, std::size_t size) noexcept {
   *result = memalign(alignment, size);
   return *result == nullptr ? ENOMEM : 0;

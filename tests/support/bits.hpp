@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Matrices compared by their bits, and what the verbs compute, by plain loops. The loops run in long double: on the
-// whole numbers that the tests draw no step of them rounds, so that a result can be asked for bit for bit.
+// Matrices compared by their bits, and what the verbs compute, by plain loops. The loops run in
+// long double: on the whole numbers that the tests draw no step of them rounds, so that a result
+// can be asked for bit for bit.
 #pragma once
 
 #include <bit>
@@ -59,7 +60,8 @@ template <class M, class N>
 bool same_bits(const M& a, const N& b) {
   const auto left = lora::as_matrix(a);
   const auto right = lora::as_matrix(b);
-  static_assert(std::is_same_v<typename decltype(left)::value_type, typename decltype(right)::value_type>);
+  static_assert(
+      std::is_same_v<typename decltype(left)::value_type, typename decltype(right)::value_type>);
   return left.rows() == right.rows() && left.cols() == right.cols() && bytes(a) == bytes(b);
 }
 
@@ -68,7 +70,8 @@ exact_matrix exact(const M& m) {
   const auto view = lora::as_matrix(m);
   exact_matrix result(view.rows(), view.cols());
   for (lora::index_t i = 0; i < view.rows(); ++i)
-    for (lora::index_t j = 0; j < view.cols(); ++j) result(i, j) = static_cast<long double>(value(view(i, j)));
+    for (lora::index_t j = 0; j < view.cols(); ++j)
+      result(i, j) = static_cast<long double>(value(view(i, j)));
   return result;
 }
 
@@ -94,7 +97,8 @@ template <class T>
 matrix<T> rounded(const exact_matrix& m) {
   matrix<T> result(m.rows(), m.cols());
   for (lora::index_t i = 0; i < m.rows(); ++i)
-    for (lora::index_t j = 0; j < m.cols(); ++j) result(i, j) = stored<T>(static_cast<double>(m(i, j)));
+    for (lora::index_t j = 0; j < m.cols(); ++j)
+      result(i, j) = stored<T>(static_cast<double>(m(i, j)));
   return result;
 }
 

@@ -27,7 +27,8 @@ class dense_delta {
   class source final : public lora::delta_source<Acc> {
    public:
     explicit source(std::shared_ptr<const M> values) : values_(std::move(values)) {}
-    void rows(lora::index_t first, lora::index_t count, Acc* to, lora::index_t stride) const override {
+    void rows(lora::index_t first, lora::index_t count, Acc* to,
+              lora::index_t stride) const override {
       for (lora::index_t i = 0; i < count; ++i)
         for (lora::index_t k = 0; k < values_->cols(); ++k)
           to[i * stride + k] = lora::detail::widen<Acc>((*values_)(first + i, k));

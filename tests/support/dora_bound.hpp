@@ -52,7 +52,8 @@ struct dora_piece {
         sB(static_cast<long double>(l.scaling()) * exact(l.lora_B())),
         magnitude(std::move(m)) {}
   /// Without a delta.
-  dora_piece(lora::index_t out, lora::index_t in) : delta(exact_matrix::Zero(out, in)), size(delta), A(0, in), B(out, 0) {}
+  dora_piece(lora::index_t out, lora::index_t in)
+      : delta(exact_matrix::Zero(out, in)), size(delta), A(0, in), B(out, 0) {}
   lora::index_t rank() const { return A.rows(); }
   bool has_gain() const { return !magnitude.empty() || !given.empty(); }
 };
@@ -91,8 +92,10 @@ struct dora_bound {
     template <class T, class Acc>
     exact_matrix stored() const {
       if (std::is_same_v<T, Acc>) return e;
-      const auto us = static_cast<long double>(static_cast<double>(std::numeric_limits<T>::epsilon())) / 2;
-      const auto step = static_cast<long double>(static_cast<double>(std::numeric_limits<T>::denorm_min()));
+      const auto us =
+          static_cast<long double>(static_cast<double>(std::numeric_limits<T>::epsilon())) / 2;
+      const auto step =
+          static_cast<long double>(static_cast<double>(std::numeric_limits<T>::denorm_min()));
       return (e + us * (size + e)).array() + step / 2;
     }
   };
@@ -102,7 +105,8 @@ struct dora_bound {
     return dora_bound(W, std::move(list), std::numeric_limits<Acc>::epsilon() / 2,
                       static_cast<long double>(std::numeric_limits<Acc>::denorm_min()));
   }
-  dora_bound(const exact_matrix& base, std::vector<dora_piece> list, long double unit, long double step)
+  dora_bound(const exact_matrix& base, std::vector<dora_piece> list, long double unit,
+             long double step)
       : W(base), merged(base), pieces(std::move(list)), u(unit), eta(step) {
     const exact_column ones = exact_column::Ones(W.rows());
     g0 = ones;
@@ -137,8 +141,9 @@ struct dora_bound {
   /// What the computed m / n may be off, relative: by the delta under the norm, and by sums and
   /// roots in double.
   long double relative(const dora_piece& p, lora::index_t row, long double norm) const {
-    const exact_matrix q = gamma(p.rank() + 2, u) * p.size.row(row) +
-                           eta * (p.A.colwise().sum().array() + static_cast<long double>(p.rank() + 1)).matrix();
+    const exact_matrix q =
+        gamma(p.rank() + 2, u) * p.size.row(row) +
+        eta * (p.A.colwise().sum().array() + static_cast<long double>(p.rank() + 1)).matrix();
     const long double e = q.norm() / norm, t = e + (1 + e) * gamma(W.cols() + 5, 0x1p-53L);
     return t < 1 ? t / (1 - t) : std::numeric_limits<long double>::infinity();
   }
@@ -151,7 +156,8 @@ struct dora_bound {
   }
   void divide(running& to, std::size_t k) const {
     exact_column p = off[k];
-    for (long double& v : p) v = growth{v < 1 ? v / (1 - v) : std::numeric_limits<long double>::infinity()}.rounds(2, u).v;
+    for (long double& v : p)
+      v = growth{v < 1 ? v / (1 - v) : std::numeric_limits<long double>::infinity()}.rounds(2, u).v;
     to.multiply(f[k].cwiseInverse(), p, eta);
   }
   /// Deltas of neighbours in one chain, which is added at once.
@@ -190,7 +196,9 @@ struct dora_bound {
     base = stored;
     std::vector<std::pair<std::size_t, std::size_t>> all;
     std::vector<bool> gains;
-    each_chain([&](std::size_t begin, std::size_t end, bool gain) { all.emplace_back(begin, end), gains.push_back(gain); });
+    each_chain([&](std::size_t begin, std::size_t end, bool gain) {
+      all.emplace_back(begin, end), gains.push_back(gain);
+    });
     for (std::size_t n = all.size(); n-- > 0;) {
       const auto [begin, end] = all[n];
       if (gains[n]) {
@@ -237,7 +245,8 @@ struct dora_bound {
     return of_b;
   }
   bool has_shift() const {
-    return std::any_of(pieces.begin(), pieces.end(), [](const dora_piece& p) { return p.shift.size() != 0; });
+    return std::any_of(pieces.begin(), pieces.end(),
+                       [](const dora_piece& p) { return p.shift.size() != 0; });
   }
   running mixed(const exact_matrix& x, const exact_column& bias) const {
     const exact_matrix ax = x.cwiseAbs();
@@ -264,7 +273,8 @@ struct dora_bound {
   }
   /// What the product of the gains from a piece on makes of something that is off by itself; it is
   /// rounded once more where it is one factor.
-  running scaled(const exact_matrix& of, std::size_t from, lora::index_t k = 0, bool apart = true) const {
+  running scaled(const exact_matrix& of, std::size_t from, lora::index_t k = 0,
+                 bool apart = true) const {
     running to(of, k, u);
     bool any = false;
     for (std::size_t j = from; j < pieces.size(); ++j) {
@@ -282,7 +292,8 @@ struct dora_bound {
   running folded(const exact_matrix& base, const Of& U, lora::index_t more) const {
     running to = scaled(base, 0);
     for (std::size_t k = 0; k < pieces.size(); ++k)
-      if (pieces[k].rank() != 0) to.add(scaled(times(pieces[k].B, U(pieces[k])), k, rank + 2, false));
+      if (pieces[k].rank() != 0)
+        to.add(scaled(times(pieces[k].B, U(pieces[k])), k, rank + 2, false));
     to.rounds(more, u);
     return to;
   }
@@ -292,8 +303,12 @@ struct dora_bound {
 template <class T, class Acc>
 bool stored_within(const matrix<T>& got, const exact_matrix& want, const exact_matrix& e) {
   const bool rounds = !std::is_same_v<T, Acc>;
-  const long double u = rounds ? static_cast<long double>(static_cast<double>(std::numeric_limits<T>::epsilon())) / 2 : 0;
-  const long double eta = rounds ? static_cast<long double>(static_cast<double>(std::numeric_limits<T>::denorm_min())) : 0;
+  const long double u =
+      rounds ? static_cast<long double>(static_cast<double>(std::numeric_limits<T>::epsilon())) / 2
+             : 0;
+  const long double eta =
+      rounds ? static_cast<long double>(static_cast<double>(std::numeric_limits<T>::denorm_min()))
+             : 0;
   const exact_matrix bound = (e + u * (want.cwiseAbs() + e)).array() + eta / 2;
   return ((want - exact(got)).cwiseAbs().array() <= bound.array()).all();
 }

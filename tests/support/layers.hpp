@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Random layers for the laws, and what a layer computes in exact arithmetic, near enough: long double.
+// Random layers for the laws, and what a layer computes in exact arithmetic, near enough: long
+// double.
 #pragma once
 
 #include <algorithm>
@@ -14,15 +15,19 @@
 
 namespace layers {
 
-/// The long tests run whole in a release build and a tenth under a sanitizer, which is ten to twenty times slower.
+/// The long tests run whole in a release build and a tenth under a sanitizer, which is ten to
+/// twenty times slower.
 inline constexpr int thinning = LORA_TEST_ASAN ? 10 : 1;
 
 using generator = std::mt19937_64;
 
-inline double uniform(generator& g, double low, double high) { return std::uniform_real_distribution<double>(low, high)(g); }
+inline double uniform(generator& g, double low, double high) {
+  return std::uniform_real_distribution<double>(low, high)(g);
+}
 /// Log-uniform, so that 1 and 2 are as likely as 30 and 60.
 inline Eigen::Index size(generator& g, Eigen::Index largest) {
-  return std::min(largest, static_cast<Eigen::Index>(std::exp(uniform(g, 0, std::log(double(largest) + 1)))));
+  return std::min(
+      largest, static_cast<Eigen::Index>(std::exp(uniform(g, 0, std::log(double(largest) + 1)))));
 }
 
 template <class T>
@@ -44,7 +49,9 @@ lora::adapter<T> adapter(generator& g, Eigen::Index out, Eigen::Index in, double
   const double s = std::pow(10.0, uniform(g, -3, 3)) * (g() % 2 == 0 ? 1 : -1);
   const double delta = weight_spread * std::pow(10.0, uniform(g, -4, 0.5));
   const double each = std::sqrt(delta / (std::abs(s) * std::sqrt(static_cast<double>(rank))));
-  return {normal<T>(g, rank, in, each), normal<T>(g, out, rank, each), {.alpha = s, .rule = lora::scaling_rule::fixed}};
+  return {normal<T>(g, rank, in, each),
+          normal<T>(g, out, rank, each),
+          {.alpha = s, .rule = lora::scaling_rule::fixed}};
 }
 
 /// y = W x + b + sum of s B (A x) in long double (63 bits more than float, 11 more than double).
@@ -68,7 +75,8 @@ class ratios {
   std::size_t count() const { return all_.size(); }
   double quantile(double q) {
     std::sort(all_.begin(), all_.end());
-    return all_.empty() ? 0 : all_[static_cast<std::size_t>(q * static_cast<double>(all_.size() - 1))];
+    return all_.empty() ? 0
+                        : all_[static_cast<std::size_t>(q * static_cast<double>(all_.size() - 1))];
   }
 
  private:

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// As much of std::mdspan (C++23) as a view of rank 2 needs, member for member, for compilers that do not have it:
-// extents with static and dynamic sizes, the three layouts, layout_stride's mapping not constructible from extents
-// alone.
+// As much of std::mdspan (C++23) as a view of rank 2 needs, member for member, for compilers that
+// do not have it: extents with static and dynamic sizes, the three layouts, layout_stride's mapping
+// not constructible from extents alone.
 #pragma once
 
 #include <array>
@@ -33,7 +33,8 @@ class extents {
   constexpr Index extent(std::size_t k) const { return sizes_[k]; }
 
  private:
-  std::array<Index, 2> sizes_{static_cast<Index>(E0 == dynamic ? 0 : E0), static_cast<Index>(E1 == dynamic ? 0 : E1)};
+  std::array<Index, 2> sizes_{static_cast<Index>(E0 == dynamic ? 0 : E0),
+                              static_cast<Index>(E1 == dynamic ? 0 : E1)};
 };
 
 struct layout_right {
@@ -42,7 +43,9 @@ struct layout_right {
    public:
     constexpr explicit mapping(const E& e) : extents_(e) {}
     constexpr const E& extents() const { return extents_; }
-    constexpr auto stride(std::size_t k) const { return k == 1 ? typename E::index_type{1} : extents_.extent(1); }
+    constexpr auto stride(std::size_t k) const {
+      return k == 1 ? typename E::index_type{1} : extents_.extent(1);
+    }
 
    private:
     E extents_;
@@ -54,7 +57,9 @@ struct layout_left {
    public:
     constexpr explicit mapping(const E& e) : extents_(e) {}
     constexpr const E& extents() const { return extents_; }
-    constexpr auto stride(std::size_t k) const { return k == 0 ? typename E::index_type{1} : extents_.extent(0); }
+    constexpr auto stride(std::size_t k) const {
+      return k == 0 ? typename E::index_type{1} : extents_.extent(0);
+    }
 
    private:
     E extents_;
@@ -64,7 +69,8 @@ struct layout_stride {
   template <class E>
   class mapping {
    public:
-    constexpr mapping(const E& e, std::array<typename E::index_type, 2> strides) : extents_(e), strides_(strides) {}
+    constexpr mapping(const E& e, std::array<typename E::index_type, 2> strides)
+        : extents_(e), strides_(strides) {}
     constexpr const E& extents() const { return extents_; }
     constexpr auto stride(std::size_t k) const { return strides_[k]; }
 

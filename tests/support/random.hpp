@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Seeded random data. The same numbers with every compiler and library: the generator is fixed by the standard and the
-// distributions are written here. Print the seed where a test may fail: CAPTURE(g.seed()).
+// Seeded random data. The same numbers with every compiler and library: the generator is fixed by
+// the standard and the distributions are written here. Print the seed where a test may fail:
+// CAPTURE(g.seed()).
 #pragma once
 
 #include <cmath>
@@ -23,13 +24,16 @@ class random {
     return low + static_cast<lora::index_t>(engine_() % static_cast<std::uint64_t>(high - low + 1));
   }
   bool one_in(int n) { return integer(1, n) == 1; }
-  double uniform(double low, double high) { return low + (high - low) * (static_cast<double>(engine_() >> 11) * 0x1p-53); }
+  double uniform(double low, double high) {
+    return low + (high - low) * (static_cast<double>(engine_() >> 11) * 0x1p-53);
+  }
 
   /// Whole numbers of at most `largest` either way, in T: small ones make sums of products exact.
   template <class T>
   matrix<T> integers(lora::index_t rows, lora::index_t cols, int largest) {
     matrix<T> m(rows, cols);
-    for (lora::index_t k = 0; k < m.size(); ++k) m.data()[k] = stored<T>(static_cast<double>(integer(-largest, largest)));
+    for (lora::index_t k = 0; k < m.size(); ++k)
+      m.data()[k] = stored<T>(static_cast<double>(integer(-largest, largest)));
     return m;
   }
   /// Numbers that use all bits of T.

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// An adapter of any kind as a test makes it up: a list of steps of every sort, with its own dense oracle.
+// An adapter of any kind as a test makes it up: a list of steps of every sort, with its own dense
+// oracle.
 #pragma once
 
 #include <algorithm>
@@ -37,7 +38,8 @@ class dense_map final : public lora::input_map<Acc> {
 
  private:
   using matrix = Eigen::Matrix<Acc, Eigen::Dynamic, Eigen::Dynamic>;
-  static constexpr lora::index_t most = 2048;  // no allocation, so that a test can count those of a call
+  static constexpr lora::index_t most =
+      2048;  // no allocation, so that a test can count those of a call
   template <class M>
   static void multiply(const M& m, Acc* x) {
     Acc result[most];
@@ -56,7 +58,8 @@ template <class Acc>
 class dense_delta final : public lora::delta_source<Acc> {
  public:
   explicit dense_delta(const exact_matrix& D) : D_(D.template cast<Acc>()) {}
-  void rows(lora::index_t first, lora::index_t count, Acc* to, lora::index_t stride) const override {
+  void rows(lora::index_t first, lora::index_t count, Acc* to,
+            lora::index_t stride) const override {
     for (lora::index_t i = 0; i < count; ++i)
       for (lora::index_t k = 0; k < D_.cols(); ++k) to[i * stride + k] = D_(first + i, k);
   }
@@ -83,9 +86,11 @@ struct expected {
   bool holds(const Y& got) const {
     using value = typename Y::Scalar;
     const long double u = std::numeric_limits<Acc>::epsilon() / 2;
-    const long double u_y = std::is_same_v<value, Acc>
-                                ? 0
-                                : static_cast<long double>(static_cast<double>(std::numeric_limits<value>::epsilon())) / 2;
+    const long double u_y =
+        std::is_same_v<value, Acc>
+            ? 0
+            : static_cast<long double>(static_cast<double>(std::numeric_limits<value>::epsilon())) /
+                  2;
     const long double n = static_cast<long double>(roundings) * u, g = n / (1 - n);
     const exact_matrix e = g * size;
     const exact_matrix bound = (e + u_y * (y.cwiseAbs() + e)).array() + least;
@@ -104,8 +109,9 @@ class recipe {
 
   recipe& low_rank(random& g, lora::index_t out, lora::index_t in, lora::index_t rank) {
     one s{'l'};
-    s.factors = std::make_shared<const lora::adapter<T>>(g.reals<T>(rank, in, 0.5), g.reals<T>(out, rank, 0.5),
-                                                         lora::scaling{.alpha = 0.7, .rule = lora::scaling_rule::fixed});
+    s.factors = std::make_shared<const lora::adapter<T>>(
+        g.reals<T>(rank, in, 0.5), g.reals<T>(out, rank, 0.5),
+        lora::scaling{.alpha = 0.7, .rule = lora::scaling_rule::fixed});
     return add(s, out, in);
   }
   /// A copy of an adapter.
@@ -124,13 +130,17 @@ class recipe {
     return add(s, out, in_);
   }
   recipe& map(random& g, lora::index_t in) {
-    const exact_matrix T_ = exact_matrix::Identity(in, in) + exact(g.reals<T>(in, in, 0.5 / static_cast<double>(in)));
+    const exact_matrix T_ =
+        exact_matrix::Identity(in, in) + exact(g.reals<T>(in, in, 0.5 / static_cast<double>(in)));
     return add({.sort = 'm', .dense = exact(rounded<T>(T_))}, out_, in);
   }
-  recipe& shift(random& g, lora::index_t out) { return add({.sort = 's', .dense = exact(g.reals<T>(out, 1, 1))}, out, in_); }
+  recipe& shift(random& g, lora::index_t out) {
+    return add({.sort = 's', .dense = exact(g.reals<T>(out, 1, 1))}, out, in_);
+  }
 
   /// So many steps of any sort.
-  static recipe drawn(random& g, lora::index_t out, lora::index_t in, lora::index_t count, bool maps = true) {
+  static recipe drawn(random& g, lora::index_t out, lora::index_t in, lora::index_t count,
+                      bool maps = true) {
     recipe result;
     result.out_ = out;
     result.in_ = in;
@@ -154,18 +164,24 @@ class recipe {
   std::vector<lora::step<Acc>> steps(const lora::step_request<Acc>& request) const {
     std::vector<lora::step<Acc>> all;
     for (const one& s : list_) switch (s.sort) {
-        case 'l': all.emplace_back(lora::low_rank_step{lora::any_factors(s.factors), request.strength}); break;
+        case 'l':
+          all.emplace_back(lora::low_rank_step{lora::any_factors(s.factors), request.strength});
+          break;
         case 'd':
-          all.emplace_back(lora::delta_step<Acc>{std::make_shared<const dense_delta<Acc>>(s.dense), request.strength});
+          all.emplace_back(lora::delta_step<Acc>{std::make_shared<const dense_delta<Acc>>(s.dense),
+                                                 request.strength});
           break;
         case 'g':
         case 'h': {
           lora::gain_step<Acc> step{.gain = {}, .scales_bias = s.sort == 'h'};
-          for (lora::index_t i = 0; i < s.dense.rows(); ++i) step.gain.push_back(static_cast<Acc>(s.dense(i, 0)));
+          for (lora::index_t i = 0; i < s.dense.rows(); ++i)
+            step.gain.push_back(static_cast<Acc>(s.dense(i, 0)));
           all.emplace_back(std::move(step));
           break;
         }
-        case 'm': all.emplace_back(lora::input_step<Acc>{std::make_shared<const dense_map<Acc>>(s.dense)}); break;
+        case 'm':
+          all.emplace_back(lora::input_step<Acc>{std::make_shared<const dense_map<Acc>>(s.dense)});
+          break;
         default: {
           lora::shift_step step;
           for (lora::index_t i = 0; i < s.dense.rows(); ++i)
@@ -177,9 +193,11 @@ class recipe {
   }
 
   /// W and b as the steps leave them, with `strength`.
-  std::pair<exact_matrix, exact_matrix> merged(exact_matrix W, exact_matrix b, bool absolute = false,
-                                               double strength = 1) const {
-    const auto of = [absolute](const exact_matrix& m) -> exact_matrix { return absolute ? m.cwiseAbs().eval() : m; };
+  std::pair<exact_matrix, exact_matrix> merged(exact_matrix W, exact_matrix b,
+                                               bool absolute = false, double strength = 1) const {
+    const auto of = [absolute](const exact_matrix& m) -> exact_matrix {
+      return absolute ? m.cwiseAbs().eval() : m;
+    };
     const auto s = static_cast<long double>(absolute ? std::abs(strength) : strength);
     W = of(W);
     b = of(b);
@@ -209,7 +227,8 @@ class recipe {
     result.size.colwise() += b_size.col(0);
     result.roundings = in_ + roundings() + 4;
     // Dot products of bfloat16 take what is below the smallest normal float for zero.
-    result.least = 0x1p-126L * static_cast<long double>(2 * result.roundings) * (1 + result.size.maxCoeff());
+    result.least =
+        0x1p-126L * static_cast<long double>(2 * result.roundings) * (1 + result.size.maxCoeff());
     return result;
   }
   lora::index_t roundings() const {

@@ -11,13 +11,15 @@
 
 namespace test {
 
-/// The message of the exception, or why there is none: never text that a check for a message would accept.
+/// The message of the exception, or why there is none: never text that a check for a message would
+/// accept.
 template <class Error, class Call>
 std::string refusal(const Call& call) {
   try {
     call();
   } catch (const lora::error& e) {
-    return typeid(e) == typeid(Error) ? std::string(e.what()) : std::string("(another type of exception)");
+    return typeid(e) == typeid(Error) ? std::string(e.what())
+                                      : std::string("(another type of exception)");
   }
   return "(no exception)";
 }

@@ -12,7 +12,8 @@ template <class B>
 exact_matrix elements(const B& bound) {
   exact_matrix result(bound.rows(), bound.cols());
   for (lora::index_t i = 0; i < bound.rows(); ++i)
-    for (lora::index_t j = 0; j < bound.cols(); ++j) result(i, j) = static_cast<long double>(bound(i, j));
+    for (lora::index_t j = 0; j < bound.cols(); ++j)
+      result(i, j) = static_cast<long double>(bound(i, j));
   return result;
 }
 

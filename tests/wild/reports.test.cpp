@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Situations from public reports, in miniature, each against what its README expects. The inputs are written by the reference
-// files' own scripts; tests/io has the same families with inputs of ours.
+// Situations from public reports, in miniature, each against what its README expects. The inputs
+// are written by the reference files' own scripts; tests/io has the same families with inputs of
+// ours.
 #include <algorithm>
 #include <cstddef>
 #include <filesystem>
@@ -32,7 +33,8 @@ const fs::path inputs = LORA_WILD_DIR;
 const peft::read_options strict{}, lenient{.lenient = true};
 
 /// The message with which an input is refused; it never has one of the false words.
-std::string says(const fs::path& input, const peft::read_options& options, std::initializer_list<std::string_view> words,
+std::string says(const fs::path& input, const peft::read_options& options,
+                 std::initializer_list<std::string_view> words,
                  std::initializer_list<std::string_view> never = {}) {
   const auto message = build::refusal([&] { (void)peft::read(inputs / input, options); });
   INFO(input.string() << ": " << message);
@@ -52,7 +54,8 @@ nlohmann::json expected(const fs::path& folder) {
   return nlohmann::json::parse(std::ifstream(inputs / folder / "expected.json"));
 }
 
-/// The stack of a base after merging the file's only entry. Factors are multiples of 1/8 below 2, of two ranks: exact in float.
+/// The stack of a base after merging the file's only entry. Factors are multiples of 1/8 below 2,
+/// of two ranks: exact in float.
 std::vector<double> merged_stack(const peft::adapter_file<float>& file, const fs::path& base) {
   const auto tensors = lora::safetensors::read(inputs / base);
   const auto& e = file.begin()->second;
@@ -112,10 +115,12 @@ TEST_CASE("experts-stacked-3d", "[wild]") {
   const fs::path folder = "experts-stacked-3d";
   for (const auto* name : {"by_expert", "experts_equal_rank", "expert_last_b", "shared_outer"})
     for (const auto& options : {strict, lenient})
-      says(folder / name, options, {"a stack of experts", "not read yet"}, {"rank_pattern", "kernel"});
+      says(folder / name, options, {"a stack of experts", "not read yet"},
+           {"rank_pattern", "kernel"});
   says(folder / "flat_without_target_parameters", strict, {"several experts", "target_parameters"});
   says(folder / "two_named_one_saved", strict, {"parameter_order"});
-  const auto file = peft::read(inputs / folder / "two_named_one_saved", {.parameter_order = {"gate_up_proj"}});
+  const auto file =
+      peft::read(inputs / folder / "two_named_one_saved", {.parameter_order = {"gate_up_proj"}});
   CHECK(file.at("model.layers.0.mlp.experts.gate_up_proj").experts() == 3);
 }
 
@@ -156,7 +161,8 @@ TEST_CASE("lenient-drops-base-tensors", "[wild]") {
     REQUIRE(file.replacements().size() == 1);
     CHECK(file.replacements()[0].why == reason::unasked);
     CHECK(file.passed_over().empty());
-    if (name == "norm") CHECK(file.replacements()[0].values<float>() == std::vector<float>{3, 4, 5, 6});
+    if (name == "norm")
+      CHECK(file.replacements()[0].values<float>() == std::vector<float>{3, 4, 5, 6});
   }
 }
 
@@ -172,7 +178,8 @@ TEST_CASE("misleading-names", "[wild]") {
   says(folder / "dora_default", strict, {"magnitude", "save_pretrained"}, never);
   says(folder / "placeholder_w3", strict, {"placeholder"}, {"sharded"});
   says(folder / "no_tensors", strict, {"no tensor at all"}, {"not of its base"});
-  for (const auto* name : {"adapter_named_lora", "numbered_factor", "hydra_b0_b1", "torchtune_lower_case"})
+  for (const auto* name :
+       {"adapter_named_lora", "numbered_factor", "hydra_b0_b1", "torchtune_lower_case"})
     says(folder / name, lenient, {"none", "after passing over"}, {"not of its base"});
 }
 
@@ -198,29 +205,39 @@ TEST_CASE("moe-square-old-peft", "[wild]") {
   const fs::path folder = "moe-square-old-peft", base = folder / "base4x4.safetensors";
   const auto want = expected(folder);
   std::vector<double> plain, turned;
-  for (const auto& [key, list] : want.items()) (key.starts_with("0.19.1 and later, not") ? plain : turned) = numbers(list);
+  for (const auto& [key, list] : want.items())
+    (key.starts_with("0.19.1 and later, not") ? plain : turned) = numbers(list);
   REQUIRE(plain.size() == 48);
   REQUIRE(turned.size() == 48);
   for (const std::string version : {"0.18.1", "0.19.0", "unsaid"}) {
     for (const auto& options : {strict, lenient})
-      says(folder / ("peft_" + version), options, {"parameters_in_out", version == "unsaid" ? "no peft_version" : version});
-    CHECK((merged_stack(peft::read(inputs / folder / ("peft_" + version), {.parameters_in_out = false}), base)) == plain);
-    CHECK((merged_stack(peft::read(inputs / folder / ("peft_" + version), {.parameters_in_out = true}), base)) == turned);
+      says(folder / ("peft_" + version), options,
+           {"parameters_in_out", version == "unsaid" ? "no peft_version" : version});
+    CHECK((merged_stack(
+              peft::read(inputs / folder / ("peft_" + version), {.parameters_in_out = false}),
+              base)) == plain);
+    CHECK((merged_stack(
+              peft::read(inputs / folder / ("peft_" + version), {.parameters_in_out = true}),
+              base)) == turned);
   }
   for (const std::string version : {"0.19.1", "0.21.2"}) {
     CHECK((merged_stack(peft::read(inputs / folder / ("peft_" + version)), base)) == plain);
-    CHECK((merged_stack(peft::read(inputs / folder / ("peft_" + version), {.parameters_in_out = true}), base)) == turned);
+    CHECK((merged_stack(
+              peft::read(inputs / folder / ("peft_" + version), {.parameters_in_out = true}),
+              base)) == turned);
   }
   const auto rectangle = peft::read(inputs / folder / "rect_018");
-  CHECK_THROWS_WITH(merged_stack(rectangle, folder / "base6x4.safetensors"), Catch::Contains("before 0.19.1"));
-  CHECK_NOTHROW(
-      merged_stack(peft::read(inputs / folder / "rect_018", {.parameters_in_out = true}), folder / "base6x4.safetensors"));
+  CHECK_THROWS_WITH(merged_stack(rectangle, folder / "base6x4.safetensors"),
+                    Catch::Contains("before 0.19.1"));
+  CHECK_NOTHROW(merged_stack(peft::read(inputs / folder / "rect_018", {.parameters_in_out = true}),
+                             folder / "base6x4.safetensors"));
   // Mixing: the function of an expert is what its merged slice does.
   const auto file = peft::read(inputs / folder / "peft_0.18.1", {.parameters_in_out = true});
   const Eigen::VectorXf x = Eigen::VectorXf::LinSpaced(4, 1, 4);
   for (int k = 0; k < 3; ++k) {
     const Eigen::MatrixXf slice =
-        Eigen::Map<const Eigen::Matrix<double, 4, 4, Eigen::RowMajor>>(turned.data() + 16 * k).cast<float>();
+        Eigen::Map<const Eigen::Matrix<double, 4, 4, Eigen::RowMajor>>(turned.data() + 16 * k)
+            .cast<float>();
     Eigen::VectorXf y = Eigen::VectorXf::Zero(4);
     lora::apply(x, y, file.begin()->second.expert(k));
     CHECK(y == slice * x);
@@ -231,8 +248,9 @@ TEST_CASE("resized-vocab-trainable-tokens", "[wild]") {
   for (const std::string name : {"auto", "no_head", "list_form"}) {
     const auto file = peft::read(inputs / "resized-vocab-trainable-tokens" / name);
     const auto& all = file.replacements();
-    const auto table =
-        std::find_if(all.begin(), all.end(), [](const auto& r) { return r.name == "model.embed_tokens.weight"; });
+    const auto table = std::find_if(all.begin(), all.end(), [](const auto& r) {
+      return r.name == "model.embed_tokens.weight";
+    });
     REQUIRE(table != all.end());
     CHECK(table->why == reason::embedding);
     CHECK(table->shape == std::vector<std::uint64_t>{13, 4});
@@ -244,8 +262,8 @@ TEST_CASE("resized-vocab-trainable-tokens", "[wild]") {
 
 TEST_CASE("seqcls-head-unnamed", "[wild]") {
   const fs::path folder = "seqcls-head-unnamed";
-  for (const auto& [name, count] :
-       std::vector<std::pair<std::string, std::size_t>>{{"seq_cls_score", 1}, {"seq_cls_classifier", 2}, {"token_cls", 1}}) {
+  for (const auto& [name, count] : std::vector<std::pair<std::string, std::size_t>>{
+           {"seq_cls_score", 1}, {"seq_cls_classifier", 2}, {"token_cls", 1}}) {
     const auto file = peft::read(inputs / folder / name);
     CHECK(file.replacements().size() == count);
     for (const auto& each : file.replacements()) CHECK(each.why == reason::saved_module);
@@ -256,13 +274,16 @@ TEST_CASE("seqcls-head-unnamed", "[wild]") {
 
 TEST_CASE("silent-settings", "[wild]") {
   const fs::path folder = inputs / "silent-settings";
-  const auto text = [&](const char* name) { return peft::inventory_of(peft::read(folder / name)).text(); };
+  const auto text = [&](const char* name) {
+    return peft::inventory_of(peft::read(folder / name)).text();
+  };
   CHECK_THAT(text("pattern_fits_nothing"),
-             Catch::Contains("not used  rank_pattern \"^q_proj\"") && Catch::Contains("not used  alpha_pattern \"qproj\""));
-  CHECK_THAT(text("metadata_alpha"),
-             Catch::Contains("metadata") && Catch::Contains("64") && Catch::Contains("lora_alpha 4"));
-  CHECK_THAT(text("metadata_config"),
-             Catch::Contains("metadata") && Catch::Contains("64") && Catch::Contains("lora_alpha 4"));
+             Catch::Contains("not used  rank_pattern \"^q_proj\"") &&
+                 Catch::Contains("not used  alpha_pattern \"qproj\""));
+  CHECK_THAT(text("metadata_alpha"), Catch::Contains("metadata") && Catch::Contains("64") &&
+                                         Catch::Contains("lora_alpha 4"));
+  CHECK_THAT(text("metadata_config"), Catch::Contains("metadata") && Catch::Contains("64") &&
+                                          Catch::Contains("lora_alpha 4"));
   CHECK_THAT(text("other_trained_file"), Catch::Contains("non_lora_trainables.bin"));
   CHECK_THAT(text("new_embeddings"), Catch::Contains("new_embeddings.safetensors"));
   CHECK_THAT(text("all_nan"), Catch::Contains("14 of 14 values are not finite"));
@@ -274,8 +295,8 @@ TEST_CASE("silent-settings", "[wild]") {
 }
 
 TEST_CASE("target-selects-nothing", "[wild]") {
-  for (const std::string name :
-       {"auto_list", "auto", "python_set", "empty", "all_linear_in_list", "regex_in_list", "full_weight_name"}) {
+  for (const std::string name : {"auto_list", "auto", "python_set", "empty", "all_linear_in_list",
+                                 "regex_in_list", "full_weight_name"}) {
     const auto input = fs::path("target-selects-nothing") / name;
     for (const auto& options : {strict, lenient})
       says(input, options, {"target_modules", "selects none of the 1", "PEFT loads none of these"},
@@ -297,19 +318,23 @@ TEST_CASE("wrapper-prefix", "[wild]") {
                                                         {"dict_front", "transformer."},
                                                         {"peft_twice", "base_model.model."},
                                                         {"fsdp_inside", "_fsdp_wrapped_module"}}) {
-    says(folder / name, strict, {wrapper, "unwrapped", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"});
-    for (const auto& options : {lenient, peft::read_options{.wrappers = peft::wrapper_names::strip}}) {
+    says(folder / name, strict,
+         {wrapper, "unwrapped", "base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight"});
+    for (const auto& options :
+         {lenient, peft::read_options{.wrappers = peft::wrapper_names::strip}}) {
       const auto file = peft::read(inputs / folder / name, options);
       CHECK(base.contains(file.begin()->second.weight_name()));
       written_again(file);
     }
   }
   for (const auto& options : {strict, lenient})
-    says(folder / "nested_two", options, {"a PeftModel inside a PeftModel", "save each by itself"}, {"target_parameters"});
+    says(folder / "nested_two", options, {"a PeftModel inside a PeftModel", "save each by itself"},
+         {"target_parameters"});
 }
 
 TEST_CASE("zero3-saved-empty", "[wild]") {
   for (const std::string name : {"saved_module", "embedding_base_layer", "bias", "factors"})
     for (const auto& options : {strict, lenient})
-      says(fs::path("zero3-saved-empty") / name, options, {"F32 [0]", "sharded model", "gathering"});
+      says(fs::path("zero3-saved-empty") / name, options,
+           {"F32 [0]", "sharded model", "gathering"});
 }

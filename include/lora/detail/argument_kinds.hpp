@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What an argument looks like, told by its members: entries of files, DoRA, packed forms, pointers, pairs, arrays. For the
-// sentences of refusals.hpp, which name what was passed without including the header that defines it.
+// What an argument looks like, told by its members: entries of files, DoRA, packed forms, pointers,
+// pairs, arrays. For the sentences of refusals.hpp, which name what was passed without including
+// the header that defines it.
 #pragma once
 
 #include <iterator>
@@ -60,8 +61,8 @@ concept form_like = requires(const bare<A>& a) {
 };
 /// packed_adapter and scaled_packed_adapter.
 template <class A>
-concept packed_adapter_like =
-    requires(const bare<A>& a) { a.A_panels(); } || requires(const bare<A>& a) { a.adapter().A_panels(); };
+concept packed_adapter_like = requires(const bare<A>& a) { a.A_panels(); } ||
+                              requires(const bare<A>& a) { a.adapter().A_panels(); };
 template <class A>
 concept packed_weight_like = requires(const bare<A>& a) {
   a.panels();

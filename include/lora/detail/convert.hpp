@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Between what is stored and what is computed: widening is exact, narrowing rounds once. One pair of functions for every
-// scalar of the library, so that Eigen's 16-bit types get our conversions and no kernel knows a format.
+// Between what is stored and what is computed: widening is exact, narrowing rounds once. One pair
+// of functions for every scalar of the library, so that Eigen's 16-bit types get our conversions
+// and no kernel knows a format.
 #pragma once
 
 #include <bit>
@@ -57,7 +58,8 @@ T narrow(Acc value) {
 template <class T>
 bool is_finite(const T& value) {
   if constexpr (std::is_same_v<T, double>) {
-    return (std::bit_cast<std::uint64_t>(value) & 0x7ff0'0000'0000'0000ull) != 0x7ff0'0000'0000'0000ull;
+    return (std::bit_cast<std::uint64_t>(value) & 0x7ff0'0000'0000'0000ull) !=
+           0x7ff0'0000'0000'0000ull;
   } else if constexpr (std::is_same_v<T, float>) {
     return (std::bit_cast<std::uint32_t>(value) & 0x7f80'0000u) != 0x7f80'0000u;
   } else {
@@ -75,7 +77,8 @@ bool is_nan(const T& value) {
   else if constexpr (std::is_same_v<T, float>)
     return (std::bit_cast<std::uint32_t>(value) << 9) != 0;
   else
-    return (std::bit_cast<std::uint16_t>(value) & 0x7fff) > std::numeric_limits<storage_t<T>>::infinity().bits;
+    return (std::bit_cast<std::uint16_t>(value) & 0x7fff) >
+           std::numeric_limits<storage_t<T>>::infinity().bits;
 }
 
 /// By the bits, too: under -ffast-math NaN may compare equal to zero.
@@ -92,10 +95,12 @@ Acc plus(Acc base, Acc more) {
 
 /// Whether every From is a To: the same format, or a wider one.
 template <class To, class From>
-inline constexpr bool holds_exactly = std::is_same_v<storage_t<To>, storage_t<From>> || std::is_same_v<To, double> ||
-                                      (std::is_same_v<To, float> && !std::is_same_v<From, double>);
+inline constexpr bool holds_exactly =
+    std::is_same_v<storage_t<To>, storage_t<From>> || std::is_same_v<To, double> ||
+    (std::is_same_v<To, float> && !std::is_same_v<From, double>);
 
-/// The same number in a format that holds it; in its own format the same bits, those of a signaling NaN too.
+/// The same number in a format that holds it; in its own format the same bits, those of a signaling
+/// NaN too.
 template <class To, class From>
 To exactly(const From& value) {
   static_assert(holds_exactly<To, From>);

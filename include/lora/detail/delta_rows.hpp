@@ -31,7 +31,8 @@ struct rows_of_chain {
 };
 /// All rows of a weight in order, cut where a step begins or ends. The steps of a row keep their
 /// order.
-inline std::vector<rows_of_chain> cut_at_rows(std::span<const low_rank_step> list, index_t out_features) {
+inline std::vector<rows_of_chain> cut_at_rows(std::span<const low_rank_step> list,
+                                              index_t out_features) {
   std::vector<index_t> cuts{0, out_features};
   for (const low_rank_step& one : list) {
     const row_range rows = one.rows.of(out_features);
@@ -45,7 +46,8 @@ inline std::vector<rows_of_chain> cut_at_rows(std::span<const low_rank_step> lis
     for (const low_rank_step& one : list) {
       const row_range rows = one.rows.of(out_features);
       if (rows.first <= cuts[k] && cuts[k] < rows.end())
-        chain.steps.push_back({one.factors.rows(cuts[k] - rows.first, chain.rows.count), one.strength});
+        chain.steps.push_back(
+            {one.factors.rows(cuts[k] - rows.first, chain.rows.count), one.strength});
     }
     result.push_back(std::move(chain));
   }
@@ -53,19 +55,20 @@ inline std::vector<rows_of_chain> cut_at_rows(std::span<const low_rank_step> lis
 }
 
 inline memory_of_rows moved(const memory_of_rows& from, index_t row, index_t col) {
-  return from.at == nullptr
-             ? from
-             : memory_of_rows{from.at + row * from.row_bytes + col * from.col_bytes, from.row_bytes, from.col_bytes};
+  return from.at == nullptr ? from
+                            : memory_of_rows{from.at + row * from.row_bytes + col * from.col_bytes,
+                                             from.row_bytes, from.col_bytes};
 }
 /// Fetches the rows of a tile of `cols` columns.
 LORA_DETAIL_INLINE void fetch_tile(const memory_of_rows& from, index_t cols) {
   if (from.at == nullptr) return;
   for (index_t i = 0; i < tile_rows; ++i)
-    for (index_t b = 0; b < cols * from.col_bytes; b += 64) prefetch_at<1>(from.at, i * from.row_bytes + b);
+    for (index_t b = 0; b < cols * from.col_bytes; b += 64)
+      prefetch_at<1>(from.at, i * from.row_bytes + b);
 }
 
-/// Sink: rows of accumulators, which become the sums, or from which the sums are subtracted. `next` is what the pass will
-/// read soon, in the places of these rows: it is fetched tile by tile.
+/// Sink: rows of accumulators, which become the sums, or from which the sums are subtracted. `next`
+/// is what the pass will read soon, in the places of these rows: it is fetched tile by tile.
 template <class Update, class Acc, bool Subtracts>
 class row_sink {
  public:
@@ -73,7 +76,8 @@ class row_sink {
   using counter = no_changes;
   static constexpr bool bands_down = false, takes_tiles = true, writes = true;
 
-  row_sink(Acc* rows, index_t stride, const memory_of_rows& next = {}) : origin_{rows, stride, next} {}
+  row_sink(Acc* rows, index_t stride, const memory_of_rows& next = {})
+      : origin_{rows, stride, next} {}
 
   struct place {
     Acc* to;
@@ -101,7 +105,8 @@ class row_sink {
     }
   };
   place at(index_t row, index_t col) const {
-    return {origin_.to + row * origin_.stride + col, origin_.stride, moved(origin_.ahead, row, col)};
+    return {origin_.to + row * origin_.stride + col, origin_.stride,
+            moved(origin_.ahead, row, col)};
   }
   void store_sums(tally&, index_t row, index_t col, index_t count, const Acc* sums) const {
     Acc* const to = origin_.to + row * origin_.stride + col;
@@ -116,39 +121,41 @@ class row_sink {
 /// sign * (sum of the deltas), out_features x in_features, by rows. Owns the packed factors.
 template <class Acc>
 class delta_rows {
-  using update = rank_update<Acc, storage_order::row_major, columns::in_order, has_dots<Acc, bfloat16>>;
+  using update =
+      rank_update<Acc, storage_order::row_major, columns::in_order, has_dots<Acc, bfloat16>>;
 
  public:
   /// Throws shape_error, value_error, std::bad_alloc as every verb.
-  delta_rows(const char* operation, std::span<const low_rank_step> list, index_t out_features, index_t in_features,
-             double sign)
+  delta_rows(const char* operation, std::span<const low_rank_step> list, index_t out_features,
+             index_t in_features, double sign)
       : update_(space_, operation, each_low_rank(list), out_features, in_features, sign) {}
   template <class Each>
-  delta_rows(const char* operation, const Each& each, index_t out_features, index_t in_features, double sign)
+  delta_rows(const char* operation, const Each& each, index_t out_features, index_t in_features,
+             double sign)
       : update_(space_, operation, each, out_features, in_features, sign) {}
   delta_rows(const delta_rows&) = delete;
   delta_rows& operator=(const delta_rows&) = delete;
 
   index_t rank() const { return update_.rank(); }
 
-  /// Rows first ... first + count - 1 and columns first_col ... first_col + cols - 1 to `to`, rows `stride` elements apart. On
-  /// the calling thread.
+  /// Rows first ... first + count - 1 and columns first_col ... first_col + cols - 1 to `to`, rows
+  /// `stride` elements apart. On the calling thread.
   void write(index_t first, index_t count, index_t first_col, index_t cols, Acc* to, index_t stride,
              const memory_of_rows& next = {}) const {
     tally none;
-    update_.run_here(row_sink<update, Acc, false>(to, stride, next), {first, first + count, first_col, first_col + cols},
-                     none);
+    update_.run_here(row_sink<update, Acc, false>(to, stride, next),
+                     {first, first + count, first_col, first_col + cols}, none);
   }
   /// Whole rows.
   void write(index_t first, index_t count, Acc* to, index_t stride) const {
     write(first, count, 0, update_.cols(), to, stride);
   }
   /// The same part subtracted from `from`.
-  void subtract(index_t first, index_t count, index_t first_col, index_t cols, Acc* from, index_t stride,
-                const memory_of_rows& next = {}) const {
+  void subtract(index_t first, index_t count, index_t first_col, index_t cols, Acc* from,
+                index_t stride, const memory_of_rows& next = {}) const {
     tally none;
-    update_.run_here(row_sink<update, Acc, true>(from, stride, next), {first, first + count, first_col, first_col + cols},
-                     none);
+    update_.run_here(row_sink<update, Acc, true>(from, stride, next),
+                     {first, first + count, first_col, first_col + cols}, none);
   }
   /// Whole rows.
   void subtract(index_t first, index_t count, Acc* from, index_t stride) const {

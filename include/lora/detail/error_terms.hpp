@@ -78,8 +78,8 @@ struct basic_error_part {
   real_matrix<Real> A, B;  ///< rank x in_features, out_features x rank
   double s;                ///< the double that the verbs multiply by
   rounding_unit U = {};    ///< to which s A x is rounded before B multiplies it; 0 where it is not
-  double flushed = 0;      ///< numbers below this count as zero in a B A that is accumulated in float
-  bool in_pairs = true;    ///< where W x is computed by dot products, A x is, too
+  double flushed = 0;    ///< numbers below this count as zero in a B A that is accumulated in float
+  bool in_pairs = true;  ///< where W x is computed by dot products, A x is, too
   index_t rank() const { return A.rows(); }
 };
 using error_part = basic_error_part<double>;
@@ -112,8 +112,8 @@ class basic_weight_error {
   using block = row_major_matrix<Real>;
 
   /// more: the roundings of a term beside those of the ranks.
-  basic_weight_error(std::vector<basic_error_part<Real>> parts, index_t out, index_t in, double of_W, index_t more,
-                     rounding_unit accumulator, rounding_unit stored)
+  basic_weight_error(std::vector<basic_error_part<Real>> parts, index_t out, index_t in,
+                     double of_W, index_t more, rounding_unit accumulator, rounding_unit stored)
       : parts_(std::move(parts)),
         rank_(total_rank(parts_)),
         of_W_(of_W),
@@ -149,7 +149,8 @@ class basic_weight_error {
     }
     block d = block::Zero(rows, cols());
     for (const auto& p : parts_)
-      if (p.rank() != 0) d += std::abs(p.s) * multiplied(p.B.middleRows(first, rows).cwiseAbs(), p.A.cwiseAbs());
+      if (p.rank() != 0)
+        d += std::abs(p.s) * multiplied(p.B.middleRows(first, rows).cwiseAbs(), p.A.cwiseAbs());
     error = of_W_ * size + of_delta_ * d;
     error.array() += everywhere_;
     error.rowwise() += by_col_;
@@ -167,7 +168,8 @@ class basic_weight_error {
       for (index_t k = 0; k < p.rank(); ++k) sum += std::abs(p.B(row, k)) * std::abs(p.A(k, col));
       d += std::abs(p.s) * sum;
     }
-    const double e = of_W_ * std::abs(W) + of_delta_ * d + everywhere_ + by_row_(row) + by_col_(col);
+    const double e =
+        of_W_ * std::abs(W) + of_delta_ * d + everywhere_ + by_row_(row) + by_col_(col);
     return e + stored_.u * (std::abs(W) + d + e) + stored_.eta / 2;
   }
 
@@ -195,7 +197,8 @@ template <class Real>
 class basic_product_error {
  public:
   /// flushed: numbers below it count as zero in W x.
-  basic_product_error(real_matrix<Real> input, index_t out, rounding_unit accumulator, double flushed)
+  basic_product_error(real_matrix<Real> input, index_t out, rounding_unit accumulator,
+                      double flushed)
       : x_(std::move(input)), unit_(accumulator), flushed_(flushed) {
     x_ = x_.cwiseAbs();
     sum_x_ = x_.colwise().sum();
@@ -237,7 +240,8 @@ class basic_product_error {
     for (const auto& [p, strength] : parts) {
       if (p->rank() == 0) continue;
       const double s = std::abs(strength);
-      const real_matrix<Real> B = p->B.cwiseAbs(), U = s * multiplied(p->A.cwiseAbs(), x), through = multiplied(B, U);
+      const real_matrix<Real> B = p->B.cwiseAbs(), U = s * multiplied(p->A.cwiseAbs(), x),
+                              through = multiplied(B, U);
       const real_column<Real> of_ranks = B.rowwise().sum();
       size += through;
       e += of_parts * through;
@@ -245,7 +249,8 @@ class basic_product_error {
       sum_sB += s * of_ranks;
       if (p->U.u != 0) {
         e += p->U.u * (1 + of_parts) * through;
-        e.colwise() += (p->U.eta + flushed_) * of_ranks;  // by dot products: the operands, products and sums of B U
+        e.colwise() += (p->U.eta + flushed_) *
+                       of_ranks;  // by dot products: the operands, products and sums of B U
         e.rowwise() += flushed_ * (U.array() + 2).matrix().colwise().sum();
       }
       if (flushed_ == 0 || !p->in_pairs) continue;
@@ -254,7 +259,8 @@ class basic_product_error {
     }
     // Results below the normal range: half a step for each operation. s B multiplies those of A x,
     // and B that of s U.
-    e.colwise() += unit_.eta * ((steps + static_cast<double>(R + 2)) * (sum_sB.array() + 1).matrix() + sum_B);
+    e.colwise() +=
+        unit_.eta * ((steps + static_cast<double>(R + 2)) * (sum_sB.array() + 1).matrix() + sum_B);
     if (flushed_ == 0) return;
     // An operand, a product or a sum of each step: of W x, and of A x, which s B multiplies.
     e.array() += flushed_ * 2 * steps;

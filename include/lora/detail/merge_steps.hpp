@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// From the steps of a call to the pass over the weight: low-rank steps alone go through the register
-// tiles, all others through the row pass. And what the steps do to the bias of the layer.
+// From the steps of a call to the pass over the weight: low-rank steps alone go through the
+// register tiles, all others through the row pass. And what the steps do to the bias of the layer.
 #pragma once
 
 #include <algorithm>
@@ -33,7 +33,8 @@ low_rank_list<Acc> low_rank_steps(std::span<const step<Acc>> steps) {
     if (!changes_weight(one)) continue;
     const auto* low = std::get_if<low_rank_step>(&one);
     if (low != nullptr) result.steps.push_back(*low);
-    result.all_rows = result.all_rows && std::visit([](const auto& s) { return s.rows.all(); }, one);
+    result.all_rows =
+        result.all_rows && std::visit([](const auto& s) { return s.rows.all(); }, one);
     if (low == nullptr || result.gain != nullptr) {
       const auto* gain = std::get_if<gain_step<Acc>>(&one);
       result.fits_tiles = result.fits_tiles && result.gain == nullptr && gain != nullptr;
@@ -50,9 +51,11 @@ void refuse_step_overlap(const char* operation, const V& W, std::span<const step
   refuse_factor_overlap(operation, "W", W, each_low_rank(list.steps));
 }
 
-/// W := round(what the steps make of it), or with `unmerging` the reverse; Where: in place, or counted only.
+/// W := round(what the steps make of it), or with `unmerging` the reverse; Where: in place, or
+/// counted only.
 template <writing Where, class Acc, class T, storage_order Order>
-tally pass_over(const char* operation, double sign, const matrix_view<T, Order>& W, std::span<const step<Acc>> steps) {
+tally pass_over(const char* operation, double sign, const matrix_view<T, Order>& W,
+                std::span<const step<Acc>> steps) {
   refuse_step_overlap(operation, W, steps);
   const auto list = low_rank_steps(steps);
   if (list.all_low_rank() && !list.all_rows) {
@@ -61,7 +64,8 @@ tally pass_over(const char* operation, double sign, const matrix_view<T, Order>&
     for (const auto& [rows, some] : cut_at_rows(list.steps, W.rows())) {
       const std::vector<step<Acc>> own(some.begin(), some.end());
       if (!own.empty() || Where == writing::nowhere)
-        seen += pass_over<Where, Acc, T, Order>(operation, sign, W.middle_rows(rows.first, rows.count), own);
+        seen += pass_over<Where, Acc, T, Order>(operation, sign,
+                                                W.middle_rows(rows.first, rows.count), own);
     }
     return seen;
   }
@@ -73,21 +77,24 @@ tally pass_over(const char* operation, double sign, const matrix_view<T, Order>&
     using in_tiles = bare<decltype(update)>;
     if (list.gain != nullptr)
       return update.run(
-          rounding_sink<in_tiles, Acc, T, Order, Where, gained_sum<Acc, storage_t<T>, Order>>(W, {list.gain->gain.data()}));
-    return update.rank() == 0 && Where == writing::in_place ? tally{}
-                                                            : update.run(rounding_sink<in_tiles, Acc, T, Order, Where>(W));
+          rounding_sink<in_tiles, Acc, T, Order, Where, gained_sum<Acc, storage_t<T>, Order>>(
+              W, {list.gain->gain.data()}));
+    return update.rank() == 0 && Where == writing::in_place
+               ? tally{}
+               : update.run(rounding_sink<in_tiles, Acc, T, Order, Where>(W));
   }
   const row_change<Acc> change(operation, steps, W.rows(), W.cols(), sign);
   return row_pass<Acc>(matrix_rows<Acc, T, Order, Where == writing::in_place>(W), change);
 }
 /// destination := round(what the steps make of source), of one shape; possibly the same weight.
 template <class Acc, class T>
-tally pass_over(const char* operation, double sign, const packed_weight<T>& source, packed_weight<T>& destination,
-                std::span<const step<Acc>> steps) {
+tally pass_over(const char* operation, double sign, const packed_weight<T>& source,
+                packed_weight<T>& destination, std::span<const step<Acc>> steps) {
   if (const auto list = low_rank_steps(steps); list.all_low_rank() && list.all_rows) {
     workspace space;
-    const panel_update<Acc, has_dots<Acc, bfloat16>> update(space, operation, each_low_rank(list.steps),
-                                                            source.out_features(), source.in_features(), sign);
+    const panel_update<Acc, has_dots<Acc, bfloat16>> update(
+        space, operation, each_low_rank(list.steps), source.out_features(), source.in_features(),
+        sign);
     return write_panels(update, source, destination);
   }
   const row_change<Acc> change(operation, steps, source.out_features(), source.in_features(), sign);
@@ -108,8 +115,8 @@ struct bias_change {
 };
 /// Throws as row_change.
 template <class Acc>
-bias_change bias_change_of(const char* operation, std::span<const step<Acc>> steps, index_t out_features,
-                           index_t in_features) {
+bias_change bias_change_of(const char* operation, std::span<const step<Acc>> steps,
+                           index_t out_features, index_t in_features) {
   bias_change result;
   const auto outputs = static_cast<std::size_t>(out_features);
   for (const auto& one : steps) {
@@ -117,7 +124,8 @@ bias_change bias_change_of(const char* operation, std::span<const step<Acc>> ste
     if (const auto* shift = std::get_if<shift_step>(&one)) {
       const auto first = static_cast<std::size_t>(shift->rows.first);
       result.shift.resize(outputs);
-      for (std::size_t i = 0; i < shift->shift.size(); ++i) result.shift[first + i] += shift->shift[i];
+      for (std::size_t i = 0; i < shift->shift.size(); ++i)
+        result.shift[first + i] += shift->shift[i];
     } else if (scales_bias(one)) {
       const auto* gain = std::get_if<gain_step<Acc>>(&one);
       const auto first = static_cast<std::size_t>(gain->rows.first);
@@ -138,17 +146,19 @@ void change_bias(const View& bias, double sign, const bias_change& change) {
   for (index_t k = 0; !change.empty() && k < bias.size(); ++k) {
     value& element = bias.cols() == 1 ? bias(k, 0) : bias(0, k);
     const auto i = static_cast<std::size_t>(k);
-    const double gain = change.gain.empty() ? 1.0 : change.gain[i], shift = change.shift.empty() ? 0.0 : change.shift[i];
+    const double gain = change.gain.empty() ? 1.0 : change.gain[i],
+                 shift = change.shift.empty() ? 0.0 : change.shift[i];
     const auto b = widen<double>(element);
     element = narrow<value>(sign == unmerging ? (b - shift) / gain : gain * b + shift);
   }
 }
 
 /// Throws unless b is a vector of out_features elements.
-inline void check_bias_shape(const char* operation, index_t rows, index_t cols, index_t out_features) {
+inline void check_bias_shape(const char* operation, index_t rows, index_t cols,
+                             index_t out_features) {
   if ((rows != 1 && cols != 1) || rows * cols != out_features)
-    raise_shape(operation,
-                "the bias is " + shape_text(rows, cols) + " and W has " + std::to_string(out_features) + " outputs");
+    raise_shape(operation, "the bias is " + shape_text(rows, cols) + " and W has " +
+                               std::to_string(out_features) + " outputs");
 }
 
 /// Throws value_error when the steps have a bias to add and the call gives none to add it to.
@@ -156,9 +166,11 @@ template <class Acc>
 void refuse_shifts(const char* operation, std::span<const step<Acc>> steps) {
   for (const auto& one : steps)
     if (const auto* shift = std::get_if<shift_step>(&one))
-      raise_value(operation, (shift->of.empty() ? "an adapter" : shift->of) +
-                                 " has a bias of its own (lora_bias): pass the base's bias, too, with merge or "
-                                 "unmerge(W, bias, adapter); a base without one cannot take it");
+      raise_value(
+          operation,
+          (shift->of.empty() ? "an adapter" : shift->of) +
+              " has a bias of its own (lora_bias): pass the base's bias, too, with merge or "
+              "unmerge(W, bias, adapter); a base without one cannot take it");
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail

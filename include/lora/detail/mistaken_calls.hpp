@@ -39,7 +39,7 @@ class mixed_form;
 template <scalar T>
 class replaced_rows;
 template <class W>
-struct scaled_embedding;
+struct embedding_view;
 namespace rounding {
 struct peft_policy;
 struct peft_safe_policy;
@@ -75,7 +75,7 @@ std::type_identity<mixed_form<Acc>> class_of_ours(const mixed_form<Acc>*);
 template <class T>
 std::type_identity<replaced_rows<T>> class_of_ours(const replaced_rows<T>*);
 template <class W>
-std::type_identity<scaled_embedding<W>> class_of_ours(const scaled_embedding<W>*);
+std::type_identity<embedding_view<W>> class_of_ours(const embedding_view<W>*);
 template <class T>
 std::type_identity<peft::entry<T>> class_of_ours(const peft::entry<T>*);
 template <class T>
@@ -95,32 +95,39 @@ concept derived_from_ours = ours_or_derived<A> && !exactly_ours<A>;
 
 /// What a verb takes as an adapter, or is given instead of one.
 template <class A>
-concept adapter_like = !derived_from_ours<A> && (factors_like<A> || says_steps<A> || form_like<A> ||
-                                                 packed_adapter_like<A> || file_like<A> || batch_like<A>);
+concept adapter_like =
+    !derived_from_ours<A> && (factors_like<A> || says_steps<A> || form_like<A> ||
+                              packed_adapter_like<A> || file_like<A> || batch_like<A>);
 template <class A>
-concept pointer_to_adapter = pointer_like<A> && adapter_like<bare<decltype(*std::declval<const bare<A>&>())>>;
+concept pointer_to_adapter =
+    pointer_like<A> && adapter_like<bare<decltype(*std::declval<const bare<A>&>())>>;
 template <class A>
-concept pair_with_adapter = pair_like<A> && adapter_like<bare<decltype(std::declval<const bare<A>&>().second)>>;
+concept pair_with_adapter =
+    pair_like<A> && adapter_like<bare<decltype(std::declval<const bare<A>&>().second)>>;
 template <class R>
 concept range_of_adapters =
-    range_like<R> && (adapter_like<element_of<R>> || pointer_to_adapter<element_of<R>> || pair_with_adapter<element_of<R>>);
+    range_like<R> && (adapter_like<element_of<R>> || pointer_to_adapter<element_of<R>> ||
+                      pair_with_adapter<element_of<R>>);
 template <class R>
 concept range_of_ranges = range_like<R> && range_of_adapters<element_of<R>>;
 /// A pointer alone is none: a user's own function may take one to const.
 template <class A>
-concept recognisable = adapter_like<A> || pair_with_adapter<A> || range_of_adapters<A> || range_of_ranges<A>;
+concept recognisable =
+    adapter_like<A> || pair_with_adapter<A> || range_of_adapters<A> || range_of_ranges<A>;
 
 /// Elements of weights, activations and ids, right or wrong; text is none.
 template <class T>
 concept number = scalar<T> || (std::integral<T> && sizeof(T) > 1 && !std::same_as<T, wchar_t> &&
                                !std::same_as<T, char16_t> && !std::same_as<T, char32_t>);
 template <class A>
-concept pointer_to_numbers = pointer_like<A> && number<bare<decltype(*std::declval<const bare<A>&>())>>;
+concept pointer_to_numbers =
+    pointer_like<A> && number<bare<decltype(*std::declval<const bare<A>&>())>>;
 template <class A>
 concept range_of_numbers = range_like<A> && number<element_of<A>>;
 /// A matrix, or what is given instead of one: of other elements, an array, or without a shape.
 template <class A>
-concept matrix_kind = any_matrix<A> || eigen_array<A> || pointer_to_numbers<A> || range_of_numbers<A>;
+concept matrix_kind =
+    any_matrix<A> || eigen_array<A> || pointer_to_numbers<A> || range_of_numbers<A>;
 template <class A>
 concept weight_kind = matrix_kind<A> || exactly_ours<A>;
 
@@ -131,8 +138,9 @@ inline constexpr bool known = ((recognisable<A> || weight_kind<A>)&&...);
 
 /// What may stand before W or x: a workspace, or a rounding policy.
 template <class A>
-inline constexpr bool goes_first = std::is_same_v<A, workspace> || std::is_same_v<A, rounding::peft_policy> ||
-                                   std::is_same_v<A, rounding::peft_safe_policy>;
+inline constexpr bool goes_first =
+    std::is_same_v<A, workspace> || std::is_same_v<A, rounding::peft_policy> ||
+    std::is_same_v<A, rounding::peft_safe_policy>;
 
 /// verb(W, l...), or an adapter before W.
 template <class... A>
@@ -143,7 +151,8 @@ inline constexpr bool mistaken_on_weight<First, Rest...> = mistaken_on_weight<Re
 template <class M, class... L>
   requires(!goes_first<M>)
 inline constexpr bool mistaken_on_weight<M, L...> =
-    known<M, L...> && ((weight_kind<M> && (recognisable<L> || ...)) || (recognisable<M> && (weight_kind<L> || ...)));
+    known<M, L...> &&
+    ((weight_kind<M> && (recognisable<L> || ...)) || (recognisable<M> && (weight_kind<L> || ...)));
 
 /// verb(x, y, l...).
 template <class... A>
@@ -167,7 +176,7 @@ template <class X, class Y, class... L>
 inline constexpr bool mistaken_on_linear<X, Y, L...> =
     (matrix_kind<X> || recognisable<X>)&&(matrix_kind<Y> || recognisable<Y>)&&known<L...>;
 
-/// verb(W, x, y, l...), rows(W, ids, y, l...).
+/// verb(W, x, y, l...), embed(W, ids, y, l...).
 template <class... A>
 inline constexpr bool mistaken_on_layer = false;
 template <class First, class... Rest>
@@ -175,13 +184,15 @@ template <class First, class... Rest>
 inline constexpr bool mistaken_on_layer<First, Rest...> = mistaken_on_layer<Rest...>;
 template <class M, class... Rest>
   requires(!goes_first<M>)
-inline constexpr bool mistaken_on_layer<M, Rest...> = weight_kind<M> && mistaken_on_activations<Rest...>;
+inline constexpr bool mistaken_on_layer<M, Rest...> =
+    weight_kind<M> && mistaken_on_activations<Rest...>;
 
 /// apply_through(down, y, l...): down is a function.
 template <class... A>
 inline constexpr bool mistaken_on_product = false;
 template <class Down, class Y, class... L>
-inline constexpr bool mistaken_on_product<Down, Y, L...> = matrix_kind<Y> && known<L...> && (recognisable<L> || ...);
+inline constexpr bool mistaken_on_product<Down, Y, L...> =
+    matrix_kind<Y> && known<L...> && (recognisable<L> || ...);
 
 /// delta_weight(l...).
 template <class... A>
@@ -193,7 +204,8 @@ template <class M, class B>
 inline constexpr bool mistaken_on_bias = false;
 template <class M, class B>
   requires any_matrix<M>
-inline constexpr bool mistaken_on_bias<M, B> = std::is_arithmetic_v<element_t<M>> && matrix_kind<B> && !activations<B>;
+inline constexpr bool mistaken_on_bias<M, B> =
+    std::is_arithmetic_v<element_t<M>> && matrix_kind<B> && !activations<B>;
 template <class M, class B>
   requires(exactly_ours<M> && packed_weight_like<M>)
 inline constexpr bool mistaken_on_bias<M, B> = matrix_kind<B> && !activations<B>;
@@ -209,8 +221,8 @@ template <class R>
 concept mistaken_list = recognisable<R> && !batch_like<R>;
 /// lora_A and lora_B.
 template <class A, class B>
-concept mistaken_factors =
-    (matrix_like<A> || mistaken_base<A>)&&(matrix_like<B> || mistaken_base<B>)&&!(matrix_like<A> && matrix_like<B>);
+concept mistaken_factors = (matrix_like<A> || mistaken_base<A>)&&(
+    matrix_like<B> || mistaken_base<B>)&&!(matrix_like<A> && matrix_like<B>);
 
 }  // namespace detail
 }  // namespace lora::inline LORA_DETAIL_ABI

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// From mixed forms to the product. A form's low-rank parts and gains go into the product as they are. What the product cannot
-// do is computed before it, for the tokens concerned: x changed by input maps, and columns that are added to the sums.
+// From mixed forms to the product. A form's low-rank parts and gains go into the product as they
+// are. What the product cannot do is computed before it, for the tokens concerned: x changed by
+// input maps, and columns that are added to the sums.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +14,9 @@
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
-/// The forms of a call, whose parts are numbered one after the other, and which of the parts each token gets. A token gets a
-/// form with all its parts in order; a form with an input map is the last of its token.
+/// The forms of a call, whose parts are numbered one after the other, and which of the parts each
+/// token gets. A token gets a form with all its parts in order; a form with an input map is the
+/// last of its token.
 template <class Acc>
 struct form_list {
   std::span<const form_state<Acc>* const> forms;
@@ -47,7 +49,8 @@ class form_scratch {
       ++with_addends_;
       index_t users = 0;
       for (index_t t = 0; t < tokens_; ++t) users += uses(t, first) ? 1 : 0;
-      for (const form_part<Acc>& p : form.parts()) values_ += p.made.sort == part_sort::addend ? users * p.made.rows : 0;
+      for (const form_part<Acc>& p : form.parts())
+        values_ += p.made.sort == part_sort::addend ? users * p.made.rows : 0;
     });
   }
 
@@ -78,18 +81,24 @@ class form_scratch {
     });
     place_addends(added_place_.in(memory), values_place_.in(memory));
     change_inputs(space);
-    each_form([&](const form_state<Acc>& form, index_t first) { add_level(space, form, first, 0, 0, columns_); });
+    each_form([&](const form_state<Acc>& form, index_t first) {
+      add_level(space, form, first, 0, 0, columns_);
+    });
   }
 
   ready_parts<Acc> parts() const { return {made_, pairs_}; }
   /// Tokens that have an input map.
   index_t mapped() const { return mapped_; }
-  bool is_mapped(index_t token) const { return mapped_ != 0 && column_[token] >= 0 && column_[token] < mapped_; }
+  bool is_mapped(index_t token) const {
+    return mapped_ != 0 && column_[token] >= 0 && column_[token] < mapped_;
+  }
   /// T x of a mapped token.
   const Acc* input(index_t token) const { return x_ + column_[token] * in_; }
 
  private:
-  static bool reads_x(const form_state<Acc>& form) { return form.has_addends() || !form.maps().empty(); }
+  static bool reads_x(const form_state<Acc>& form) {
+    return form.has_addends() || !form.maps().empty();
+  }
 
   /// visit(form, number of its first part).
   template <class Visit>
@@ -143,7 +152,8 @@ class form_scratch {
     });
   }
 
-  /// The maps of each form, the last one first; between them the addends that see what the later ones made of x.
+  /// The maps of each form, the last one first; between them the addends that see what the later
+  /// ones made of x.
   void change_inputs(workspace& space) {
     index_t begin = 0;
     each_form([&](const form_state<Acc>& form, index_t first) {
@@ -152,14 +162,16 @@ class form_scratch {
       while (end < mapped_ && uses(token_[end], first)) ++end;
       for (auto level = static_cast<index_t>(form.maps().size()); level > 0; --level) {
         add_level(space, form, first, level, begin, end);
-        form.maps()[static_cast<std::size_t>(level - 1)]->columns(x_ + begin * in_, end - begin, in_);
+        form.maps()[static_cast<std::size_t>(level - 1)]->columns(x_ + begin * in_, end - begin,
+                                                                  in_);
       }
       begin = end;
     });
   }
 
   /// The addends of one level for the form's tokens among columns begin ... end - 1.
-  void add_level(workspace& space, const form_state<Acc>& form, index_t first, index_t level, index_t begin, index_t end) {
+  void add_level(workspace& space, const form_state<Acc>& form, index_t first, index_t level,
+                 index_t begin, index_t end) {
     for (std::size_t k = 0; k < form.parts().size(); ++k) {
       const form_part<Acc>& p = form.parts()[k];
       const part<Acc>& made = made_[first + static_cast<index_t>(k)];
@@ -169,24 +181,27 @@ class form_scratch {
         while (next < end && uses(token_[next], first)) ++next;
         // Values are not const to who makes them.
         if (next != c)
-          compute(space, p, x_ + c * in_, next - c, const_cast<Acc*>(made.values) + made.columns[token_[c]] * made.rows);
+          compute(space, p, x_ + c * in_, next - c,
+                  const_cast<Acc*>(made.values) + made.columns[token_[c]] * made.rows);
         c = next + 1;
       }
     }
   }
 
-  void compute(workspace& space, const form_part<Acc>& p, const Acc* x, index_t count, Acc* y) const {
+  void compute(workspace& space, const form_part<Acc>& p, const Acc* x, index_t count,
+               Acc* y) const {
     if (p.source != nullptr) return p.source->product(x, count, y);
     const auto read = [&](const activation_block& some, Acc* destination) {
       for (index_t i = 0; i < some.rows; ++i)
-        for (index_t k = 0; k < some.depth; ++k) destination[k * some.rows + i] = x[some.tokens[i] * in_ + some.first + k];
+        for (index_t k = 0; k < some.depth; ++k)
+          destination[k * some.rows + i] = x[some.tokens[i] * in_ + some.first + k];
     };
     const auto write = [&](index_t first, index_t outputs, index_t token, const Acc* sums) {
       std::copy_n(sums, outputs, y + token * p.later.rows + first);
     };
     const ready_parts<Acc> one{&p.later, false};
-    mix<Acc>(space, p.later.rows, in_, count, weight_source<Acc, Acc>{}, one, token_parts{.parts = 1}, p.later.rank,
-             activation_source<Acc>{.widened = read}, write);
+    mix<Acc>(space, p.later.rows, in_, count, weight_source<Acc, Acc>{}, one,
+             token_parts{.parts = 1}, p.later.rank, activation_source<Acc>{.widened = read}, write);
   }
 
   const form_list<Acc>& list_;
@@ -200,10 +215,12 @@ class form_scratch {
   Acc* x_ = nullptr;
 };
 
-/// The whole product with forms. Everything was checked. May throw std::bad_alloc and what a kind throws, with nothing written.
+/// The whole product with forms. Everything was checked. May throw std::bad_alloc and what a kind
+/// throws, with nothing written.
 template <class Acc, class T>
-void mix_forms(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<Acc, T>& W,
-               const form_list<Acc>& list, const activation_source<Acc>& X, const finish_function<Acc>& finish) {
+void mix_forms(workspace& space, index_t out_features, index_t in_features, index_t tokens,
+               const weight_source<Acc, T>& W, const form_list<Acc>& list,
+               const activation_source<Acc>& X, const finish_function<Acc>& finish) {
   if (tokens == 0 || out_features == 0) return;
   form_scratch<Acc> scratch(list, in_features, tokens);
   layout places;
@@ -212,7 +229,8 @@ void mix_forms(workspace& space, index_t out_features, index_t in_features, inde
   const ready_parts<Acc> parts = scratch.parts();
   const auto run = [&](const weight_source<Acc, T>& weight, const activation_source<Acc>& input,
                        const finish_function<Acc>& end) {
-    mix<Acc>(space, out_features, in_features, tokens, weight, parts, list.who, list.rank_of_token, input, end);
+    mix<Acc>(space, out_features, in_features, tokens, weight, parts, list.who, list.rank_of_token,
+             input, end);
   };
   if (scratch.mapped() == 0) return run(W, X, finish);
   const auto widened = [&](const activation_block& some, Acc* destination) {
@@ -227,8 +245,8 @@ void mix_forms(workspace& space, index_t out_features, index_t in_features, inde
   weight_source<Acc, T> plain = W;
   plain.dots = false;  // T x is no bfloat16
   if (!W.dots || scratch.mapped() == tokens) return run(plain, changed, finish);
-  // Tokens with and without an input map have their own products, or a token's bits would depend on the others. Both compute
-  // all tokens: such calls are rare.
+  // Tokens with and without an input map have their own products, or a token's bits would depend on
+  // the others. Both compute all tokens: such calls are rare.
   run(plain, changed, [&](index_t first, index_t count, index_t token, const Acc* sums) {
     if (scratch.is_mapped(token)) finish(first, count, token, sums);
   });

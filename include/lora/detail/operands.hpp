@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// From what a caller passes to what the kernels take: views of the matrices, a walk over the adapters, and the checks that
-// every verb shares.
+// From what a caller passes to what the kernels take: views of the matrices, a walk over the
+// adapters, and the checks that every verb shares.
 #pragma once
 
 #include <iterator>
@@ -38,20 +38,25 @@ auto each_of(const L&... l) {
   return [&l...](const auto& visit) { (visit_adapters(visit, l), ...); };
 }
 
-/// The view of a matrix that is written. Refusals are sentences at compile time: a failed concept would hide them.
+/// The view of a matrix that is written. Refusals are sentences at compile time: a failed concept
+/// would hide them.
 template <class M>
 auto output_view(M& m) {
   if constexpr (eigen_matrix<M>) {
     static_assert(eigen_direct<M>,
-                  "lora: the matrix to write is an arithmetic expression, which has no memory: name a matrix");
-    static_assert(eigen_writable<M>, "lora: the matrix to write is read-only (const, or a view of const data)");
+                  "lora: the matrix to write is an arithmetic expression, which has no memory: "
+                  "name a matrix");
+    static_assert(eigen_writable<M>,
+                  "lora: the matrix to write is read-only (const, or a view of const data)");
     static_assert(eigen_strided<M>,
-                  "lora: the matrix to write has an inner stride other than 1: its elements along a row (row-major) or "
+                  "lora: the matrix to write has an inner stride other than 1: its elements along "
+                  "a row (row-major) or "
                   "column (column-major) must be adjacent");
     return eigen_view(m);
   } else if constexpr (scalar_range<M>) {
     using value = std::remove_pointer_t<decltype(std::data(m))>;
-    static_assert(!std::is_const_v<value>, "lora: the vector to write is read-only (const, or a view of const data)");
+    static_assert(!std::is_const_v<value>,
+                  "lora: the vector to write is read-only (const, or a view of const data)");
     return col_major(m, static_cast<index_t>(std::size(m)), 1);
   } else {
     const auto view = as_matrix(m);
@@ -69,12 +74,14 @@ concept owning_range = scalar_range<V> && !std::ranges::borrowed_range<bare<V>>;
 template <class M>
 constexpr void refuse_temporary() {
   static_assert(std::is_lvalue_reference_v<M> || !(eigen_owner<M> || owning_range<M>),
-                "lora: the matrix to write is a temporary that owns its elements, so the result would be lost: give it a "
+                "lora: the matrix to write is a temporary that owns its elements, so the result "
+                "would be lost: give it a "
                 "name first");
 }
 
-/// What to read activations from: the argument itself, or for an Eigen expression without adjacent elements in memory (an
-/// arithmetic expression, an inner stride) its value, the size of the activations.
+/// What to read activations from: the argument itself, or for an Eigen expression without adjacent
+/// elements in memory (an arithmetic expression, an inner stride) its value, the size of the
+/// activations.
 template <activations X>
 decltype(auto) in_memory(const X& x) {
   if constexpr (eigen_matrix<X>) {
@@ -96,10 +103,10 @@ auto input_view(const X& x) {
     return as_matrix(x);
 }
 
-/// Throws unless a delta weight of adapter_out x adapter_in with this scaling fits the weight (or, where there is none, y
-/// and x).
-inline void check_fit(const char* operation, index_t adapter_out, index_t adapter_in, double scaling, index_t out_features,
-                      index_t in_features) {
+/// Throws unless a delta weight of adapter_out x adapter_in with this scaling fits the weight (or,
+/// where there is none, y and x).
+inline void check_fit(const char* operation, index_t adapter_out, index_t adapter_in,
+                      double scaling, index_t out_features, index_t in_features) {
   const bool has_weight = std::string_view(operation) != "apply";
   if (adapter_out != out_features || adapter_in != in_features)
     raise_shape(operation,
@@ -107,17 +114,19 @@ inline void check_fit(const char* operation, index_t adapter_out, index_t adapte
                     (has_weight ? " but the weight is " : " but y and x are for one of ") +
                     shape_text(out_features, in_features) + " (out_features x in_features)" +
                     (adapter_out == in_features && adapter_in == out_features
-                         ? "; a weight stored in_features x out_features (Conv1D, fan_in_fan_out) is passed as its transpose"
+                         ? "; a weight stored in_features x out_features (Conv1D, fan_in_fan_out) "
+                           "is passed as its transpose"
                          : ""));
   if (!is_finite(scaling)) raise_value(operation, "the adapter's scaling is not finite");
 }
 
-/// Throws for a rank that no adapter has: factors without elements may claim any, and ranks are added up and looped over.
+/// Throws for a rank that no adapter has: factors without elements may claim any, and ranks are
+/// added up and looped over.
 inline void check_rank(const char* operation, index_t rank) {
   constexpr index_t most = 0x7fffffff;
   if (rank > most)
-    raise_shape(operation,
-                "the adapter's rank is " + std::to_string(rank) + "; at most " + std::to_string(most) + " is taken");
+    raise_shape(operation, "the adapter's rank is " + std::to_string(rank) + "; at most " +
+                               std::to_string(most) + " is taken");
 }
 
 template <low_rank L>
@@ -128,12 +137,15 @@ void check_factors(const char* operation, const L& l, index_t out_features, inde
   const auto b = as_matrix(lora_B);
   if (a.rows() != b.cols() || a.rows() != static_cast<index_t>(l.rank()))
     raise_shape(operation, "the adapter says rank " + std::to_string(l.rank()) + " but lora_A is " +
-                               shape_text(a.rows(), a.cols()) + " and lora_B is " + shape_text(b.rows(), b.cols()));
+                               shape_text(a.rows(), a.cols()) + " and lora_B is " +
+                               shape_text(b.rows(), b.cols()));
   check_rank(operation, a.rows());
-  check_fit(operation, b.rows(), a.cols(), static_cast<double>(l.scaling()), out_features, in_features);
+  check_fit(operation, b.rows(), a.cols(), static_cast<double>(l.scaling()), out_features,
+            in_features);
 }
 
-/// Throws unless the adapter, packed or not, changes an out_features x in_features weight by a finite multiple.
+/// Throws unless the adapter, packed or not, changes an out_features x in_features weight by a
+/// finite multiple.
 template <class L>
 void check_adapter(const char* operation, const L& l, index_t out_features, index_t in_features) {
   if constexpr (!low_rank<L>)
@@ -151,7 +163,8 @@ bool is_read(const L& l) {
 
 /// Checks every adapter and adds up the ranks of those that take part.
 template <class Each>
-index_t checked_total_rank(const char* operation, const Each& each, index_t out_features, index_t in_features) {
+index_t checked_total_rank(const char* operation, const Each& each, index_t out_features,
+                           index_t in_features) {
   index_t total = 0;
   each([&](const auto& l) {
     check_adapter(operation, l, out_features, in_features);
@@ -162,7 +175,8 @@ index_t checked_total_rank(const char* operation, const Each& each, index_t out_
 
 /// Refuses an output that shares memory with a factor.
 template <class Each, class V>
-void refuse_factor_overlap(const char* operation, const char* written, const V& output, const Each& each) {
+void refuse_factor_overlap(const char* operation, const char* written, const V& output,
+                           const Each& each) {
   each([&]<class L>(const L& l) {
     if constexpr (low_rank<L>) {
       const auto& lora_A = l.lora_A();

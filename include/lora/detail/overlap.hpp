@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Whether two matrices in memory share an element, so that a verb can refuse an output that is also an input.
+// Whether two matrices in memory share an element, so that a verb can refuse an output that is also
+// an input.
 #pragma once
 
 #include <cstdint>
@@ -23,12 +24,13 @@ struct footprint {
 template <class T, storage_order Order>
 footprint footprint_of(const matrix_view<T, Order>& m) {
   const auto bytes = [](index_t n) { return static_cast<std::uintptr_t>(n) * sizeof(T); };
-  return {reinterpret_cast<std::uintptr_t>(m.data()), bytes(m.inner_size()), bytes(m.outer_stride()),
-          static_cast<std::uintptr_t>(m.outer_size())};
+  return {reinterpret_cast<std::uintptr_t>(m.data()), bytes(m.inner_size()),
+          bytes(m.outer_stride()), static_cast<std::uintptr_t>(m.outer_size())};
 }
 
-/// True unless the two are provably disjoint: their address ranges do not meet, or they share a stride and the runs of the
-/// one lie between the runs of the other (two column blocks of one row-major matrix).
+/// True unless the two are provably disjoint: their address ranges do not meet, or they share a
+/// stride and the runs of the one lie between the runs of the other (two column blocks of one
+/// row-major matrix).
 inline bool may_overlap(const footprint& a, const footprint& b) {
   if (a.empty() || b.empty() || a.end() <= b.begin || b.end() <= a.begin) return false;
   if (a.stride != b.stride || a.stride == 0) return true;
@@ -39,10 +41,12 @@ inline bool may_overlap(const footprint& a, const footprint& b) {
 }
 
 template <class V, class W>
-void refuse_overlap(const char* operation, const char* written, const V& output, const char* read, const W& input) {
+void refuse_overlap(const char* operation, const char* written, const V& output, const char* read,
+                    const W& input) {
   if (may_overlap(footprint_of(output), footprint_of(input)))
-    raise_shape(operation, std::string(written) + " is written and overlaps " + read +
-                               " in memory, which would be read after it changed: give it memory of its own");
+    raise_shape(operation,
+                std::string(written) + " is written and overlaps " + read +
+                    " in memory, which would be read after it changed: give it memory of its own");
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::detail

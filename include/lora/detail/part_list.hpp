@@ -18,18 +18,19 @@ namespace lora::inline LORA_DETAIL_ABI::detail {
 template <class Acc, class L>
 inline constexpr bool reads_panels_of = false;
 template <class Acc, packed_factors L>
-inline constexpr bool reads_panels_of<Acc, L> = std::is_same_v<accumulator_t<packed_scalar<L>>, Acc>;
+inline constexpr bool reads_panels_of<Acc, L> =
+    std::is_same_v<accumulator_t<packed_scalar<L>>, Acc>;
 
-/// What the elements of an adapter's panels are when it is packed for a call. Of bfloat16 they stay so where A x may be
-/// computed by dot products, which are those of a packed adapter.
+/// What the elements of an adapter's panels are when it is packed for a call. Of bfloat16 they stay
+/// so where A x may be computed by dot products, which are those of a packed adapter.
 template <class Acc, class L>
 struct panels_in_call {
   using type = Acc;
 };
 template <class Acc, low_rank L>
 struct panels_in_call<Acc, L> {
-  static constexpr bool both =
-      std::is_same_v<storage_t<factor_scalar_A<L>>, bfloat16> && std::is_same_v<storage_t<factor_scalar_B<L>>, bfloat16>;
+  static constexpr bool both = std::is_same_v<storage_t<factor_scalar_A<L>>, bfloat16> &&
+                               std::is_same_v<storage_t<factor_scalar_B<L>>, bfloat16>;
   using type = std::conditional_t<both && has_dots<Acc, bfloat16>, bfloat16, Acc>;
 };
 template <class Acc, packed_factors L>
@@ -39,7 +40,8 @@ struct panels_in_call<Acc, L> {
 
 /// A packed adapter's factors in panels of a wider accumulator.
 template <class Acc, class F>
-void repack_factors(const factor_layout<Acc, Acc>& where, const packed_adapter<F>& l, Acc* A, Acc* B) {
+void repack_factors(const factor_layout<Acc, Acc>& where, const packed_adapter<F>& l, Acc* A,
+                    Acc* B) {
   using own = accumulator_t<F>;
   const auto from = l.where();
   constexpr index_t width = tile_cols<Acc>, own_width = tile_cols<own>;
@@ -48,12 +50,14 @@ void repack_factors(const factor_layout<Acc, Acc>& where, const packed_adapter<F
   std::fill_n(B, where.B_size(), Acc(0));
   for (index_t r = 0; r < where.rank; ++r)
     for (index_t k = 0; k < where.in_features; ++k)
-      A[r / width * where.A_panel() + panel_offset<Acc>(r % width, k, where.A_width(r / width))] = widen<Acc>(
-          l.A_panels()[r / own_width * from.A_panel() + panel_offset<F>(r % own_width, k, from.A_width(r / own_width))]);
+      A[r / width * where.A_panel() + panel_offset<Acc>(r % width, k, where.A_width(r / width))] =
+          widen<Acc>(l.A_panels()[r / own_width * from.A_panel() +
+                                  panel_offset<F>(r % own_width, k, from.A_width(r / own_width))]);
   for (index_t o = 0; o < where.out_features; ++o)
     for (index_t r = 0; r < where.rank; ++r)
       B[o / width * where.B_panel() + panel_offset<Acc>(o % width, r, width)] =
-          widen<Acc>(l.B_panels()[o / own_width * from.B_panel() + panel_offset<F>(o % own_width, r, own_width)]);
+          widen<Acc>(l.B_panels()[o / own_width * from.B_panel() +
+                                  panel_offset<F>(o % own_width, r, own_width)]);
 }
 
 /// The parts of a call. Counted and placed first, made when the memory is there.
@@ -97,7 +101,8 @@ class part_list {
                      .rank = static_cast<index_t>(l.rank()),
                      .scale = static_cast<double>(l.scaling()),
                      .format = format_of_panels<Acc, F>()};
-      if constexpr (packed_factors<L>) made.rounded_U = adapter_of(l).U_format() == U_format::factors;
+      if constexpr (packed_factors<L>)
+        made.rounded_U = adapter_of(l).intermediate_format() == intermediate_format::factors;
       if constexpr (reads_panels_of<Acc, L>) {
         made.A = adapter_of(l).A_panels();
         made.B = adapter_of(l).B_panels();
@@ -125,7 +130,8 @@ class part_list {
   /// Elements of Acc that hold `size` of F, in whole lines.
   template <class F>
   static index_t rounded(index_t size) {
-    return pieces(size * static_cast<index_t>(sizeof(F)), 64) * (64 / static_cast<index_t>(sizeof(Acc)));
+    return pieces(size * static_cast<index_t>(sizeof(F)), 64) *
+           (64 / static_cast<index_t>(sizeof(Acc)));
   }
   template <class F>
   static index_t sizes(const factor_layout<Acc, F>& where) {
@@ -141,22 +147,27 @@ class part_list {
 
 /// The same with every part for every token.
 template <class Acc, class T, class Each>
-void mix(workspace& space, index_t out_features, index_t in_features, index_t tokens, const weight_source<Acc, T>& W,
-         const Each& each, const activation_source<Acc>& X, const finish_function<Acc>& finish) {
+void mix(workspace& space, index_t out_features, index_t in_features, index_t tokens,
+         const weight_source<Acc, T>& W, const Each& each, const activation_source<Acc>& X,
+         const finish_function<Acc>& finish) {
   part_list<Acc, Each> list(each, out_features, in_features);
-  mix<Acc>(space, out_features, in_features, tokens, W, list, token_parts{.parts = list.count()}, list.rank(), X, finish);
+  mix<Acc>(space, out_features, in_features, tokens, W, list, token_parts{.parts = list.count()},
+           list.rank(), X, finish);
 }
 
-/// y = (W + sum of the adapters' deltas) x, for columns of accumulators: x is in_features x tokens, y
-/// is out_features x tokens. W may be absent.
+/// y = (W + sum of the adapters' deltas) x, for columns of accumulators: x is in_features x tokens,
+/// y is out_features x tokens. W may be absent.
 template <class Acc, class T, class Each>
-void multiply_columns(workspace& space, const weight_source<Acc, T>& W, const Each& each, index_t out_features,
-                      index_t in_features, const Acc* x, index_t tokens, Acc* y) {
-  const auto packer = token_packer<Acc>(matrix_view<const Acc, storage_order::col_major>(x, in_features, tokens));
-  const auto writer = token_writer<Acc>(matrix_view<Acc, storage_order::col_major>(y, out_features, tokens),
-                                        [](Acc& to, Acc sum, index_t) { to = sum; });
-  mix<Acc>(space, out_features, in_features, tokens, W, each, activation_source<Acc>{.widened = packer},
-           finish_function<Acc>(writer));
+void multiply_columns(workspace& space, const weight_source<Acc, T>& W, const Each& each,
+                      index_t out_features, index_t in_features, const Acc* x, index_t tokens,
+                      Acc* y) {
+  const auto packer =
+      token_packer<Acc>(matrix_view<const Acc, storage_order::col_major>(x, in_features, tokens));
+  const auto writer =
+      token_writer<Acc>(matrix_view<Acc, storage_order::col_major>(y, out_features, tokens),
+                        [](Acc& to, Acc sum, index_t) { to = sum; });
+  mix<Acc>(space, out_features, in_features, tokens, W, each,
+           activation_source<Acc>{.widened = packer}, finish_function<Acc>(writer));
 }
 inline constexpr auto no_adapters = [](const auto&) {};
 

@@ -19,20 +19,24 @@
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
 template <class Acc>
-void check_low_rank(const char* operation, const low_rank_step& low, index_t out_features, index_t in_features) {
+void check_low_rank(const char* operation, const low_rank_step& low, index_t out_features,
+                    index_t in_features) {
   refuse_double_factors<Acc>(operation, low.factors);
-  check_fit(operation, low.factors.out_features(), low.factors.in_features(), low.strength * low.factors.scaling(),
-            out_features, in_features);
+  check_fit(operation, low.factors.out_features(), low.factors.in_features(),
+            low.strength * low.factors.scaling(), out_features, in_features);
 }
 /// Throws unless a step is for a weight of this shape.
 template <class Acc>
-void check_step(const char* operation, const step<Acc>& one, index_t out_features, index_t in_features) {
+void check_step(const char* operation, const step<Acc>& one, index_t out_features,
+                index_t in_features) {
   const auto check_length = [&](const char* what, std::size_t length) {
     if (static_cast<index_t>(length) != out_features)
-      raise_shape(operation, "a " + std::string(what) + " has " + std::to_string(length) + " values for " +
-                                 std::to_string(out_features) + " outputs");
+      raise_shape(operation, "a " + std::string(what) + " has " + std::to_string(length) +
+                                 " values for " + std::to_string(out_features) + " outputs");
   };
-  out_features = std::visit([&](const auto& s) { return checked_rows(operation, s.rows, out_features); }, one).count;
+  out_features =
+      std::visit([&](const auto& s) { return checked_rows(operation, s.rows, out_features); }, one)
+          .count;
   if (const auto* low = std::get_if<low_rank_step>(&one)) {
     check_low_rank<Acc>(operation, *low, out_features, in_features);
   } else if (const auto* gain = std::get_if<gain_step<Acc>>(&one))
@@ -47,21 +51,23 @@ bool changes_weight(const step<Acc>& one) {
   return !std::holds_alternative<shift_step>(one);
 }
 
-/// What the steps do to rows of W, or with the sign `unmerging` the reverse. Refers to the steps' gains,
-/// maps and sources, which must outlive it.
+/// What the steps do to rows of W, or with the sign `unmerging` the reverse. Refers to the steps'
+/// gains, maps and sources, which must outlive it.
 template <class Acc>
 class row_change {
  public:
-  /// Checks and packs everything. Throws shape_error, value_error (also where a step cannot be undone), std::bad_alloc.
-  row_change(const char* operation, std::span<const step<Acc>> steps, index_t out_features, index_t in_features, double sign)
+  /// Checks and packs everything. Throws shape_error, value_error (also where a step cannot be
+  /// undone), std::bad_alloc.
+  row_change(const char* operation, std::span<const step<Acc>> steps, index_t out_features,
+             index_t in_features, double sign)
       : in_features_(in_features), undoes_(sign == unmerging) {
     for (const auto& one : steps) check_step(operation, one, out_features, in_features);
     std::vector<low_rank_step> chain;  // neighbours share one chain of multiply-adds
     const auto close = [&] {
       for (const auto& [rows, some] : cut_at_rows(chain, out_features)) {
         if (some.empty()) continue;
-        auto delta = std::make_unique<delta_rows<Acc>>(operation, std::span<const low_rank_step>(some), rows.count,
-                                                       in_features, sign);
+        auto delta = std::make_unique<delta_rows<Acc>>(
+            operation, std::span<const low_rank_step>(some), rows.count, in_features, sign);
         if (delta->rank() != 0) parts_.push_back({rows, std::move(delta)});
       }
       chain.clear();
@@ -83,8 +89,9 @@ class row_change {
 
   bool empty() const { return parts_.empty(); }
   bool needs_scratch() const {
-    return std::any_of(parts_.begin(), parts_.end(),
-                       [](const part& one) { return std::holds_alternative<const delta_step<Acc>*>(one.change); });
+    return std::any_of(parts_.begin(), parts_.end(), [](const part& one) {
+      return std::holds_alternative<const delta_step<Acc>*>(one.change);
+    });
   }
   /// Whether a change needs whole rows, and not some of their columns.
   bool needs_rows() const {
@@ -103,7 +110,8 @@ class row_change {
   void operator()(const row_block<Acc>& block) const {
     for (const part& one : parts_) {
       const row_block<Acc> some = within(block, one.rows);
-      if (some.count > 0) std::visit([&](const auto& p) { run(p, some, one.rows.first); }, one.change);
+      if (some.count > 0)
+        std::visit([&](const auto& p) { run(p, some, one.rows.first); }, one.change);
     }
   }
 
@@ -111,7 +119,8 @@ class row_change {
   using chain_rows = std::unique_ptr<delta_rows<Acc>>;
   struct part {
     row_range rows;
-    std::variant<chain_rows, const delta_step<Acc>*, const gain_step<Acc>*, const input_step<Acc>*> change;
+    std::variant<chain_rows, const delta_step<Acc>*, const gain_step<Acc>*, const input_step<Acc>*>
+        change;
   };
 
   void add(const char* operation, const step<Acc>& one) {
@@ -128,13 +137,15 @@ class row_change {
   static void refuse_lost_rows(const char* operation, const gain_step<Acc>& one) {
     for (std::size_t i = 0; i < one.gain.size(); ++i)
       if (is_zero(one.gain[i]))
-        raise_value(operation, "output " + std::to_string(one.rows.first + static_cast<index_t>(i)) +
+        raise_value(operation, "output " +
+                                   std::to_string(one.rows.first + static_cast<index_t>(i)) +
                                    " has the magnitude 0, so its row of W is lost");
   }
 
   // Row `origin` of W is row 0 of what follows.
   void run(const chain_rows& rows, const row_block<Acc>& block, index_t origin) const {
-    rows->subtract(block.first - origin, block.count, block.first_col, block.cols, block.rows, block.stride, block.ahead);
+    rows->subtract(block.first - origin, block.count, block.first_col, block.cols, block.rows,
+                   block.stride, block.ahead);
   }
   /// Where the delta is 0 an element keeps its sign.
   void run(const delta_step<Acc>* delta, const row_block<Acc>& block, index_t origin) const {
@@ -143,7 +154,8 @@ class row_change {
     for (index_t i = 0; i < block.count; ++i) {
       Acc* const row = block.rows + i * block.stride;
       const Acc* const D = block.scratch + i * block.stride;
-      for (index_t k = 0; k < block.cols; ++k) row[k] = is_zero(D[k]) ? row[k] : row[k] + scale * D[k];
+      for (index_t k = 0; k < block.cols; ++k)
+        row[k] = is_zero(D[k]) ? row[k] : row[k] + scale * D[k];
     }
   }
   void run(const gain_step<Acc>* gain, const row_block<Acc>& block, index_t origin) const {

@@ -21,11 +21,13 @@ struct scaled_norm {
 
 /// Squares of numbers below 1e-145 lose digits, and those of numbers above 1e154 overflow.
 inline bool is_accurate(double squares) {
-  constexpr double smallest = 0x1p-960;  // what each of the squares loses to underflow is 2^-114 of this
+  constexpr double smallest =
+      0x1p-960;  // what each of the squares loses to underflow is 2^-114 of this
   return is_finite(squares) && squares >= smallest;
 }
 
-/// The norm of `count` numbers at(j). Where squares would not be accurate, the numbers are scaled by a power of two first.
+/// The norm of `count` numbers at(j). Where squares would not be accurate, the numbers are scaled
+/// by a power of two first.
 template <class At>
 scaled_norm norm_of(index_t count, const At& at) {
   const auto squares_of = [count](const auto& value) {
@@ -45,8 +47,9 @@ scaled_norm norm_of(index_t count, const At& at) {
   return {std::sqrt(squares_of([&](index_t j) { return std::ldexp(at(j), -exponent); })), exponent};
 }
 
-/// Sink: squares of source + sums, added up in double for each output. Row-major: outputs are rows, each with its own `lanes`
-/// sums; column-major: outputs are columns of the update, with a sum each.
+/// Sink: squares of source + sums, added up in double for each output. Row-major: outputs are rows,
+/// each with its own `lanes` sums; column-major: outputs are columns of the update, with a sum
+/// each.
 template <class Update, class Acc, class S, storage_order Order>
 class square_sink {
   static constexpr bool outputs_are_rows = Order == storage_order::row_major;
@@ -81,7 +84,8 @@ class square_sink {
     void fetch() const {
       for (int i = 0; i < tile_rows; ++i)
         prefetch_at<Update::width* static_cast<int>(sizeof(T))>(
-            from, (i * stride + tuned.tiles_ahead * Update::width) * static_cast<index_t>(sizeof(T)));
+            from,
+            (i * stride + tuned.tiles_ahead * Update::width) * static_cast<index_t>(sizeof(T)));
     }
     LORA_DETAIL_INLINE bool store_checked(const typename Update::tile& sum, no_changes&) const {
       typename simd<Acc>::squares all[2] = {};
@@ -114,7 +118,8 @@ class square_sink {
     const place there = at(row, col);
     for (index_t j = 0; j < count; ++j) {
       const double sum = widen<double>(there.from[j]) + static_cast<double>(sums[j]);
-      double& to = outputs_are_rows ? there.squares[(col + j) % lanes] : origin_.squares[slot(col + j)];
+      double& to =
+          outputs_are_rows ? there.squares[(col + j) % lanes] : origin_.squares[slot(col + j)];
       to += sum * sum;
     }
   }
@@ -131,21 +136,27 @@ class square_source {
   virtual ~square_source() = default;
   /// The squares of each of these rows of W + delta, up to rounding: the bits are those of a weight
   /// of these rows alone. l is for the rows.
-  virtual std::vector<double> squares(const char* operation, const low_rank_step& l, const row_range& rows) const = 0;
+  virtual std::vector<double> squares(const char* operation, const low_rank_step& l,
+                                      const row_range& rows) const = 0;
 };
 
-/// The squares of a weight in memory. The sums of an output are added in an order that depends on the shape alone.
+/// The squares of a weight in memory. The sums of an output are added in an order that depends on
+/// the shape alone.
 template <class Acc, class S, storage_order Order>
-std::vector<double> squares_of_rows(const char* operation, const matrix_view<S, Order>& W, const low_rank_step& l) {
+std::vector<double> squares_of_rows(const char* operation, const matrix_view<S, Order>& W,
+                                    const low_rank_step& l) {
   workspace space;
   // Sums and W meet in one order of columns: that in which load_row reads W.
-  using update = rank_update<Acc, Order, columns_of<Acc, storage_t<std::remove_const_t<S>>>, has_dots<Acc, bfloat16>>;
-  const update delta(space, operation, each_low_rank(std::span<const low_rank_step>(&l, 1)), W.rows(), W.cols(), 1.0);
+  using update = rank_update<Acc, Order, columns_of<Acc, storage_t<std::remove_const_t<S>>>,
+                             has_dots<Acc, bfloat16>>;
+  const update delta(space, operation, each_low_rank(std::span<const low_rank_step>(&l, 1)),
+                     W.rows(), W.cols(), 1.0);
   using sink = square_sink<update, Acc, S, Order>;
   constexpr bool row_major = Order == storage_order::row_major;
   constexpr index_t together = row_major ? index_t{tile_rows} : 4 * update::width;
   std::vector<double> result(static_cast<std::size_t>(W.rows()));
-  const double work = static_cast<double>(W.rows()) * static_cast<double>(W.cols()) * static_cast<double>(delta.rank() + 4);
+  const double work = static_cast<double>(W.rows()) * static_cast<double>(W.cols()) *
+                      static_cast<double>(delta.rank() + 4);
   parallel(threads_for(work), [&](const team& team) {
     team.for_each(pieces(W.rows(), together), [&](index_t b) {
       const index_t first = b * together, count = std::min(together, W.rows() - first);
@@ -153,11 +164,13 @@ std::vector<double> squares_of_rows(const char* operation, const matrix_view<S, 
       tally none;
       const matrix_view<const S, Order> part = W.middle_rows(first, count);
       delta.run_here(sink(part, sums),
-                     row_major ? window{first, first + count, 0, W.cols()} : window{0, W.cols(), first, first + count},
+                     row_major ? window{first, first + count, 0, W.cols()}
+                               : window{0, W.cols(), first, first + count},
                      none);
       for (index_t i = 0; i < count; ++i)
         for (index_t n = 0; n < sink::lanes; ++n)
-          result[static_cast<std::size_t>(first + i)] += sums[row_major ? i * sink::lanes + n : sink::slot(i)];
+          result[static_cast<std::size_t>(first + i)] +=
+              sums[row_major ? i * sink::lanes + n : sink::slot(i)];
     });
   });
   return result;
@@ -165,31 +178,38 @@ std::vector<double> squares_of_rows(const char* operation, const matrix_view<S, 
 
 /// The same of any weight, by reading it.
 template <class Acc>
-std::vector<double> squares_of_rows(const char* operation, const weight_rows<Acc>& W, const low_rank_step& l) {
-  const delta_rows<Acc> delta(operation, std::span<const low_rank_step>(&l, 1), W.out_features(), W.in_features(), 1.0);
+std::vector<double> squares_of_rows(const char* operation, const weight_rows<Acc>& W,
+                                    const low_rank_step& l) {
+  const delta_rows<Acc> delta(operation, std::span<const low_rank_step>(&l, 1), W.out_features(),
+                              W.in_features(), 1.0);
   std::vector<double> result(static_cast<std::size_t>(W.out_features()));
-  each_block<Acc>(W.out_features(), W.in_features(), {W.granule(), false, true}, [&](const row_block<Acc>& b, tally&) {
-    W.read(b.first, b.count, b.first_col, b.cols, b.rows, b.stride);
-    delta.write(b.first, b.count, b.first_col, b.cols, b.scratch, b.stride, W.memory(b.next_first, b.next_col));
-    for (index_t i = 0; i < b.count; ++i) {
-      const Acc *const w = b.rows + i * b.stride, *const d = b.scratch + i * b.stride;
-      double all = 0;
-      for (index_t k = 0; k < b.cols; ++k) {
-        const double sum = static_cast<double>(w[k]) + static_cast<double>(d[k]);
-        all += sum * sum;
-      }
-      result[static_cast<std::size_t>(b.first + i)] += all;
-    }
-  });
+  each_block<Acc>(W.out_features(), W.in_features(), {W.granule(), false, true},
+                  [&](const row_block<Acc>& b, tally&) {
+                    W.read(b.first, b.count, b.first_col, b.cols, b.rows, b.stride);
+                    delta.write(b.first, b.count, b.first_col, b.cols, b.scratch, b.stride,
+                                W.memory(b.next_first, b.next_col));
+                    for (index_t i = 0; i < b.count; ++i) {
+                      const Acc *const w = b.rows + i * b.stride, *const d =
+                                                                      b.scratch + i * b.stride;
+                      double all = 0;
+                      for (index_t k = 0; k < b.cols; ++k) {
+                        const double sum = static_cast<double>(w[k]) + static_cast<double>(d[k]);
+                        all += sum * sum;
+                      }
+                      result[static_cast<std::size_t>(b.first + i)] += all;
+                    }
+                  });
   return result;
 }
 
 /// The norm of each row of W + delta. Rows whose squares are not accurate are read once more.
 template <class Acc>
-std::vector<scaled_norm> norms_of_rows(const char* operation, const weight_rows<Acc>& W, const low_rank_step& l) {
+std::vector<scaled_norm> norms_of_rows(const char* operation, const weight_rows<Acc>& W,
+                                       const low_rank_step& l) {
   const square_source<Acc>* const own = W.squares();
-  const std::vector<double> squares =
-      own != nullptr ? own->squares(operation, l, {0, W.out_features()}) : squares_of_rows(operation, W, l);
+  const std::vector<double> squares = own != nullptr
+                                          ? own->squares(operation, l, {0, W.out_features()})
+                                          : squares_of_rows(operation, W, l);
   std::vector<scaled_norm> norms;
   norms.reserve(squares.size());
   std::unique_ptr<delta_rows<Acc>> delta;
@@ -200,13 +220,14 @@ std::vector<scaled_norm> norms_of_rows(const char* operation, const weight_rows<
       continue;
     }
     if (delta == nullptr)
-      delta = std::make_unique<delta_rows<Acc>>(operation, std::span<const low_rank_step>(&l, 1), W.out_features(),
-                                                W.in_features(), 1.0);
+      delta = std::make_unique<delta_rows<Acc>>(operation, std::span<const low_rank_step>(&l, 1),
+                                                W.out_features(), W.in_features(), 1.0);
     const index_t in = W.in_features(), row = static_cast<index_t>(i);
     if (in != 0) W.read(row, 1, 0, in, w.data(), in);
     if (in != 0) delta->write(row, 1, d.data(), in);
     norms.push_back(norm_of(in, [&](index_t j) {
-      return static_cast<double>(w[static_cast<std::size_t>(j)]) + static_cast<double>(d[static_cast<std::size_t>(j)]);
+      return static_cast<double>(w[static_cast<std::size_t>(j)]) +
+             static_cast<double>(d[static_cast<std::size_t>(j)]);
     }));
   }
   return norms;
@@ -220,7 +241,8 @@ class rows_reader : public weight_rows<Acc> {
   index_t out_features() const override { return rows_.out_features(); }
   index_t in_features() const override { return rows_.in_features(); }
   index_t granule() const override { return rows_.granule(); }
-  void read(index_t first, index_t count, index_t first_col, index_t cols, Acc* to, index_t stride) const override {
+  void read(index_t first, index_t count, index_t first_col, index_t cols, Acc* to,
+            index_t stride) const override {
     rows_.load(row_block<Acc>{.first = first,
                               .count = count,
                               .first_col = first_col,
@@ -237,14 +259,16 @@ class rows_reader : public weight_rows<Acc> {
 
 /// The same of a matrix, which computes its own squares.
 template <class Acc, class S, storage_order Order>
-class matrix_reader final : public rows_reader<Acc, matrix_rows<Acc, S, Order>>, private square_source<Acc> {
+class matrix_reader final : public rows_reader<Acc, matrix_rows<Acc, S, Order>>,
+                            private square_source<Acc> {
  public:
   explicit matrix_reader(const matrix_view<S, Order>& W)
       : rows_reader<Acc, matrix_rows<Acc, S, Order>>(matrix_rows<Acc, S, Order>(W)), W_(W) {}
   const square_source<Acc>* squares() const override { return this; }
 
  private:
-  std::vector<double> squares(const char* operation, const low_rank_step& l, const row_range& rows) const override {
+  std::vector<double> squares(const char* operation, const low_rank_step& l,
+                              const row_range& rows) const override {
     return squares_of_rows<Acc>(operation, W_.middle_rows(rows.first, rows.count), l);
   }
 
@@ -259,16 +283,20 @@ class block_reader final : public weight_rows<Acc>, private square_source<Acc> {
   index_t out_features() const override { return rows_.count; }
   index_t in_features() const override { return of_.in_features(); }
   index_t granule() const override { return of_.granule(); }
-  void read(index_t first, index_t count, index_t first_col, index_t cols, Acc* to, index_t stride) const override {
+  void read(index_t first, index_t count, index_t first_col, index_t cols, Acc* to,
+            index_t stride) const override {
     of_.read(rows_.first + first, count, first_col, cols, to, stride);
   }
   memory_of_rows memory(index_t row, index_t col) const override {
     return row < 0 ? memory_of_rows{} : of_.memory(rows_.first + row, col);
   }
-  const square_source<Acc>* squares() const override { return of_.squares() == nullptr ? nullptr : this; }
+  const square_source<Acc>* squares() const override {
+    return of_.squares() == nullptr ? nullptr : this;
+  }
 
  private:
-  std::vector<double> squares(const char* operation, const low_rank_step& l, const row_range& rows) const override {
+  std::vector<double> squares(const char* operation, const low_rank_step& l,
+                              const row_range& rows) const override {
     return of_.squares()->squares(operation, l, {rows_.first + rows.first, rows.count});
   }
 

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Rows of a stored weight as accumulators, and back: widened exactly, rounded once to nearest, counted.
+// Rows of a stored weight as accumulators, and back: widened exactly, rounded once to nearest,
+// counted.
 #pragma once
 
 #include <algorithm>
@@ -49,8 +50,8 @@ void round_all(Acc* values, index_t count) {
   }
 }
 
-/// to[k] := round(from[k]) for a row of a weight in memory; a NaN keeps its bits. What stays finite is
-/// rounded and counted in registers, chunk by chunk.
+/// to[k] := round(from[k]) for a row of a weight in memory; a NaN keeps its bits. What stays finite
+/// is rounded and counted in registers, chunk by chunk.
 template <class Acc, class T>
 class nearest_row {
  public:
@@ -70,7 +71,8 @@ class nearest_row {
   using v = simd<Acc>;
 
   template <int Pairs>
-  static index_t store_chunks(const Acc* from, index_t k, index_t count, T* to, tally& seen, changed_count<T>& changed) {
+  static index_t store_chunks(const Acc* from, index_t k, index_t count, T* to, tally& seen,
+                              changed_count<T>& changed) {
     constexpr index_t chunk = Pairs * width;
     for (; k + chunk <= count; k += chunk)
       if (!store_chunk<Pairs>(from + k, to + k, changed)) store_each(from + k, chunk, to + k, seen);
@@ -135,8 +137,8 @@ row_block<Acc> within(const row_block<Acc>& block, const row_range& rows) {
   return part;
 }
 
-/// A weight in memory, read and written as blocks of accumulators. Different rows may be handled by different threads. Without
-/// Writes a store only counts.
+/// A weight in memory, read and written as blocks of accumulators. Different rows may be handled by
+/// different threads. Without Writes a store only counts.
 template <class Acc, class S, storage_order Order, bool Writes = true>
 class matrix_rows {
  public:
@@ -158,23 +160,28 @@ class matrix_rows {
   }
   void load(const row_block<Acc>& b) const {
     if constexpr (is_row_major) {
-      for (index_t i = 0; i < b.count; ++i) widen_all<Acc>(at(b.first + i, b.first_col), b.cols, b.rows + i * b.stride);
+      for (index_t i = 0; i < b.count; ++i)
+        widen_all<Acc>(at(b.first + i, b.first_col), b.cols, b.rows + i * b.stride);
     } else if (b.cols != 0) {
-      transpose_widened(static_cast<const value_type*>(at(b.first, b.first_col)), W_.outer_stride(), b.count, b.cols, b.rows,
-                        b.stride);
+      transpose_widened(static_cast<const value_type*>(at(b.first, b.first_col)), W_.outer_stride(),
+                        b.count, b.cols, b.rows, b.stride);
     }
   }
   void store(const row_block<Acc>& b, tally& seen) const {
     if constexpr (is_row_major) {
-      for (index_t i = 0; i < b.count; ++i) put(b.rows + i * b.stride, b.cols, at(b.first + i, b.first_col), seen);
+      for (index_t i = 0; i < b.count; ++i)
+        put(b.rows + i * b.stride, b.cols, at(b.first + i, b.first_col), seen);
     } else {
       constexpr index_t together = 8;
       Acc columns[together * most_rows];
       for (index_t k = 0; k < b.cols; k += together)
         for (index_t i = 0; i < b.count; i += most_rows) {
-          const index_t cols = std::min(together, b.cols - k), rows = std::min(most_rows, b.count - i);
-          transpose_widened<Acc, Acc>(b.rows + i * b.stride + k, b.stride, cols, rows, columns, most_rows);
-          for (index_t n = 0; n < cols; ++n) put(columns + n * most_rows, rows, at(b.first + i, b.first_col + k + n), seen);
+          const index_t cols = std::min(together, b.cols - k),
+                        rows = std::min(most_rows, b.count - i);
+          transpose_widened<Acc, Acc>(b.rows + i * b.stride + k, b.stride, cols, rows, columns,
+                                      most_rows);
+          for (index_t n = 0; n < cols; ++n)
+            put(columns + n * most_rows, rows, at(b.first + i, b.first_col + k + n), seen);
         }
     }
   }
@@ -198,7 +205,8 @@ class matrix_rows {
     }
   }
   auto* at(index_t i, index_t k) const {
-    auto* const data = W_.data() + (is_row_major ? i * W_.outer_stride() + k : k * W_.outer_stride() + i);
+    auto* const data =
+        W_.data() + (is_row_major ? i * W_.outer_stride() + k : k * W_.outer_stride() + i);
     using element = std::conditional_t<std::is_const_v<S>, const value_type, value_type>;
     return reinterpret_cast<element*>(data);
   }
@@ -212,7 +220,8 @@ class panel_rows {
  public:
   using value_type = T;
   /// Reads `source` and writes `destination`, of one shape; possibly the same weight.
-  panel_rows(const packed_weight<T>& source, packed_weight<T>* destination) : source_(source), destination_(destination) {}
+  panel_rows(const packed_weight<T>& source, packed_weight<T>* destination)
+      : source_(source), destination_(destination) {}
 
   index_t out_features() const { return source_.out_features(); }
   index_t in_features() const { return source_.in_features(); }
@@ -224,7 +233,8 @@ class panel_rows {
     for (index_t i = 0; i < b.count; ++i) {
       const T* const panel = source_.panels() + (b.first + i) / width * size();
       for (index_t k = 0; k < b.cols; ++k)
-        b.rows[i * b.stride + k] = widen<Acc>(panel[panel_offset<T>((b.first + i) % width, b.first_col + k, width)]);
+        b.rows[i * b.stride + k] =
+            widen<Acc>(panel[panel_offset<T>((b.first + i) % width, b.first_col + k, width)]);
     }
   }
   void store(const row_block<Acc>& b, tally& seen) const {

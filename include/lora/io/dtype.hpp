@@ -16,7 +16,8 @@
 
 namespace lora::inline LORA_DETAIL_ABI::safetensors {
 
-/// All 22. f32, f64, f16 and bf16 take part in arithmetic; the others are checked and carried as bytes.
+/// All 22. f32, f64, f16 and bf16 take part in arithmetic; the others are checked and carried as
+/// bytes.
 enum class dtype : std::uint8_t {
   boolean,
   f4,
@@ -49,17 +50,22 @@ struct row {
 };
 /// In the order of the enumeration.
 inline constexpr std::array<row, 22> table{
-    {{"BOOL", 8},    {"F4", 4},      {"F6_E2M3", 6}, {"F6_E3M2", 6},     {"U8", 8},          {"I8", 8},
-     {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"F8_E4M3FNUZ", 8}, {"F8_E5M2FNUZ", 8}, {"I16", 16},
-     {"U16", 16},    {"F16", 16},    {"BF16", 16},   {"I32", 32},        {"U32", 32},        {"F32", 32},
-     {"C64", 64},    {"F64", 64},    {"I64", 64},    {"U64", 64}}};
+    {{"BOOL", 8},        {"F4", 4},      {"F6_E2M3", 6}, {"F6_E3M2", 6}, {"U8", 8},
+     {"I8", 8},          {"F8_E5M2", 8}, {"F8_E4M3", 8}, {"F8_E8M0", 8}, {"F8_E4M3FNUZ", 8},
+     {"F8_E5M2FNUZ", 8}, {"I16", 16},    {"U16", 16},    {"F16", 16},    {"BF16", 16},
+     {"I32", 32},        {"U32", 32},    {"F32", 32},    {"C64", 64},    {"F64", 64},
+     {"I64", 64},        {"U64", 64}}};
 }  // namespace dtype_detail
 
 /// As files spell it.
-constexpr std::string_view name_of(dtype type) { return dtype_detail::table[static_cast<std::size_t>(type)].name; }
+constexpr std::string_view name_of(dtype type) {
+  return dtype_detail::table[static_cast<std::size_t>(type)].name;
+}
 
 /// Bits of one element.
-constexpr unsigned bits_of(dtype type) { return dtype_detail::table[static_cast<std::size_t>(type)].bits; }
+constexpr unsigned bits_of(dtype type) {
+  return dtype_detail::table[static_cast<std::size_t>(type)].bits;
+}
 
 /// Case-sensitive; nothing for a name that is not one of the 22.
 constexpr std::optional<dtype> dtype_named(std::string_view name) {
@@ -71,12 +77,13 @@ constexpr std::optional<dtype> dtype_named(std::string_view name) {
 /// "BOOL, F4, ...", for messages.
 inline std::string all_dtype_names() {
   std::string result;
-  for (const auto& row : dtype_detail::table) result += (result.empty() ? "" : ", ") + std::string(row.name);
+  for (const auto& row : dtype_detail::table)
+    result += (result.empty() ? "" : ", ") + std::string(row.name);
   return result;
 }
 
-/// The type of the file whose elements are Ts bit for bit. Defined for the scalars of the library and for the integers of
-/// 8 to 64 bits.
+/// The type of the file whose elements are Ts bit for bit. Defined for the scalars of the library
+/// and for the integers of 8 to 64 bits.
 template <class T>
 constexpr dtype dtype_of() {
   using stored = lora::detail::storage_t<T>;
@@ -98,7 +105,8 @@ constexpr dtype dtype_of() {
   }
 }
 
-/// Whether every value of a file's element type is a T: the same type, or a narrower floating-point type.
+/// Whether every value of a file's element type is a T: the same type, or a narrower floating-point
+/// type.
 template <scalar T>
 constexpr bool holds_exactly(dtype type) {
   switch (type) {

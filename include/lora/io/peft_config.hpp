@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// adapter_config.json of Hugging Face PEFT: what it says about the arithmetic of an adapter, and which modules it names.
+// adapter_config.json of Hugging Face PEFT: what it says about the arithmetic of an adapter, and
+// which modules it names.
 //
-//   const auto c = lora::peft::read_config("adapters/style/adapter_config.json");   // or parse_config(text, name)
+//   const auto c = lora::peft::read_config("adapters/style/adapter_config.json");
 //   c.rank_of("model.layers.0.self_attn.q_proj");  c.scaling_of(...);
 //   lora::peft::matches_target(c, "model.layers.0.self_attn.q_proj");
 //

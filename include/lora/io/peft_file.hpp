@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What a PEFT directory holds, read: entries by module name, tensors that replace ones of the base, trained rows, and notes.
+// What a PEFT directory holds, read: entries by module name, tensors that replace ones of the base,
+// trained rows, and notes.
 #pragma once
 
 #include <algorithm>
@@ -11,12 +12,12 @@
 #include <utility>
 #include <vector>
 
+#include "lora/embed.hpp"
 #include "lora/io/detail/module_path.hpp"
 #include "lora/io/peft_config.hpp"
 #include "lora/io/peft_entry.hpp"
 #include "lora/io/peft_replacement.hpp"
 #include "lora/moved_prefix.hpp"
-#include "lora/rows.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI::peft {
 
@@ -25,9 +26,11 @@ using lora::moved_prefix;
 
 namespace file_detail {
 
-/// A tensor's key in the file under the renamed base name. PEFT's own modules stay as far from the end as they were.
+/// A tensor's key in the file under the renamed base name. PEFT's own modules stay as far from the
+/// end as they were.
 template <class Rename>
-std::string renamed_key(const std::string& key, const std::string& name, const std::string& moved, const Rename& rename) {
+std::string renamed_key(const std::string& key, const std::string& name, const std::string& moved,
+                        const Rename& rename) {
   if (key == name) return moved;
   const auto is_own = [](std::string_view segment) {
     return segment == "base_layer" || segment == "token_adapter" || segment == "modules_to_save" ||
@@ -36,7 +39,8 @@ std::string renamed_key(const std::string& key, const std::string& name, const s
   const auto segments = io_detail::segments(key);
   const auto own = std::count_if(segments.begin(), segments.end(), is_own);
   auto parts = io_detail::segments(moved);
-  if (segments.size() - static_cast<std::size_t>(own) != io_detail::segments(name).size()) return rename(key);
+  if (segments.size() - static_cast<std::size_t>(own) != io_detail::segments(name).size())
+    return rename(key);
   for (std::size_t from_end = 0; from_end < segments.size(); ++from_end) {
     const auto segment = segments[segments.size() - 1 - from_end];
     if (is_own(segment) && from_end <= parts.size())
@@ -58,16 +62,20 @@ entry<T> renamed_entry(const entry<T>& e, const Rename& rename) {
   }
   // PEFT's path is that of the module around it, and PEFT's own modules.
   const auto module = io_detail::without_last_segment(old);
-  if (io_detail::last_segment(old) != io_detail::last_segment(parts.name) || !parts.path.starts_with(module))
-    lora::detail::raise_value("peft::adapter_file::renamed",
-                              io_detail::in_quotes(old) + " keeps its last part, which is not the module's own name");
-  parts.path = std::string(io_detail::without_last_segment(parts.name)) + parts.path.substr(module.size());
+  if (io_detail::last_segment(old) != io_detail::last_segment(parts.name) ||
+      !parts.path.starts_with(module))
+    lora::detail::raise_value(
+        "peft::adapter_file::renamed",
+        io_detail::in_quotes(old) + " keeps its last part, which is not the module's own name");
+  parts.path =
+      std::string(io_detail::without_last_segment(parts.name)) + parts.path.substr(module.size());
   return entry<T>(std::move(parts));
 }
 
 }  // namespace file_detail
 
-/// The adapters of one file by module name, in byte order of the names, and everything else that the file changes. Immutable.
+/// The adapters of one file by module name, in byte order of the names, and everything else that
+/// the file changes. Immutable.
 template <scalar T>
 class adapter_file {
  public:
@@ -76,7 +84,8 @@ class adapter_file {
   struct rest {
     std::vector<replacement> replacements = {};
     row_map token_rows = {};
-    std::map<std::string, safetensors::dtype, std::less<>> row_dtypes = {};  ///< in which the rows were stored
+    std::map<std::string, safetensors::dtype, std::less<>> row_dtypes =
+        {};  ///< in which the rows were stored
     std::vector<std::string> left_out = {}, passed_over = {}, unused_patterns = {}, notes = {};
     bool prefixed = true;
     bool names_changed = false;  ///< the config's keys are for other names
@@ -84,7 +93,8 @@ class adapter_file {
   };
 
   adapter_file(peft::config config, entry_map entries, std::vector<std::string> left_out)
-      : adapter_file(std::move(config), std::move(entries), rest{.left_out = std::move(left_out)}) {}
+      : adapter_file(std::move(config), std::move(entries), rest{.left_out = std::move(left_out)}) {
+  }
   adapter_file(peft::config config, entry_map entries, rest more = {})
       : config_(std::move(config)), entries_(std::move(entries)), more_(std::move(more)) {}
 
@@ -104,10 +114,12 @@ class adapter_file {
   const entry<T>& at(std::string_view module) const {
     const auto found = entries_.find(module);
     if (found != entries_.end()) return found->second;
-    const auto near = io_detail::near_names(module, entries_, [](const auto& e) -> std::string_view { return e.first; });
-    lora::detail::raise_value("peft::adapter_file::at",
-                              "no adapter for the module " + io_detail::in_quotes(module) +
-                                  (near.empty() ? "; the file has none" : "; near: " + io_detail::listed(near)));
+    const auto near = io_detail::near_names(
+        module, entries_, [](const auto& e) -> std::string_view { return e.first; });
+    lora::detail::raise_value(
+        "peft::adapter_file::at",
+        "no adapter for the module " + io_detail::in_quotes(module) +
+            (near.empty() ? "; the file has none" : "; near: " + io_detail::listed(near)));
   }
 
   /// Tensors that replace ones of the base, in byte order of their keys.
@@ -124,22 +136,27 @@ class adapter_file {
   const std::vector<std::string>& ignored_keys() const { return config_.ignored_keys; }
   /// Tensors of whole modules that were left out (see read_options::leave_out_saved_modules).
   const std::vector<std::string>& left_out() const { return more_.left_out; }
-  /// What a reader should know and no part above says: settings without effect or said twice, trained files beside this one.
+  /// What a reader should know and no part above says: settings without effect or said twice,
+  /// trained files beside this one.
   const std::vector<std::string>& notes() const { return more_.notes; }
-  /// Keys of rank_pattern and alpha_pattern from which no module of the file takes its value, in words.
+  /// Keys of rank_pattern and alpha_pattern from which no module of the file takes its value, in
+  /// words.
   const std::vector<std::string>& unused_patterns() const { return more_.unused_patterns; }
   /// What read_options::lenient let pass, in words.
   const std::vector<std::string>& passed_over() const { return more_.passed_over; }
   /// Whether the file's names begin with base_model.model.
   bool prefixed() const { return more_.prefixed; }
-  /// Whether names are others than those that the config was written for: renamed, or without a wrapper inside.
+  /// Whether names are others than those that the config was written for: renamed, or without a
+  /// wrapper inside.
   bool names_changed() const { return more_.names_changed; }
 
-  /// The same file with rename(name) in place of the name of every module, parameter and replaced tensor: for a base whose
-  /// modules have moved since the adapter was trained. The file's own target_modules has been evaluated before; what is written
-  /// names the new modules in target_modules, rank_pattern and alpha_pattern. Other keys keep their names, and write() refuses
-  /// where they are full ones (modules_to_save, target_parameters, trainable_token_indices). Throws value_error for two names
-  /// that become one, and for a new name of another last part where PEFT derives names from it (parameters, attentions).
+  /// The same file with rename(name) in place of the name of every module, parameter and replaced
+  /// tensor: for a base whose modules have moved since the adapter was trained. The file's own
+  /// target_modules has been evaluated before; what is written names the new modules in
+  /// target_modules, rank_pattern and alpha_pattern. Other keys keep their names, and write()
+  /// refuses where they are full ones (modules_to_save, target_parameters,
+  /// trainable_token_indices). Throws value_error for two names that become one, and for a new name
+  /// of another last part where PEFT derives names from it (parameters, attentions).
   template <class Rename>
   adapter_file renamed(const Rename& rename) const {
     rest more = more_;
@@ -173,8 +190,9 @@ class adapter_file {
 
  private:
   [[noreturn]] static void refuse_twice(const std::string& name) {
-    lora::detail::raise_value("peft::adapter_file::renamed",
-                              io_detail::in_quotes(name) + " gets a name that another tensor or module has");
+    lora::detail::raise_value(
+        "peft::adapter_file::renamed",
+        io_detail::in_quotes(name) + " gets a name that another tensor or module has");
   }
 
   peft::config config_;

@@ -20,8 +20,9 @@ struct replacement {
     bias,          ///< a trained bias (bias = "all" or "lora_only")
     embedding,     ///< an embedding's weight, saved because it was adapted or resized
     unused_copy,   ///< written by PEFT beside the value that counts; not to be applied
-    /// A tensor under the name of one in PEFT's model, which the config does not ask for. Only with read_options::lenient.
-    /// Apply it if the base has a tensor of this name: PEFT loads it then, and drops it otherwise.
+    /// A tensor under the name of one in PEFT's model, which the config does not ask for. Only with
+    /// read_options::lenient. Apply it if the base has a tensor of this name: PEFT loads it then,
+    /// and drops it otherwise.
     unasked,
   };
   std::string name;  ///< of the base's tensor
@@ -30,7 +31,8 @@ struct replacement {
   safetensors::dtype dtype;
   std::vector<std::uint64_t> shape;
   std::vector<std::byte> bytes;
-  /// Other layers of layer_replication use the base's tensor, too: each needs a copy of it with its own replacement.
+  /// Other layers of layer_replication use the base's tensor, too: each needs a copy of it with its
+  /// own replacement.
   bool shared = false;
 
   bool applies() const { return why != reason::unused_copy; }
@@ -39,8 +41,9 @@ struct replacement {
   std::vector<T> values() const {
     std::vector<T> result;
     if (!safetensors::widen_to(dtype, bytes, result))
-      lora::detail::raise_value("peft::replacement::values",
-                                key + " is " + std::string(name_of(dtype)) + ", whose values this type does not hold");
+      lora::detail::raise_value(
+          "peft::replacement::values",
+          key + " is " + std::string(name_of(dtype)) + ", whose values this type does not hold");
     return result;
   }
 };

@@ -1,29 +1,37 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// lora::peft::write(directory, file)      an adapter as a PEFT directory: adapter_config.json and adapter_model.safetensors
-// lora::peft::make_file(entries, ...)     the file that holds given entries, for adapters that were made here
+// lora::peft::write(directory, file)      an adapter as a PEFT directory: adapter_config.json and
+//                                         adapter_model.safetensors
+// lora::peft::make_file(entries, ...)     the file that holds given entries, for adapters that were
+//                                         made here
 //
-//   lora::peft::write("adapters/both", lora::peft::make_file<float>({{"model.layers.0.self_attn.q_proj", both, false}}));
+//   const auto file = lora::peft::make_file<float>({{"layers.0.self_attn.q_proj", both, false}});
+//   lora::peft::write("adapters/both", file);
 //
-// PEFT loads what is written as the same function. Where the config's own r, lora_alpha and patterns give every entry its rank
-// and alpha, they are written as they are. Otherwise each module that differs from r or lora_alpha is named in full (anchored,
-// so that no key fits two modules and their order does not matter); an entry whose scaling has another rule than the file's gets
-// the alpha that gives its scaling, bit for bit where a double does. Factors are written in the dtype in which they were read.
-// fan_in_fan_out is written as it was read with. Other config keys that were read are kept; a file that was read whole and not
-// changed gives the same tensors, byte for byte: except stacks whose columns were grouped by expert, which are written in
-// PEFT's order, and names that lost a wrapper.
-// Before anything is written, the bytes are read back as lora::peft::read would read them, and must hold the same entries. Only
-// the read_options that no file can hold are taken over from the file, and whoever reads what was written needs them again:
+// PEFT loads what is written as the same function. Where the config's own r, lora_alpha and
+// patterns give every entry its rank and alpha, they are written as they are. Otherwise each module
+// that differs from r or lora_alpha is named in full (anchored, so that no key fits two modules and
+// their order does not matter); an entry whose scaling has another rule than the file's gets the
+// alpha that gives its scaling, bit for bit where a double does. Factors are written in the dtype
+// in which they were read. fan_in_fan_out is written as it was read with. Other config keys that
+// were read are kept; a file that was read whole and not changed gives the same tensors, byte for
+// byte: except stacks whose columns were grouped by expert, which are written in PEFT's order, and
+// names that lost a wrapper. Before anything is written, the bytes are read back as
+// lora::peft::read would read them, and must hold the same entries. Only the read_options that no
+// file can hold are taken over from the file, and whoever reads what was written needs them again:
 // parameter_order, parameters_in_out, attention_out_proj_twice, ignore_keys, and wrappers = keep.
-//   writes   both files are complete beside the old ones, flushed and closed, before either takes its name, the weights first.
-//            A failure before that leaves the old adapter. Two names cannot be given at once: when the second cannot be given
-//            (the error says so), or the machine stops between the two, the new weights stand beside the old config.
-//   throws   value_error for a file that was read with parts left out or passed over (they would be lost), for entries made by
-//            converted() whose file's config says otherwise, and for whatever a reader would refuse or take for something
-//            else (rank 0, no entry at all, a scaling that no finite alpha gives, a name that reads as another tensor's, text
-//            that is not UTF-8, a key that read_options::lenient let pass); format_error with the system's reason.
-//   costs    beside the adapter, in memory: twice the bytes of the file while they are laid out; then those bytes once and the
-//            adapter as it is read back, in T.
+//   writes   both files are complete beside the old ones, flushed and closed, before either takes
+//            its name, the weights first. A failure before that leaves the old adapter. Two names
+//            cannot be given at once: when the second cannot be given (the error says so), or the
+//            machine stops between the two, the new weights stand beside the old config.
+//   throws   value_error for a file that was read with parts left out or passed over (they would be
+//            lost), for entries made by converted() whose file's config says otherwise, and for
+//            whatever a reader would refuse or take for something else (rank 0, no entry at all, a
+//            scaling that no finite alpha gives, a name that reads as another tensor's, text that
+//            is not UTF-8, a key that read_options::lenient let pass); format_error with the
+//            system's reason.
+//   costs    beside the adapter, in memory: twice the bytes of the file while they are laid out;
+//            then those bytes once and the adapter as it is read back, in T.
 #pragma once
 
 #include <algorithm>
@@ -47,33 +55,40 @@ namespace lora::inline LORA_DETAIL_ABI::peft {
 
 namespace write_detail {
 
-/// What a config made for entries cannot say of one, with what to do instead; empty when there is nothing.
+/// What a config made for entries cannot say of one, with what to do instead; empty when there is
+/// nothing.
 template <scalar T>
 std::string not_expressed(const entry<T>& e) {
   const auto& p = e.parts();
   if (p.kind == entry_kind::parameter)
-    return "is a bare parameter, whose name only target_parameters gives: write the file that it was read from";
+    return "is a bare parameter, whose name only target_parameters gives: write the file that it "
+           "was read from";
   if (p.packed != packed_factor::none)
-    return "has a block-diagonal factor (use_bdlora): write the file that it was read from, or an entry of its parts with "
+    return "has a block-diagonal factor (use_bdlora): write the file that it was read from, or an "
+           "entry of its parts with "
            "packed_factor::none";
   if (p.twice)
-    return "counts twice (attention_out_proj_twice), which only its reader was told: write the file that it was read from";
+    return "counts twice (attention_out_proj_twice), which only its reader was told: write the "
+           "file that it was read from";
   if (p.change != base_change::none)
     return "was trained beside a changed base (" + std::string(entry<T>::change_name(p.change)) +
            "): make it plain with converted()";
   if (!p.shared_with.empty())
-    return "adapts a weight that replicated layers share (layer_replication): write the file that it was read from";
+    return "adapts a weight that replicated layers share (layer_replication): write the file that "
+           "it was read from";
   return {};
 }
 
 }  // namespace write_detail
 
-/// A file of these entries, with the config that PEFT needs: linear layers (all with the same fan_in_fan_out), embeddings,
-/// convolutions, and both parts of an attention; with lora_bias or DoRA when all of them have it. Throws value_error for a name
-/// that is there twice and for an entry of which such a config cannot say what it is: a parameter, a block-diagonal factor, a
+/// A file of these entries, with the config that PEFT needs: linear layers (all with the same
+/// fan_in_fan_out), embeddings, convolutions, and both parts of an attention; with lora_bias or
+/// DoRA when all of them have it. Throws value_error for a name that is there twice and for an
+/// entry of which such a config cannot say what it is: a parameter, a block-diagonal factor, a
 /// delta that counts twice, a change of the base, a weight that replicated layers share.
 template <scalar T>
-adapter_file<T> make_file(std::vector<entry<T>> entries, std::string base_model = "", std::string task_type = "") {
+adapter_file<T> make_file(std::vector<entry<T>> entries, std::string base_model = "",
+                          std::string task_type = "") {
   const auto refuse = [](const std::string& name, const std::string& why) {
     lora::detail::raise_value("peft::make_file", io_detail::in_quotes(name) + " " + why);
   };
@@ -83,17 +98,19 @@ adapter_file<T> make_file(std::vector<entry<T>> entries, std::string base_model 
   std::vector<std::string> names;
   typename adapter_file<T>::entry_map map;
   // Other kinds are stored in one way only.
-  const auto first =
-      std::find_if(entries.begin(), entries.end(), [](const auto& e) { return e.kind() == entry_kind::linear; });
+  const auto first = std::find_if(entries.begin(), entries.end(),
+                                  [](const auto& e) { return e.kind() == entry_kind::linear; });
   if (first != entries.end()) c.fan_in_fan_out = first->fan_in_fan_out();
   for (auto& e : entries) {
     if (const auto why = write_detail::not_expressed(e); !why.empty()) refuse(e.name(), why);
     if (e.kind() == entry_kind::linear && e.fan_in_fan_out() != c.fan_in_fan_out)
       refuse(e.name(),
-             "and the first linear entry disagree on fan_in_fan_out, which a config says once for all: write them to two "
+             "and the first linear entry disagree on fan_in_fan_out, which a config says once for "
+             "all: write them to two "
              "directories");
     names.push_back(e.name());
-    if (!map.emplace(e.name(), std::move(e)).second) refuse(names.back(), "is the name of two entries: give one");
+    if (!map.emplace(e.name(), std::move(e)).second)
+      refuse(names.back(), "is the name of two entries: give one");
   }
   c.target_modules.names = std::move(names);
   return {std::move(c), std::move(map)};
@@ -106,7 +123,8 @@ class tensor_store {
  public:
   /// Values in one of the formats that hold them: they were widened from it, so this is exact.
   template <class T, class Get>
-  void add(std::string name, safetensors::dtype dtype, std::vector<std::uint64_t> shape, const Get& get, std::size_t count) {
+  void add(std::string name, safetensors::dtype dtype, std::vector<std::uint64_t> shape,
+           const Get& get, std::size_t count) {
     auto& bytes = bytes_.emplace_back(count * (safetensors::bits_of(dtype) / 8));
     const auto put = [&]<class Stored>(Stored) {
       for (std::size_t k = 0; k < count; ++k) {
@@ -125,7 +143,8 @@ class tensor_store {
       case safetensors::dtype::f16: put(float16()); break;
       case safetensors::dtype::bf16: put(bfloat16()); break;
       default:
-        lora::detail::raise_value("peft::write", io_detail::in_quotes(name) + " is to be stored as " +
+        lora::detail::raise_value("peft::write", io_detail::in_quotes(name) +
+                                                     " is to be stored as " +
                                                      std::string(safetensors::name_of(dtype)) +
                                                      ", which holds no such values");
     }
@@ -149,12 +168,14 @@ class tensor_store {
 using shape = std::vector<std::uint64_t>;
 inline std::uint64_t extent(index_t n) { return static_cast<std::uint64_t>(n); }
 
-/// The blocks on the diagonal of a matrix, below each other: how BD-LoRA and grouped convolutions store it.
+/// The blocks on the diagonal of a matrix, below each other: how BD-LoRA and grouped convolutions
+/// store it.
 template <class M>
 auto gathered(const M& m, index_t blocks) {
   const index_t rows = m.rows() / blocks, cols = m.cols() / blocks;
   lora::detail::row_major_matrix<typename M::Scalar> result(m.rows(), cols);
-  for (index_t b = 0; b < blocks; ++b) result.middleRows(b * rows, rows) = m.block(b * rows, b * cols, rows, cols);
+  for (index_t b = 0; b < blocks; ++b)
+    result.middleRows(b * rows, rows) = m.block(b * rows, b * cols, rows, cols);
   return result;
 }
 
@@ -178,8 +199,10 @@ class entry_writer {
         shape_B.push_back(1);
       }
     }
-    add(embedding ? ".lora_embedding_A" : ".lora_A.weight", p_.dtype_A, std::move(shape_A), A.data(), A.size());
-    add(embedding ? ".lora_embedding_B" : ".lora_B.weight", p_.dtype_B, shape_B, B.data(), B.size());
+    add(embedding ? ".lora_embedding_A" : ".lora_A.weight", p_.dtype_A, std::move(shape_A),
+        A.data(), A.size());
+    add(embedding ? ".lora_embedding_B" : ".lora_B.weight", p_.dtype_B, shape_B, B.data(),
+        B.size());
     add_vector(".lora_B.bias", p_.dtype_bias, p_.bias, {});
     // A convolution's magnitude is [1, out, 1...].
     shape magnitude;
@@ -222,7 +245,8 @@ class entry_writer {
   matrix stored_columns() const {
     const auto& first = p_.experts.front();
     const auto count = static_cast<index_t>(p_.experts.size());
-    matrix B(p_.stored_transposed ? first.in_features() : first.out_features(), first.rank() * count);
+    matrix B(p_.stored_transposed ? first.in_features() : first.out_features(),
+             first.rank() * count);
     for (index_t e = 0; e < count; ++e) {
       const auto& l = p_.experts[static_cast<std::size_t>(e)];
       for (index_t k = 0; k < first.rank(); ++k) {
@@ -235,12 +259,14 @@ class entry_writer {
     return B;
   }
 
-  void add(const char* suffix, safetensors::dtype dtype, shape extents, const T* values, index_t count) {
+  void add(const char* suffix, safetensors::dtype dtype, shape extents, const T* values,
+           index_t count) {
     store_.add<T>(
         path_ + suffix, dtype, std::move(extents), [&](std::size_t k) { return values[k]; },
         static_cast<std::size_t>(count));
   }
-  void add_vector(const char* suffix, safetensors::dtype dtype, const std::vector<T>& values, const shape& extents) {
+  void add_vector(const char* suffix, safetensors::dtype dtype, const std::vector<T>& values,
+                  const shape& extents) {
     if (!values.empty())
       add(suffix, dtype, extents.empty() ? shape{values.size()} : extents, values.data(),
           static_cast<index_t>(values.size()));
@@ -255,7 +281,8 @@ class entry_writer {
 
 /// alpha with which PEFT computes exactly this scaling, where a double does; else the nearest.
 inline double alpha_for(double scaling, scaling_rule rule, index_t rank) {
-  const double by = rule == scaling_rule::rank_stabilized ? std::sqrt(static_cast<double>(rank)) : static_cast<double>(rank);
+  const double by = rule == scaling_rule::rank_stabilized ? std::sqrt(static_cast<double>(rank))
+                                                          : static_cast<double>(rank);
   const double guess = scaling * by;
   double below = guess, above = guess;
   for (int k = 0; k < 4; ++k) {
@@ -297,7 +324,8 @@ inline json list(const std::vector<std::string>& values) {
   return node;
 }
 
-/// A regular expression that fits this module and no other: PEFT matches (.*\.)?(KEY)$ from the beginning of the name.
+/// A regular expression that fits this module and no other: PEFT matches (.*\.)?(KEY)$ from the
+/// beginning of the name.
 inline std::string exact_key(const std::string& module) {
   std::string key = "^";
   for (const char c : module) {
@@ -326,8 +354,10 @@ class config_writer {
     resolve_ranks();
     resolve_targets();
     for (const char* key : {"lora_B_layout", "unsloth_fused_expert_lora"})
-      if (const auto found = keys_.find(key); found != keys_.end()) as_rank_major(found->second, key);
-    keys_["fan_in_fan_out"] = boolean(c_.fan_in_fan_out);  // a reader's option may have said otherwise than the file
+      if (const auto found = keys_.find(key); found != keys_.end())
+        as_rank_major(found->second, key);
+    keys_["fan_in_fan_out"] =
+        boolean(c_.fan_in_fan_out);  // a reader's option may have said otherwise than the file
     keys_["peft_type"] = text(c_.peft_type);
     keys_["inference_mode"] = boolean(true);
     json root;
@@ -367,15 +397,18 @@ class config_writer {
       if (e.kind() != entry_kind::parameter || c_.source == nullptr) names.insert(looked_up(e));
     return list({names.begin(), names.end()});
   }
-  /// Where the tensors chose the modules, or their names were changed, the config names what the file has.
+  /// Where the tensors chose the modules, or their names were changed, the config names what the
+  /// file has.
   void resolve_targets() {
     if (!file_.options().select_by_tensors && !file_.names_changed()) return;
     keys_["target_modules"] = targets();
-    for (const char* key : {"exclude_modules", "layers_to_transform", "layers_pattern"}) keys_[key] = json{};
+    for (const char* key : {"exclude_modules", "layers_to_transform", "layers_pattern"})
+      keys_[key] = json{};
   }
   /// Stacks are written in PEFT's order of columns, whatever they were read in.
   static void as_rank_major(json& node, std::string_view key) {
-    if (key == "lora_B_layout" && node.kind == io_detail::json_kind::string) node.string = "rank_major";
+    if (key == "lora_B_layout" && node.kind == io_detail::json_kind::string)
+      node.string = "rank_major";
     for (auto& item : node.items) as_rank_major(item, item.key);
   }
 
@@ -385,17 +418,21 @@ class config_writer {
     std::map<std::string, std::pair<index_t, double>> modules;
     for (const auto& [name, e] : file_) modules[looked_up(e)] = {e.rank(), alpha_of(e)};
     const bool as_config = std::all_of(modules.begin(), modules.end(), [&](const auto& module) {
-      return c_.rank_of(module.first) == module.second.first && c_.scaling_of(module.first).alpha == module.second.second;
+      return c_.rank_of(module.first) == module.second.first &&
+             c_.scaling_of(module.first).alpha == module.second.second;
     });
     if (as_config) {
-      // A short pattern may stand for thousands of modules, which one key for each would make too many to look up.
+      // A short pattern may stand for thousands of modules, which one key for each would make too
+      // many to look up.
       r_ = c_.r;
       alpha_ = c_.lora_alpha;
-      for (const auto& row : c_.rank_pattern.rows()) add(ranks, row.key, number(static_cast<double>(row.value)));
+      for (const auto& row : c_.rank_pattern.rows())
+        add(ranks, row.key, number(static_cast<double>(row.value)));
       for (const auto& row : c_.alpha_pattern.rows()) add(alphas, row.key, number(row.value));
     } else {
       for (const auto& [name, values] : modules) {
-        if (values.first != r_) add(ranks, exact_key(name), number(static_cast<double>(values.first)));
+        if (values.first != r_)
+          add(ranks, exact_key(name), number(static_cast<double>(values.first)));
         if (values.second != alpha_) add(alphas, exact_key(name), number(values.second));
       }
     }
@@ -426,31 +463,37 @@ class config_writer {
 template <scalar T>
 void check(const adapter_file<T>& file) {
   if (!file.left_out().empty() || !file.passed_over().empty())
-    lora::detail::raise_value("peft::write", "the file was read without " +
-                                                 io_detail::printable(file.left_out().empty() ? file.passed_over().front()
-                                                                                              : file.left_out().front()) +
-                                                 ", which would be lost: read it strictly and whole");
+    lora::detail::raise_value(
+        "peft::write", "the file was read without " +
+                           io_detail::printable(file.left_out().empty() ? file.passed_over().front()
+                                                                        : file.left_out().front()) +
+                           ", which would be lost: read it strictly and whole");
   for (const auto& each : file.replacements())
     if (each.why == replacement::reason::unasked)
-      lora::detail::raise_value("peft::write",
-                                io_detail::in_quotes(each.key) +
-                                    " is a tensor of the base that no key of the config asks for, so that a strict "
-                                    "reader would refuse the file: copy the file as it is");
+      lora::detail::raise_value(
+          "peft::write",
+          io_detail::in_quotes(each.key) +
+              " is a tensor of the base that no key of the config asks for, so that a strict "
+              "reader would refuse the file: copy the file as it is");
   for (const auto& [name, e] : file)
     if (e.change() != file.config().change && e.kind() == entry_kind::linear)
-      lora::detail::raise_value("peft::write", name +
-                                                   " was converted, but the config still says that PEFT changes the base "
-                                                   "(init_lora_weights, kasa_config): write it with make_file");
+      lora::detail::raise_value(
+          "peft::write", name +
+                             " was converted, but the config still says that PEFT changes the base "
+                             "(init_lora_weights, kasa_config): write it with make_file");
 }
 
 template <scalar T>
 bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
-  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+  return a.size() == b.size() &&
+         (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
 }
 template <class M>
 bool same_bits(const M& a, const M& b) {
   return a.rows() == b.rows() && a.cols() == b.cols() &&
-         (a.size() == 0 || std::memcmp(a.data(), b.data(), static_cast<std::size_t>(a.size()) * sizeof(*a.data())) == 0);
+         (a.size() == 0 ||
+          std::memcmp(a.data(), b.data(), static_cast<std::size_t>(a.size()) * sizeof(*a.data())) ==
+              0);
 }
 
 /// In what two entries differ; empty when they are the same function.
@@ -463,7 +506,8 @@ std::string difference(const entry<T>& given, const entry<T>& found) {
     const auto &x = a.experts[k], &y = b.experts[k];
     if (!same_bits(x.lora_A(), y.lora_A()) || !same_bits(x.lora_B(), y.lora_B())) return "factors";
     // alpha is the nearest double, whose quotient may be a neighbour of the scaling.
-    if (std::abs(x.scaling() - y.scaling()) > 2 * std::numeric_limits<double>::epsilon() * std::abs(x.scaling()))
+    if (std::abs(x.scaling() - y.scaling()) >
+        2 * std::numeric_limits<double>::epsilon() * std::abs(x.scaling()))
       return "scaling";
   }
   if (!same_bits(a.bias, b.bias)) return "bias of lora_B";
@@ -494,29 +538,35 @@ void compare(const adapter_file<T>& file, const adapter_file<T>& found) {
   };
   for (const auto& [name, e] : file) {
     if (e.name() != name)
-      other("the entry under " + io_detail::in_quotes(name) + " is called " + io_detail::in_quotes(e.name()));
+      other("the entry under " + io_detail::in_quotes(name) + " is called " +
+            io_detail::in_quotes(e.name()));
     if (!found.contains(name)) other("it has no " + io_detail::in_quotes(name));
     if (const auto what = difference(e, found.at(name)); !what.empty())
       other("the " + what + " of " + io_detail::in_quotes(name));
   }
   if (found.size() != file.size()) other("it has more modules");
-  if (found.replacements().size() != file.replacements().size()) other("the number of tensors that replace the base's");
+  if (found.replacements().size() != file.replacements().size())
+    other("the number of tensors that replace the base's");
   for (std::size_t k = 0; k < file.replacements().size(); ++k) {
     const auto& given = file.replacements()[k];
     if (const auto what = difference(given, found.replacements()[k]); !what.empty())
-      other("the " + what + " of " + io_detail::in_quotes(given.key) + ", which replaces a tensor of the base");
+      other("the " + what + " of " + io_detail::in_quotes(given.key) +
+            ", which replaces a tensor of the base");
   }
-  if (found.token_rows().size() != file.token_rows().size()) other("the number of embeddings with trained rows");
+  if (found.token_rows().size() != file.token_rows().size())
+    other("the number of embeddings with trained rows");
   for (const auto& [name, rows] : file.token_rows()) {
     const auto there = found.token_rows().find(name);
     if (there == found.token_rows().end() || there->second.ids() != rows.ids() ||
-        !same_bits(there->second.values(), rows.values()) || found.row_dtype(name) != file.row_dtype(name))
+        !same_bits(there->second.values(), rows.values()) ||
+        found.row_dtype(name) != file.row_dtype(name))
       other("the trained rows of " + io_detail::in_quotes(name));
   }
 }
 
 template <scalar T>
-void read_back(const adapter_file<T>& file, std::span<const std::byte> bytes, std::string_view text) {
+void read_back(const adapter_file<T>& file, std::span<const std::byte> bytes,
+               std::string_view text) {
   // As a reader would who knows no more than the files and what no file holds.
   const auto& given = file.options();
   const bool keeps = given.wrappers == wrapper_names::keep;
@@ -533,7 +583,8 @@ void read_back(const adapter_file<T>& file, std::span<const std::byte> bytes, st
   try {
     compare(file, again());
   } catch (const format_error& refused) {
-    lora::detail::raise_value("peft::write", std::string("a reader would refuse it: ") + refused.what());
+    lora::detail::raise_value("peft::write",
+                              std::string("a reader would refuse it: ") + refused.what());
   }
 #else
   compare(file, again());
@@ -542,14 +593,16 @@ void read_back(const adapter_file<T>& file, std::span<const std::byte> bytes, st
 
 }  // namespace write_detail
 
-/// The tensors of a file as bytes of adapter_model.safetensors. Not checked by reading them back: only write() does that.
+/// The tensors of a file as bytes of adapter_model.safetensors. Not checked by reading them back:
+/// only write() does that.
 template <scalar T>
 std::vector<std::byte> tensor_bytes(const adapter_file<T>& file) {
   write_detail::check(file);
   write_detail::tensor_store store;
   const std::string prefix(file.prefixed() ? io_detail::peft_keys::prefix : "");
   for (const auto& [name, e] : file) write_detail::entry_writer<T>(store, prefix, e).run();
-  for (const auto& each : file.replacements()) store.add(prefix + each.key, each.dtype, each.shape, each.bytes);
+  for (const auto& each : file.replacements())
+    store.add(prefix + each.key, each.dtype, each.shape, each.bytes);
   for (const auto& [name, rows] : file.token_rows()) {
     const auto& values = rows.values();
     store.template add<T>(
@@ -577,8 +630,10 @@ void write(const std::filesystem::path& directory, const adapter_file<T>& file,
   std::error_code failure;
   std::filesystem::create_directories(directory, failure);
   if (failure)
-    io_detail::refuse({.path = directory.string()}, "a directory to write", failure.message(), "nothing was written");
-  // Weights under another adapter's config would be scaled wrongly, so all that may fail is done before either has its name.
+    io_detail::refuse({.path = directory.string()}, "a directory to write", failure.message(),
+                      "nothing was written");
+  // Weights under another adapter's config would be scaled wrongly, so all that may fail is done
+  // before either has its name.
   const auto weights_path = directory / "adapter_model.safetensors";
   io_detail::output_file weights(weights_path, bytes.size(), options.durability);
   weights.write(bytes);
@@ -588,7 +643,8 @@ void write(const std::filesystem::path& directory, const adapter_file<T>& file,
   config.finish();
   weights.publish();
   config.publish(
-      "adapter_model.safetensors beside it is already the new one, and does not belong to this file: write both "
+      "adapter_model.safetensors beside it is already the new one, and does not belong to this "
+      "file: write both "
       "again before the adapter is read");
   io_detail::flush_folder(weights_path, options.durability);
 }

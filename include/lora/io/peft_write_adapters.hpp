@@ -11,8 +11,8 @@
 // same function where all modules have one rank and scaling; others are refused. Before anything is
 // written, the bytes are read back as lora::peft::adapters would, and must hold the same adapters.
 //   writes   as peft::write: both files are finished before either takes its name.
-//   throws   value_error naming the module and why: another kind, a stack, settings that a config has
-//            once for all modules, replaced tensors beside the adapters; format_error with the
+//   throws   value_error naming the module and why: another kind, a stack, settings that a config
+//            has once for all modules, replaced tensors beside the adapters; format_error with the
 //            system's reason.
 #pragma once
 
@@ -38,7 +38,8 @@ inline void write_adapters(const std::filesystem::path& directory, const adapter
   std::error_code failure;
   std::filesystem::create_directories(directory, failure);
   if (failure)
-    io_detail::refuse({.path = directory.string()}, "a directory to write", failure.message(), "nothing was written");
+    io_detail::refuse({.path = directory.string()}, "a directory to write", failure.message(),
+                      "nothing was written");
   const io_detail::peft_directory paths(directory);
   const auto durable = options.durability;
   io_detail::output_file weights(paths.weights(), files.weights.size(), durable);

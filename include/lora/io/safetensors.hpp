@@ -1,19 +1,23 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// lora::safetensors::read(path)           one safetensors file, read into memory and checked from end to end
-// lora::safetensors::parse(bytes, name)   the same for bytes that are in memory already; they are viewed, not copied
+// lora::safetensors::read(path)           one safetensors file, read into memory and checked from
+//                                         end to end
+// lora::safetensors::parse(bytes, name)   the same for bytes that are in memory already; they are
+//                                         viewed, not copied
 //
 //   file = 8 bytes N, little-endian | N bytes of JSON | data
-// The JSON maps a tensor's name to {"dtype", "shape", "data_offsets": [begin, end)}, with offsets into the data; data is
-// little-endian, row-major and packed. Every rule of the format is checked (docs/formats.md lists them with our policy
-// where the reference reader is laxer than its description), before anything is allocated whose size the file chose.
+// The JSON maps a tensor's name to {"dtype", "shape", "data_offsets": [begin, end)}, with offsets
+// into the data; data is little-endian, row-major and packed. Every rule of the format is checked
+// (docs/formats.md lists them with our policy where the reference reader is laxer than its
+// description), before anything is allocated whose size the file chose.
 //
-//   throws   format_error naming the file, the tensor and the byte; value_error for a tensor that the file does not have;
-//            std::bad_alloc.
-//   memory   the header while it is read; then the data once, at a multiple of 64 bytes, and about 100 bytes per tensor.
+//   throws   format_error naming the file, the tensor and the byte; value_error for a tensor that
+//            the file does not have; std::bad_alloc.
+//   memory   the header while it is read; then the data once, at a multiple of 64 bytes, and about
+//            100 bytes per tensor.
 //   cost     one pass over the header (about 0.2 GB/s) and one over the data.
-//   limits   limits{...} as third argument; files that break the format in a known way are read with tolerances{...} as the
-//            fourth, and file::tolerated() lists what was let pass.
+//   limits   limits{...} as third argument; files that break the format in a known way are read
+//            with tolerances{...} as the fourth, and file::tolerated() lists what was let pass.
 // Format: huggingface/safetensors.
 #pragma once
 
@@ -47,9 +51,10 @@ struct entry : tensor_info {
 /// It has every function of index (lora/io/safetensors_index.hpp), and converts to one.
 class file : public io_detail::tensor_table<entry> {
  public:
-  /// The tensor where it lies, without a copy. Throws format_error when its dtype is not T, its rank not Rank, or its
-  /// address not a multiple of alignof(T): then copy<T> reads it. Files written by the reference, and every file read
-  /// with read() whose tensors lie at multiples of their element size from each other, are aligned.
+  /// The tensor where it lies, without a copy. Throws format_error when its dtype is not T, its
+  /// rank not Rank, or its address not a multiple of alignof(T): then copy<T> reads it. Files
+  /// written by the reference, and every file read with read() whose tensors lie at multiples of
+  /// their element size from each other, are aligned.
   template <scalar T, std::size_t Rank>
   tensor_view<const T, Rank> tensor(std::string_view name) const;
 
@@ -83,13 +88,15 @@ inline file parse(std::span<const std::byte> bytes, std::string name, const limi
   io_detail::header header = io_detail::check_length(bytes, bytes.size(), name, limit);
   const std::string_view text(reinterpret_cast<const char*>(bytes.data()), bytes.size());
   const auto length = static_cast<std::size_t>(header.json_bytes);
-  io_detail::read_header(header, text.substr(8, length), text.substr(8 + length).substr(0, 8), limit, tolerate);
+  io_detail::read_header(header, text.substr(8, length), text.substr(8 + length).substr(0, 8),
+                         limit, tolerate);
   const auto data = bytes.subspan(static_cast<std::size_t>(header.data_offset()));
   return file(std::move(name), std::move(header), data, nullptr);
 }
 
 /// Reads a whole file.
-inline file read(const std::filesystem::path& path, const limits& limit = {}, const tolerances& tolerate = {}) {
+inline file read(const std::filesystem::path& path, const limits& limit = {},
+                 const tolerances& tolerate = {}) {
   const io_detail::input_file input(path);
   io_detail::header header = io_detail::header_of(input, limit, tolerate);
   const auto count = static_cast<std::size_t>(header.data_bytes);
@@ -104,14 +111,20 @@ template <scalar T, std::size_t Rank>
 tensor_view<const T, Rank> file::tensor(std::string_view name) const {
   const entry& t = at(name);
   if (t.dtype != dtype_of<T>())
-    refuse(t, std::string(name_of(dtype_of<T>())), t.text(), "copy<T>() widens where that is exact");
-  if (t.shape.size() != Rank) refuse(t, io_detail::sentence({std::to_string(Rank), " dimensions"}), t.text(), "");
+    refuse(t, std::string(name_of(dtype_of<T>())), t.text(),
+           "copy<T>() widens where that is exact");
+  if (t.shape.size() != Rank)
+    refuse(t, io_detail::sentence({std::to_string(Rank), " dimensions"}), t.text(), "");
   if (!aligned_for<T>(t))
-    refuse(t, io_detail::sentence({"an address that is a multiple of ", std::to_string(alignof(T))}), "an unaligned one",
-           "use copy<T>(), which reads from any address");
+    refuse(t,
+           io_detail::sentence({"an address that is a multiple of ", std::to_string(alignof(T))}),
+           "an unaligned one", "use copy<T>(), which reads from any address");
   std::array<index_t, Rank> shape{};
-  std::transform(t.shape.begin(), t.shape.end(), shape.begin(), [](std::uint64_t d) { return static_cast<index_t>(d); });
-  return {std::span<const T>(reinterpret_cast<const T*>(t.bytes.data()), t.bytes.size() / sizeof(T)), shape};
+  std::transform(t.shape.begin(), t.shape.end(), shape.begin(),
+                 [](std::uint64_t d) { return static_cast<index_t>(d); });
+  return {
+      std::span<const T>(reinterpret_cast<const T*>(t.bytes.data()), t.bytes.size() / sizeof(T)),
+      shape};
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::safetensors

@@ -24,9 +24,9 @@
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
-/// Hides from the compiler how v was computed. Under -ffast-math it would otherwise reorder the sums
-/// behind v, and a sum that overflowed would be lost; and it may fuse a product with the sum that it
-/// goes into, which then rounds once.
+/// Hides from the compiler how v was computed. Under -ffast-math it would otherwise reorder the
+/// sums behind v, and a sum that overflowed would be lost; and it may fuse a product with the sum
+/// that it goes into, which then rounds once.
 template <class Value>
 LORA_DETAIL_INLINE void as_it_came(Value& v) {
 #if !defined(__GNUC__)

@@ -3,8 +3,8 @@
 // The floating-point mode of a thread: how sums and products round, and what happens to subnormal
 // numbers. Programs change it for themselves (audio engines and torch.set_flush_denormal flush
 // subnormals; -ffast-math links code that does), and a new thread has the mode of the thread that
-// made it. The library's arithmetic and its bounds need the default mode. ARMv7 NEON always flushes,
-// and on processors that are not listed below the caller's mode is used as it is.
+// made it. The library's arithmetic and its bounds need the default mode. ARMv7 NEON always
+// flushes, and on processors that are not listed below the caller's mode is used as it is.
 #pragma once
 
 #include <cstdint>
@@ -42,7 +42,8 @@ struct control_register {
 #elif defined(__GNUC__) && defined(__aarch64__)
   using bits = std::uint64_t;
   static constexpr bool is_known = true;
-  static constexpr bits mode = 0x0100'0000 | 0x00c0'0000 | 0x0008'0000 | 0x0001;  // FZ, rounding, FZ16, FIZ of FPCR
+  static constexpr bits mode =
+      0x0100'0000 | 0x00c0'0000 | 0x0008'0000 | 0x0001;  // FZ, rounding, FZ16, FIZ of FPCR
   static bits read() {
     bits value;
     asm volatile("mrs %0, fpcr" : "=r"(value) : : "memory");

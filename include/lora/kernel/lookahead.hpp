@@ -31,14 +31,16 @@ LORA_DETAIL_INLINE void prefetch(const void* p) {
 template <int Size>
 LORA_DETAIL_INLINE void prefetch_at(const void* p, std::ptrdiff_t bytes) {
   const auto first = reinterpret_cast<std::uintptr_t>(p) + static_cast<std::uintptr_t>(bytes);
-  for (std::uintptr_t b = 0; b < Size; b += cache_line) prefetch(reinterpret_cast<const void*>(first + b));
+  for (std::uintptr_t b = 0; b < Size; b += cache_line)
+    prefetch(reinterpret_cast<const void*>(first + b));
 }
 
 /// The next address to prefetch, and how far each step moves it. One step a depth: memory and
 /// multipliers then work at the same time, where a burst would stop one of them.
 struct lookahead {
-  std::uintptr_t next = 0;  ///< an address and no pointer: it may lie outside, where nothing is read
-  index_t step = 0;         ///< bytes
+  std::uintptr_t next =
+      0;             ///< an address and no pointer: it may lie outside, where nothing is read
+  index_t step = 0;  ///< bytes
 
   /// `bytes` after `from`.
   static lookahead after(const void* from, index_t bytes, index_t step) {
@@ -67,7 +69,8 @@ class lookahead_in_shares {
 
   /// The next share. Nothing at the end.
   LORA_DETAIL_INLINE void advance() {
-    for (index_t k = 0; k < lines_ && next_ < end_; ++k, next_ += cache_line) prefetch(reinterpret_cast<const void*>(next_));
+    for (index_t k = 0; k < lines_ && next_ < end_; ++k, next_ += cache_line)
+      prefetch(reinterpret_cast<const void*>(next_));
   }
 
  private:

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // array<T>: memory for panels and scratch. Aligned for the widest vector, and not initialized. From
-// 1 MiB on it lies in huge pages of its own: the processor's table of addresses holds a few thousand
-// pages, and a weight of 64 MiB is 16,000 small ones or 32 huge ones.
+// 1 MiB on it lies in huge pages of its own: the processor's table of addresses holds a few
+// thousand pages, and a weight of 64 MiB is 16,000 small ones or 32 huge ones.
 #pragma once
 
 #include <cstddef>
@@ -25,14 +25,17 @@ namespace lora::inline LORA_DETAIL_ABI::detail {
 
 inline constexpr std::size_t memory_alignment = 64;
 inline constexpr std::size_t huge_page = std::size_t{2} << 20;
-constexpr std::size_t rounded_up(std::size_t bytes, std::size_t unit) { return (bytes + unit - 1) / unit * unit; }
+constexpr std::size_t rounded_up(std::size_t bytes, std::size_t unit) {
+  return (bytes + unit - 1) / unit * unit;
+}
 
 /// A hint: it changes nothing but speed.
 inline void advise_huge_pages(void* p, std::size_t bytes) {
 #if defined(__linux__)
   const auto begin = (reinterpret_cast<std::uintptr_t>(p) + huge_page - 1) / huge_page * huge_page;
   const auto end = (reinterpret_cast<std::uintptr_t>(p) + bytes) / huge_page * huge_page;
-  if (begin < end) static_cast<void>(madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE));
+  if (begin < end)
+    static_cast<void>(madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE));
 #else
   static_cast<void>(p), static_cast<void>(bytes);
 #endif
@@ -47,7 +50,8 @@ class array {
   explicit array(index_t size) : size_(size) {
     if (size == 0) return;
     constexpr index_t most =
-        (std::numeric_limits<index_t>::max() - static_cast<index_t>(huge_page)) / static_cast<index_t>(sizeof(T));
+        (std::numeric_limits<index_t>::max() - static_cast<index_t>(huge_page)) /
+        static_cast<index_t>(sizeof(T));
     if (size < 0 || size > most) no_such_size();
     const std::size_t bytes = static_cast<std::size_t>(size) * sizeof(T);
     if (bytes >= huge_page / 2) {  // whole huge pages, at most one more than needed
@@ -65,7 +69,8 @@ class array {
     if (this != &other) *this = array(other);
     return *this;
   }
-  array(array&& other) noexcept : size_(std::exchange(other.size_, 0)), data_(std::move(other.data_)) {}
+  array(array&& other) noexcept
+      : size_(std::exchange(other.size_, 0)), data_(std::move(other.data_)) {}
   array& operator=(array&& other) noexcept {
     size_ = std::exchange(other.size_, 0);
     data_ = std::move(other.data_);
@@ -91,7 +96,8 @@ class array {
   };
   using owner = std::unique_ptr<T, free_memory>;
   static owner allocated(std::size_t bytes, std::align_val_t alignment) {
-    return owner(static_cast<T*>(::operator new(bytes, alignment)), free_memory{.alignment = alignment});
+    return owner(static_cast<T*>(::operator new(bytes, alignment)),
+                 free_memory{.alignment = alignment});
   }
 
   index_t size_ = 0;

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How a register tile multiplies. `mul_add` multiplies elements of the accumulator's type, one depth at a
-// time. `dot2` multiplies pairs of bfloat16 by the dot products of AVX512-BF16, two depths at a time.
-// A kernel takes the multiplier as a type and is written once.
+// How a register tile multiplies. `mul_add` multiplies elements of the accumulator's type, one
+// depth at a time. `dot2` multiplies pairs of bfloat16 by the dot products of AVX512-BF16, two
+// depths at a time. A kernel takes the multiplier as a type and is written once.
 #pragma once
 
 #include <type_traits>
@@ -47,7 +47,8 @@ inline constexpr bool has_dots = false;
 #endif
 /// Whether W * x of these elements is computed by dot products.
 template <class Acc, class T, class X>
-inline constexpr bool by_dots = has_dots<Acc, storage_t<T>> && std::is_same_v<storage_t<T>, storage_t<X>>;
+inline constexpr bool by_dots =
+    has_dots<Acc, storage_t<T>> && std::is_same_v<storage_t<T>, storage_t<X>>;
 
 /// call(multiplier): dot2 where `dots` holds and Possible, else fma. A call that cannot be is not
 /// compiled.

@@ -4,13 +4,13 @@
 // widest of AVX-512, AVX2 with FMA, 16-byte vectors of the GNU extension (SSE2, NEON), or scalars.
 //
 // multiply_add is fused where the hardware has it; elsewhere it is a product followed by a sum.
-// Within one build it is always the same of the two, so a result does not depend on the tile or edge
-// that computed it.
+// Within one build it is always the same of the two, so a result does not depend on the tile or
+// edge that computed it.
 //
 // 16-bit elements: load_even, load_odd and join_pairs see bfloat16 as pairs in 32-bit lanes. There
 // widening is a shift or a mask and crosses no lane. load_half and join_halves convert float16.
-// join_pairs and join_halves round exactly as float16.hpp for finite lanes. Callers detect lanes that
-// are not finite with `watch` and take the scalar path.
+// join_pairs and join_halves round exactly as float16.hpp for finite lanes. Callers detect lanes
+// that are not finite with `watch` and take the scalar path.
 #pragma once
 
 #include <cstring>

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Parallel regions: OpenMP when the caller compiles with it, serial otherwise. A product is one; a merge has one more for each
-// adapter whose packing is worth it. Work is split by outputs only, so the number of threads changes no bit.
+// Parallel regions: OpenMP when the caller compiles with it, serial otherwise. A product is one; a
+// merge has one more for each adapter whose packing is worth it. Work is split by outputs only, so
+// the number of threads changes no bit.
 #pragma once
 
 #include <cstddef>
@@ -16,11 +17,12 @@
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
-/// Multiply-adds below which waking a second thread costs more than it saves (a fork and join takes about 0.5 us, an idle
-/// thread's wake-up more).
+/// Multiply-adds below which waking a second thread costs more than it saves (a fork and join takes
+/// about 0.5 us, an idle thread's wake-up more).
 inline constexpr double parallel_threshold = 2e5;
 
-/// The threads inside a region. Every thread runs the same code and meets the same for_each calls in the same order.
+/// The threads inside a region. Every thread runs the same code and meets the same for_each calls
+/// in the same order.
 class team {
  public:
   team(int thread, int threads) : thread_(thread), threads_(threads) {}
@@ -57,8 +59,8 @@ class team {
   int threads_;
 };
 
-/// How many threads a region for this many multiply-adds may have: scratch is allocated for each before it starts, because
-/// nothing may throw inside.
+/// How many threads a region for this many multiply-adds may have: scratch is allocated for each
+/// before it starts, because nothing may throw inside.
 inline int threads_for(double multiply_adds) {
 #if defined(_OPENMP)
   return multiply_adds < parallel_threshold || omp_in_parallel() ? 1 : omp_get_max_threads();

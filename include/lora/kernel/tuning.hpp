@@ -1,9 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Every size and distance of the kernels, with its reason. A port to another instruction set adds a
-// column here and a file in isa/, and nothing else. Measured on Zen 5 (AVX-512; 48 KiB of first-level,
-// 1 MiB of second-level, 32 MiB of last-level cache) and Zen 1 (AVX2); docs/experiments.md has the
-// measurements.
+// column here and a file in isa/, and nothing else. Measured on Zen 5 (AVX-512; 48 KiB of
+// first-level, 1 MiB of second-level, 32 MiB of last-level cache) and Zen 1 (AVX2);
+// docs/experiments.md has the measurements.
 #pragma once
 
 #include <cstddef>
@@ -65,7 +65,8 @@ inline constexpr int tile_rows = tuned.tile_rows, paired_rows = tuned.paired_row
 inline constexpr std::ptrdiff_t fetch_ahead = 4096;
 /// The same where two panels alternate: while one is read, the other's distance shrinks.
 inline constexpr std::ptrdiff_t fetch_ahead_of_two = 6144;
-static_assert(tuned.bytes_between_panels == 0 || fetch_ahead_of_two == tuned.bytes_between_panels * 3 / 2);
+static_assert(tuned.bytes_between_panels == 0 ||
+              fetch_ahead_of_two == tuned.bytes_between_panels * 3 / 2);
 /// A merge into panels prefetches this many bytes ahead.
 inline constexpr std::ptrdiff_t panel_bytes_ahead = 8192;
 /// Bytes of a chunk of accumulators that many tiles share: it stays in the first-level cache beside

@@ -63,7 +63,8 @@ class [[nodiscard]] adalora_adapter {
                  resolved(scale, static_cast<index_t>(lora_E.size()))),
         lora_E_(std::move(lora_E)) {
     if (static_cast<index_t>(lora_E_.size()) != rank())
-      detail::raise_shape("adalora_adapter", "lora_E has " + std::to_string(lora_E_.size()) + " values and the rank is " +
+      detail::raise_shape("adalora_adapter", "lora_E has " + std::to_string(lora_E_.size()) +
+                                                 " values and the rank is " +
                                                  std::to_string(rank()));
   }
 
@@ -85,10 +86,12 @@ class [[nodiscard]] adalora_adapter {
       const double e = widened(lora_E_[static_cast<std::size_t>(i)]);
       return static_cast<Acc>(e * widened(factors_.lora_A()(i, j)));
     });
-    const auto B = matrix::NullaryExpr(
-        out_features(), rank(), [&](index_t i, index_t j) { return static_cast<Acc>(widened(factors_.lora_B()(i, j))); });
+    const auto B = matrix::NullaryExpr(out_features(), rank(), [&](index_t i, index_t j) {
+      return static_cast<Acc>(widened(factors_.lora_B()(i, j)));
+    });
     const lora::scaling scale{.alpha = factors_.scaling(), .rule = scaling_rule::fixed};
-    return {low_rank_step{any_factors(std::make_shared<const adapter<Acc>>(A, B, scale)), request.strength}};
+    return {low_rank_step{any_factors(std::make_shared<const adapter<Acc>>(A, B, scale)),
+                          request.strength}};
   }
 
  private:
@@ -96,10 +99,13 @@ class [[nodiscard]] adalora_adapter {
     const double alpha = scale.alpha;
     if (!detail::is_finite(alpha)) detail::raise_value("adalora_adapter", "alpha is not finite");
     if (scale.initial_rank < rank)
-      detail::raise_shape("adalora_adapter", "the rank is " + std::to_string(rank) + " and initial_rank (init_r) is " +
-                                                 std::to_string(scale.initial_rank) + "; training only takes ranks away");
+      detail::raise_shape("adalora_adapter", "the rank is " + std::to_string(rank) +
+                                                 " and initial_rank (init_r) is " +
+                                                 std::to_string(scale.initial_rank) +
+                                                 "; training only takes ranks away");
     const double numerator = alpha > 0 ? alpha : static_cast<double>(rank);
-    return {.alpha = numerator / (static_cast<double>(scale.initial_rank) + 1e-5), .rule = scaling_rule::fixed};
+    return {.alpha = numerator / (static_cast<double>(scale.initial_rank) + 1e-5),
+            .rule = scaling_rule::fixed};
   }
 
   adapter<T> factors_;

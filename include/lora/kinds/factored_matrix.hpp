@@ -62,7 +62,8 @@ row_major_matrix<Acc> converted_copy(const V& view) {
 /// parts fit each other, and a factored one has a rank of at least 1. Values are not looked at.
 template <scalar T>
 class factored_matrix {
-  static_assert(detail::is_own_format<T>, "lora: a factored_matrix holds float, double, float16 or bfloat16");
+  static_assert(detail::is_own_format<T>,
+                "lora: a factored_matrix holds float, double, float16 or bfloat16");
   using matrix = detail::row_major_matrix<T>;
 
  public:
@@ -84,7 +85,8 @@ class factored_matrix {
         rows_(parts_.left->rows()),
         cols_(parts_.right->cols()),
         rank_(parts_.right->rows()) {
-    if (parts_.left->cols() != rank_ || rank_ == 0) raise_shapes("left must be rows x rank and right rank x cols");
+    if (parts_.left->cols() != rank_ || rank_ == 0)
+      raise_shapes("left must be rows x rank and right rank x cols");
   }
   /// Throws shape_error when left has not as many rows as the core, or the core's columns are no
   /// multiple of right's rows.
@@ -133,8 +135,8 @@ class factored_matrix {
             sum += detail::widen<double>(t(i, j * kernel + k)) * detail::widen<double>(b(j, c));
           A(i, c * kernel + k) = detail::narrow<Acc>(sum);
         }
-    return any_factors(
-        std::make_shared<const adapter<Acc>>(A, detail::converted_copy<Acc>(as_matrix(left()).transpose()), unit));
+    return any_factors(std::make_shared<const adapter<Acc>>(
+        A, detail::converted_copy<Acc>(as_matrix(left()).transpose()), unit));
   }
 
   /// The matrix, formed: in double, each element rounded once to Acc. Costs rows * cols
@@ -143,7 +145,8 @@ class factored_matrix {
   detail::row_major_matrix<Acc> formed() const {
     if (is_dense()) return detail::converted_copy<Acc>(as_matrix(dense()));
     const low_rank_step all{low_rank<double>()};
-    const detail::delta_rows<double> delta("factored_matrix", std::span(&all, 1), rows_, cols_, 1.0);
+    const detail::delta_rows<double> delta("factored_matrix", std::span(&all, 1), rows_, cols_,
+                                           1.0);
     detail::row_major_matrix<double> some(std::min<index_t>(detail::tile_rows, rows_), cols_);
     detail::row_major_matrix<Acc> result(rows_, cols_);
     for (index_t i = 0; cols_ != 0 && i < rows_; i += some.rows()) {
@@ -163,10 +166,13 @@ class factored_matrix {
     return std::make_shared<const matrix>(detail::taken<T>(std::forward<M>(m)));
   }
   [[noreturn]] void raise_shapes(const std::string& wanted) const {
-    const auto text = [](const auto& m) { return detail::shape_text<index_t>(m->rows(), m->cols()); };
-    detail::raise_shape("factored_matrix", (has_core() ? "the core is " + text(parts_.core) + ", " : std::string()) +
-                                               "left is " + text(parts_.left) + " and right is " + text(parts_.right) +
-                                               "; " + wanted + ", with a rank of at least 1 (swapped or transposed?)");
+    const auto text = [](const auto& m) {
+      return detail::shape_text<index_t>(m->rows(), m->cols());
+    };
+    detail::raise_shape("factored_matrix",
+                        (has_core() ? "the core is " + text(parts_.core) + ", " : std::string()) +
+                            "left is " + text(parts_.left) + " and right is " + text(parts_.right) +
+                            "; " + wanted + ", with a rank of at least 1 (swapped or transposed?)");
   }
 
   parts parts_;

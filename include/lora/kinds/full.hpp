@@ -31,7 +31,7 @@
 #include "lora/steps.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
-namespace full_detail {
+namespace detail {
 
 /// A matrix in memory as the D of a step.
 template <class T, class Acc>
@@ -50,15 +50,15 @@ class stored_delta final : public delta_source<Acc> {
     const detail::default_environment environment;
     const auto pack = detail::weight_packer<Acc, Acc>(as_matrix(*D_));
     workspace space;
-    detail::multiply_columns(space, detail::weight_source<Acc, Acc>{.pack = pack}, detail::no_adapters, D_->rows(),
-                             D_->cols(), x, tokens, y);
+    detail::multiply_columns(space, detail::weight_source<Acc, Acc>{.pack = pack},
+                             detail::no_adapters, D_->rows(), D_->cols(), x, tokens, y);
   }
 
  private:
   std::shared_ptr<const matrix> D_;
 };
 
-}  // namespace full_detail
+}  // namespace detail
 
 /// D of one layer, row-major in the format that it is stored in. Immutable. Its copies and its
 /// steps share D. Values are not looked at.
@@ -72,7 +72,8 @@ class [[nodiscard]] full_difference {
   /// Copies D, which is out_features x in_features of any storage order; a narrower scalar is
   /// widened exactly, a wider one is refused at compile time.
   template <matrix_like M>
-  explicit full_difference(const M& D) : D_(std::make_shared<const matrix>(detail::exact_copy<T>(D))) {}
+  explicit full_difference(const M& D)
+      : D_(std::make_shared<const matrix>(detail::exact_copy<T>(D))) {}
   /// Takes D without a copy.
   explicit full_difference(matrix&& D) : D_(std::make_shared<const matrix>(std::move(D))) {}
 
@@ -84,7 +85,8 @@ class [[nodiscard]] full_difference {
   template <class Acc>
   std::vector<step<Acc>> steps(const step_request<Acc>& request) const {
     if (detail::is_zero(request.strength)) return {};
-    return {delta_step<Acc>{std::make_shared<const full_detail::stored_delta<T, Acc>>(D_), request.strength}};
+    return {delta_step<Acc>{std::make_shared<const detail::stored_delta<T, Acc>>(D_),
+                            request.strength}};
   }
 
  private:

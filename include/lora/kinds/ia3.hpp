@@ -33,7 +33,7 @@
 #include "lora/steps.hpp"
 
 namespace lora::inline LORA_DETAIL_ABI {
-namespace ia3_detail {
+namespace detail {
 
 /// diag(l).
 template <class Acc>
@@ -49,7 +49,8 @@ class diagonal final : public input_map<Acc> {
   void undo_rows(const char* operation, Acc* rows, index_t count, index_t stride) const override {
     for (std::size_t j = 0; j < l_.size(); ++j)
       if (detail::is_zero(l_[j]))
-        detail::raise_value(operation, "input " + std::to_string(j) + " has the factor 0, so its column of W is lost");
+        detail::raise_value(operation, "input " + std::to_string(j) +
+                                           " has the factor 0, so its column of W is lost");
     for (index_t i = 0; i < count; ++i, rows += stride)
       for (std::size_t j = 0; j < l_.size(); ++j) rows[j] /= l_[j];
   }
@@ -58,7 +59,7 @@ class diagonal final : public input_map<Acc> {
   std::vector<Acc> l_;
 };
 
-}  // namespace ia3_detail
+}  // namespace detail
 
 /// What an ia3_adapter multiplies.
 enum class ia3_side { outputs, inputs };
@@ -92,14 +93,15 @@ class [[nodiscard]] ia3_adapter {
     const detail::default_environment environment;
     std::vector<Acc> l = at_strength<Acc>(request.strength);
     if (side_ == ia3_side::outputs) return {gain_step<Acc>{std::move(l), true}};
-    return {input_step<Acc>{std::make_shared<const ia3_detail::diagonal<Acc>>(std::move(l))}};
+    return {input_step<Acc>{std::make_shared<const detail::diagonal<Acc>>(std::move(l))}};
   }
 
  private:
   ia3_adapter(ia3_side side, std::vector<T> l, index_t others, const char* name)
       : side_(side), l_(std::move(l)), others_(others) {
     if (others < 0)
-      detail::raise_shape("ia3_adapter", std::string(name) + " is " + std::to_string(others) + "; it must not be negative");
+      detail::raise_shape("ia3_adapter", std::string(name) + " is " + std::to_string(others) +
+                                             "; it must not be negative");
   }
 
   index_t factors() const { return static_cast<index_t>(l_.size()); }

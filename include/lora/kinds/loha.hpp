@@ -68,7 +68,9 @@ class hadamard_sink {
       return true;
     }
   };
-  place at(index_t row, index_t col) const { return {origin_.to + row * origin_.stride + col, origin_.stride}; }
+  place at(index_t row, index_t col) const {
+    return {origin_.to + row * origin_.stride + col, origin_.stride};
+  }
   /// By the same instructions as a whole tile, for the same bits.
   void store_sums(tally&, index_t row, index_t col, index_t count, const Acc* sums) const {
     Acc* const to = at(row, col).to;
@@ -82,7 +84,8 @@ class hadamard_sink {
 
  private:
   using v = simd<Acc>;
-  LORA_DETAIL_INLINE static void write(Acc* to, typename v::vector first, typename v::vector second) {
+  LORA_DETAIL_INLINE static void write(Acc* to, typename v::vector first,
+                                       typename v::vector second) {
     if constexpr (Multiply) {
       first = v::multiply_add(v::load(to), first, v::zero());
       second = v::multiply_add(v::load(to + v::width), second, v::zero());
@@ -101,24 +104,27 @@ class hadamard_update {
 
  public:
   hadamard_update(const char* operation, const low_rank_step& first, const low_rank_step& second)
-      : first_(first_space_, operation, each_low_rank(std::span(&first, 1)), first.factors.out_features(),
-               first.factors.in_features(), 1.0),
-        second_(second_space_, operation, each_low_rank(std::span(&second, 1)), first.factors.out_features(),
-                first.factors.in_features(), 1.0) {}
+      : first_(first_space_, operation, each_low_rank(std::span(&first, 1)),
+               first.factors.out_features(), first.factors.in_features(), 1.0),
+        second_(second_space_, operation, each_low_rank(std::span(&second, 1)),
+                first.factors.out_features(), first.factors.in_features(), 1.0) {}
   hadamard_update(const hadamard_update&) = delete;
   hadamard_update& operator=(const hadamard_update&) = delete;
 
   /// The window to `to`, `stride` elements between its rows (those of the transpose if col_major).
   void write(const window& part, Acc* to, index_t stride) const {
     // In blocks that are still in the first-level cache when they are multiplied.
-    constexpr index_t rows = is_panel ? 16 * tile_rows : tile_rows, cols = (is_panel ? 1 : 16) * update::width;
+    constexpr index_t rows = is_panel ? 16 * tile_rows : tile_rows,
+                      cols = (is_panel ? 1 : 16) * update::width;
     tally none;
     window some = part;
     for (; some.first_row < part.end_row; some.first_row = some.end_row) {
       some.end_row = std::min(part.end_row, (some.first_row / rows + 1) * rows);
-      for (some.first_col = part.first_col; some.first_col < part.end_col; some.first_col = some.end_col) {
+      for (some.first_col = part.first_col; some.first_col < part.end_col;
+           some.first_col = some.end_col) {
         some.end_col = std::min(part.end_col, (some.first_col / cols + 1) * cols);
-        Acc* const block = to + (some.first_row - part.first_row) * stride + some.first_col - part.first_col;
+        Acc* const block =
+            to + (some.first_row - part.first_row) * stride + some.first_col - part.first_col;
         first_.run_here(hadamard_sink<update, Acc, false, is_panel>(block, stride), some, none);
         second_.run_here(hadamard_sink<update, Acc, true, is_panel>(block, stride), some, none);
       }
@@ -153,7 +159,8 @@ class loha_delta final : public delta_source<Acc> {
       panels.write({first, first + depth, begin, end}, to, width);
     };
     workspace space;
-    multiply_columns(space, weight_source<Acc, Acc>{.pack = pack}, no_adapters, out, in, x, tokens, y);
+    multiply_columns(space, weight_source<Acc, Acc>{.pack = pack}, no_adapters, out, in, x, tokens,
+                     y);
   }
 
   const any_factors* expanded() const override {
@@ -181,8 +188,8 @@ class loha_delta final : public delta_source<Acc> {
     for (index_t k = 0; k < rank; ++k) A.row(k) = l.A.row(k / own).cwiseProduct(m.A.row(k % own));
     for (index_t o = 0; o < B.rows(); ++o)
       for (index_t k = 0; k < rank; ++k) B(o, k) = l.B(o, k / own) * m.B(o, k % own);
-    return any_factors(
-        std::make_shared<const adapter<Acc>>(std::move(A), std::move(B), scaling{.alpha = 1, .rule = scaling_rule::fixed}));
+    return any_factors(std::make_shared<const adapter<Acc>>(
+        std::move(A), std::move(B), scaling{.alpha = 1, .rule = scaling_rule::fixed}));
   }
 
   low_rank_step first_, second_;
@@ -201,15 +208,19 @@ class [[nodiscard]] loha_adapter {
   using value_type = T;
 
   loha_adapter(factored_matrix<T> first, factored_matrix<T> second, const lora::scaling& scale)
-      : first_(std::move(first)), second_(std::move(second)), scaling_(resolve(scale, first_.rank())) {
+      : first_(std::move(first)),
+        second_(std::move(second)),
+        scaling_(resolve(scale, first_.rank())) {
     if (first_.is_dense() || second_.is_dense())
       detail::raise_value("loha_adapter", "each of the two matrices must be given by its factors");
     if (first_.rows() != second_.rows() || first_.cols() != second_.cols())
-      detail::raise_shape("loha_adapter", "B1 A1 is " + detail::shape_text(first_.rows(), first_.cols()) + " and B2 A2 is " +
+      detail::raise_shape("loha_adapter", "B1 A1 is " +
+                                              detail::shape_text(first_.rows(), first_.cols()) +
+                                              " and B2 A2 is " +
                                               detail::shape_text(second_.rows(), second_.cols()));
     if (first_.rank() != second_.rank() && scale.rule != scaling_rule::fixed)
-      detail::raise_value("loha_adapter", "the ranks are " + std::to_string(first_.rank()) + " and " +
-                                              std::to_string(second_.rank()) +
+      detail::raise_value("loha_adapter", "the ranks are " + std::to_string(first_.rank()) +
+                                              " and " + std::to_string(second_.rank()) +
                                               ": give the factor itself with scaling_rule::fixed");
   }
 
@@ -224,8 +235,8 @@ class [[nodiscard]] loha_adapter {
   template <class Acc>
   std::vector<step<Acc>> steps(const step_request<Acc>& request) const {
     return detail::delta_steps(request, scaling_, [&] {
-      return std::make_shared<const detail::loha_delta<Acc>>(request.operation, first_.template low_rank<Acc>(),
-                                                             second_.template low_rank<Acc>());
+      return std::make_shared<const detail::loha_delta<Acc>>(
+          request.operation, first_.template low_rank<Acc>(), second_.template low_rank<Acc>());
     });
   }
 

@@ -62,7 +62,8 @@ class lokr_delta final : public delta_source<Acc> {
       : C1_(C1.template formed<Acc>()), C2_(C2) {
     if (C2.is_dense()) return;
     factors_.emplace(low_rank_step{C2.template low_rank<Acc>()});
-    C2_rows_.emplace(operation, std::span<const low_rank_step>(&*factors_, 1), C2.rows(), C2.cols(), 1.0);
+    C2_rows_.emplace(operation, std::span<const low_rank_step>(&*factors_, 1), C2.rows(), C2.cols(),
+                     1.0);
   }
 
   void rows(index_t first, index_t count, Acc* to, index_t stride) const override {
@@ -79,13 +80,14 @@ class lokr_delta final : public delta_source<Acc> {
   void product(const Acc* x, index_t tokens, Acc* y) const override {
     const index_t o1 = C1_.rows(), i1 = C1_.cols(), o2 = C2_.rows(), i2 = C2_.cols();
     const packed& ready = packed_.get([&] { return pack(); });
-    const double C2_first_cost =
-        static_cast<double>(i1) * cost_of_C2() + static_cast<double>(o2) * static_cast<double>(i1 * o1);
-    const double C1_first_cost =
-        static_cast<double>(i1 * o1) * static_cast<double>(i2) + static_cast<double>(o1) * cost_of_C2();
+    const double C2_first_cost = static_cast<double>(i1) * cost_of_C2() +
+                                 static_cast<double>(o2) * static_cast<double>(i1 * o1);
+    const double C1_first_cost = static_cast<double>(i1 * o1) * static_cast<double>(i2) +
+                                 static_cast<double>(o1) * cost_of_C2();
     const bool C2_first = C2_first_cost <= C1_first_cost;
     const index_t between = std::max<index_t>(1, C2_first ? o2 * i1 : i2 * o1);
-    const index_t block = std::clamp<index_t>((index_t{1} << 17) / between, 1, std::max<index_t>(1, tokens));
+    const index_t block =
+        std::clamp<index_t>((index_t{1} << 17) / between, 1, std::max<index_t>(1, tokens));
     workspace space;
     array<Acc> memory(block * between);
     Acc* const Z = memory.data();
@@ -116,12 +118,15 @@ class lokr_delta final : public delta_source<Acc> {
   }
   /// Multiply-adds of C2 times a column.
   double cost_of_C2() const {
-    return by_factors() ? static_cast<double>(C2_.rank()) * static_cast<double>(C2_.rows() + C2_.cols())
-                        : static_cast<double>(C2_.rows()) * static_cast<double>(C2_.cols());
+    return by_factors()
+               ? static_cast<double>(C2_.rank()) * static_cast<double>(C2_.rows() + C2_.cols())
+               : static_cast<double>(C2_.rows()) * static_cast<double>(C2_.cols());
   }
   packed pack() const {
     const default_environment environment;
-    if (!by_factors()) return {mode_product<Acc>(as_matrix(C1_)), packed_weight<Acc>(C2_.template formed<Acc>()), {}};
+    if (!by_factors())
+      return {
+          mode_product<Acc>(as_matrix(C1_)), packed_weight<Acc>(C2_.template formed<Acc>()), {}};
     return {mode_product<Acc>(as_matrix(C1_)), {}, factors_->factors.visit([](const auto& l) {
               return packed_adapter<Acc>(l);
             })};
@@ -131,7 +136,8 @@ class lokr_delta final : public delta_source<Acc> {
   void read_C2(index_t first, index_t count, Acc* to, index_t stride) const {
     if (C2_rows_) return C2_rows_->write(first, count, to, stride);
     for (index_t i = 0; i < count; ++i)
-      for (index_t b = 0; b < C2_.cols(); ++b) to[i * stride + b] = converted<Acc>(C2_.dense()(first + i, b));
+      for (index_t b = 0; b < C2_.cols(); ++b)
+        to[i * stride + b] = converted<Acc>(C2_.dense()(first + i, b));
   }
   /// row(c i2 + b) := C1(a, c) row(b), with c = 0 last, where row(b) lies.
   void times_C1(index_t a, Acc* row) const {
@@ -144,14 +150,15 @@ class lokr_delta final : public delta_source<Acc> {
   }
 
   /// to := C2 from, of i2 x columns and o2 x columns.
-  void by_C2(workspace& space, const packed& ready, const Acc* from, index_t columns, Acc* to) const {
+  void by_C2(workspace& space, const packed& ready, const Acc* from, index_t columns,
+             Acc* to) const {
     if (by_factors())
       multiply_columns(
-          space, weight_source<Acc, Acc>{}, [&](const auto& visit) { visit(ready.C2_factors); }, C2_.rows(), C2_.cols(),
-          from, columns, to);
+          space, weight_source<Acc, Acc>{}, [&](const auto& visit) { visit(ready.C2_factors); },
+          C2_.rows(), C2_.cols(), from, columns, to);
     else
-      multiply_columns(space, weight_source<Acc, Acc>{.panels = ready.C2.panels()}, no_adapters, C2_.rows(), C2_.cols(),
-                       from, columns, to);
+      multiply_columns(space, weight_source<Acc, Acc>{.panels = ready.C2.panels()}, no_adapters,
+                       C2_.rows(), C2_.cols(), from, columns, to);
   }
 
   row_major_matrix<Acc> C1_;
@@ -172,13 +179,16 @@ class [[nodiscard]] lokr_adapter {
   using value_type = T;
 
   /// rank: r of the configuration, which alpha is divided by.
-  lokr_adapter(factored_matrix<T> C1, factored_matrix<T> C2, index_t rank, const lora::scaling& scale)
+  lokr_adapter(factored_matrix<T> C1, factored_matrix<T> C2, index_t rank,
+               const lora::scaling& scale)
       : C1_(std::move(C1)), C2_(std::move(C2)), rank_(rank), scaling_(resolve(scale, rank)) {
     for (const auto* one : {&C1_, &C2_})
       if (!one->is_dense() && one->rank() != rank && scale.rule != scaling_rule::fixed)
-        detail::raise_value("lokr_adapter", std::string(one == &C1_ ? "C1" : "C2") + " has rank " +
-                                                std::to_string(one->rank()) + " but the adapter's rank is " +
-                                                std::to_string(rank) + ": give the factor itself with scaling_rule::fixed");
+        detail::raise_value("lokr_adapter",
+                            std::string(one == &C1_ ? "C1" : "C2") + " has rank " +
+                                std::to_string(one->rank()) + " but the adapter's rank is " +
+                                std::to_string(rank) +
+                                ": give the factor itself with scaling_rule::fixed");
     check_extent(C1_.rows(), C2_.rows());
     check_extent(C1_.cols(), C2_.cols());
   }
@@ -193,8 +203,9 @@ class [[nodiscard]] lokr_adapter {
   /// One delta step; none at strength 0.
   template <class Acc>
   std::vector<step<Acc>> steps(const step_request<Acc>& request) const {
-    return detail::delta_steps(
-        request, scaling_, [&] { return std::make_shared<const detail::lokr_delta<Acc, T>>(request.operation, C1_, C2_); });
+    return detail::delta_steps(request, scaling_, [&] {
+      return std::make_shared<const detail::lokr_delta<Acc, T>>(request.operation, C1_, C2_);
+    });
   }
 
  private:

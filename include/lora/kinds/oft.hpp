@@ -68,7 +68,7 @@ struct oft_settings {
   std::optional<double> coft_eps = {};  ///< eps, where coft is on
 };
 
-namespace oft_detail {
+namespace detail {
 
 using block = Eigen::MatrixXd;
 
@@ -104,7 +104,8 @@ inline rotation rotation_of(const block& Q, const oft_settings& settings) {
 template <class Acc>
 class turn final : public input_map<Acc> {
  public:
-  turn(const std::vector<rotation>& blocks, const oft_settings& settings) : in_features_(settings.in_features) {
+  turn(const std::vector<rotation>& blocks, const oft_settings& settings)
+      : in_features_(settings.in_features) {
     for (const rotation& each : blocks) {
       columns_.push_back(each.R.transpose().cast<Acc>());
       rows_.push_back(each.R.cast<Acc>());
@@ -115,8 +116,12 @@ class turn final : public input_map<Acc> {
     }
   }
 
-  void columns(Acc* x, index_t tokens, index_t stride) const override { multiply(columns_, x, tokens, stride); }
-  void rows(Acc* rows, index_t count, index_t stride) const override { multiply(rows_, rows, count, stride); }
+  void columns(Acc* x, index_t tokens, index_t stride) const override {
+    multiply(columns_, x, tokens, stride);
+  }
+  void rows(Acc* rows, index_t count, index_t stride) const override {
+    multiply(rows_, rows, count, stride);
+  }
   void undo_rows(const char* operation, Acc* rows, index_t count, index_t stride) const override {
     for (std::size_t i = 0; i < undo_.size(); ++i)
       if (undo_[i].size() == 0)
@@ -146,8 +151,8 @@ class turn final : public input_map<Acc> {
     std::vector<Acc> scratch(static_cast<std::size_t>(together * b));
     for (index_t first = 0; first < count; first += together)
       for (index_t k = 0; k * b < in_features_; ++k)
-        multiply_block(M[M.size() == 1 ? 0 : static_cast<std::size_t>(k)], scratch.data(), to + first * stride + k * b,
-                       std::min(together, count - first), stride);
+        multiply_block(M[M.size() == 1 ? 0 : static_cast<std::size_t>(k)], scratch.data(),
+                       to + first * stride + k * b, std::min(together, count - first), stride);
   }
   static void multiply_block(const matrix& M, Acc* from, Acc* to, index_t count, index_t stride) {
     const index_t b = M.rows();
@@ -168,7 +173,7 @@ class turn final : public input_map<Acc> {
   std::vector<matrix> columns_, rows_, undo_;  // R^T, R, and the inverse of R, or nothing
 };
 
-}  // namespace oft_detail
+}  // namespace detail
 
 /// The skew blocks of one layer, packed, in the format that they are stored in, and how they become
 /// rotations. Owns them; immutable. Invariant: the blocks are as wide as in_features, all of them
@@ -189,7 +194,8 @@ class [[nodiscard]] oft_adapter {
         block_size_(checked_size()) {
     if (settings.neumann_terms < 1 || settings.neumann_terms > 1000)
       detail::raise_value("oft_adapter",
-                          std::to_string(settings.neumann_terms) + " terms of the Neumann series; from 1 to 1000 are taken");
+                          std::to_string(settings.neumann_terms) +
+                              " terms of the Neumann series; from 1 to 1000 are taken");
     if (settings.coft_eps && !(detail::is_finite(*settings.coft_eps) && *settings.coft_eps >= 0))
       detail::raise_value("oft_adapter", "coft_eps is negative or not finite");
   }
@@ -205,13 +211,15 @@ class [[nodiscard]] oft_adapter {
   std::vector<step<Acc>> steps(const step_request<Acc>& request) const {
     if (detail::is_zero(request.strength)) return {};
     if (request.strength != 1)
-      detail::raise_value(request.operation, "an OFT adapter has the strength 1 or 0, not " +
-                                                 std::to_string(request.strength) +
-                                                 ": it turns the inputs, and PEFT does not define part of a turn");
+      detail::raise_value(request.operation,
+                          "an OFT adapter has the strength 1 or 0, not " +
+                              std::to_string(request.strength) +
+                              ": it turns the inputs, and PEFT does not define part of a turn");
     const detail::default_environment environment;
-    std::vector<oft_detail::rotation> rotations;
-    for (index_t i = 0; i < blocks_.rows(); ++i) rotations.push_back(oft_detail::rotation_of(skew(i), settings_));
-    return {input_step<Acc>{std::make_shared<const oft_detail::turn<Acc>>(rotations, settings_)}};
+    std::vector<detail::rotation> rotations;
+    for (index_t i = 0; i < blocks_.rows(); ++i)
+      rotations.push_back(detail::rotation_of(skew(i), settings_));
+    return {input_step<Acc>{std::make_shared<const detail::turn<Acc>>(rotations, settings_)}};
   }
 
  private:
@@ -220,21 +228,24 @@ class [[nodiscard]] oft_adapter {
     const auto [count, packed] = std::pair<index_t, index_t>(blocks_.rows(), blocks_.cols());
     const auto [out, in] = std::pair(settings_.out_features, settings_.in_features);
     if (out < 0 || in < 0)
-      detail::raise_shape("oft_adapter", "the layer is " + detail::shape_text(out, in) + " (out_features x in_features)");
+      detail::raise_shape("oft_adapter", "the layer is " + detail::shape_text(out, in) +
+                                             " (out_features x in_features)");
     const auto b = static_cast<index_t>((1 + std::sqrt(1 + 8 * static_cast<double>(packed))) / 2);
     const std::string text = "the blocks are " + detail::shape_text(count, packed);
     if (b * (b - 1) / 2 != packed)
-      detail::raise_shape("oft_adapter", text + "; a block of b inputs is stored as b (b - 1) / 2 numbers");
+      detail::raise_shape("oft_adapter",
+                          text + "; a block of b inputs is stored as b (b - 1) / 2 numbers");
     const bool all = in % b == 0 && in / b == count, shared = in % b == 0 && count == 1;
     if (!all && !shared)
-      detail::raise_shape("oft_adapter", text + ", each for " + std::to_string(b) + " inputs, and in_features is " +
-                                             std::to_string(in) + "; blocks cover the inputs once, or one block all");
+      detail::raise_shape("oft_adapter", text + ", each for " + std::to_string(b) +
+                                             " inputs, and in_features is " + std::to_string(in) +
+                                             "; blocks cover the inputs once, or one block all");
     return b;
   }
 
   /// Q_i, within coft_eps.
-  oft_detail::block skew(index_t i) const {
-    oft_detail::block Q = oft_detail::block::Zero(block_size_, block_size_);
+  detail::block skew(index_t i) const {
+    detail::block Q = detail::block::Zero(block_size_, block_size_);
     for (index_t row = 0, packed = 0; row < block_size_; ++row)
       for (index_t col = row + 1; col < block_size_; ++col, ++packed) {
         Q(row, col) = detail::widen<double>(blocks_(i, packed));

@@ -41,8 +41,8 @@ class [[nodiscard]] vera_adapter {
   using value_type = T;
   using matrix = detail::row_major_matrix<T>;
 
-  vera_adapter(std::shared_ptr<const matrix> A, std::shared_ptr<const matrix> B, std::vector<T> lambda_b,
-               std::vector<T> lambda_d, index_t in_features)
+  vera_adapter(std::shared_ptr<const matrix> A, std::shared_ptr<const matrix> B,
+               std::vector<T> lambda_b, std::vector<T> lambda_d, index_t in_features)
       : A_(std::move(A)),
         B_(std::move(B)),
         lambda_b_(std::move(lambda_b)),
@@ -50,13 +50,17 @@ class [[nodiscard]] vera_adapter {
         in_(in_features) {
     if (A_ == nullptr || B_ == nullptr) detail::raise_value("vera_adapter", "A or B is not there");
     if (A_->rows() != rank() || B_->cols() != rank())
-      detail::raise_shape("vera_adapter", "A is " + detail::shape_text<index_t>(A_->rows(), A_->cols()) + ", B is " +
-                                              detail::shape_text<index_t>(B_->rows(), B_->cols()) + " and lambda_d has " +
-                                              std::to_string(rank()) + " values; the ranks must be one");
+      detail::raise_shape("vera_adapter",
+                          "A is " + detail::shape_text<index_t>(A_->rows(), A_->cols()) +
+                              ", B is " + detail::shape_text<index_t>(B_->rows(), B_->cols()) +
+                              " and lambda_d has " + std::to_string(rank()) +
+                              " values; the ranks must be one");
     if (in_ < 0 || in_ > A_->cols() || out_features() > B_->rows())
-      detail::raise_shape("vera_adapter", "the layer is " + detail::shape_text(out_features(), in_) +
-                                              " (out_features x in_features), of which A has " + std::to_string(A_->cols()) +
-                                              " inputs and B " + std::to_string(B_->rows()) + " outputs");
+      detail::raise_shape("vera_adapter", "the layer is " +
+                                              detail::shape_text(out_features(), in_) +
+                                              " (out_features x in_features), of which A has " +
+                                              std::to_string(A_->cols()) + " inputs and B " +
+                                              std::to_string(B_->rows()) + " outputs");
   }
 
   const std::shared_ptr<const matrix>& A() const { return A_; }
@@ -76,13 +80,15 @@ class [[nodiscard]] vera_adapter {
     const auto product = [](const T& a, const T& b) {
       return static_cast<Acc>(detail::widen<double>(a) * detail::widen<double>(b));
     };
-    const auto A = widened::NullaryExpr(
-        rank(), in_, [&](index_t i, index_t j) { return product(lambda_d_[static_cast<std::size_t>(i)], (*A_)(i, j)); });
+    const auto A = widened::NullaryExpr(rank(), in_, [&](index_t i, index_t j) {
+      return product(lambda_d_[static_cast<std::size_t>(i)], (*A_)(i, j));
+    });
     const auto B = widened::NullaryExpr(out_features(), rank(), [&](index_t i, index_t j) {
       return product(lambda_b_[static_cast<std::size_t>(i)], (*B_)(i, j));
     });
     const scaling unit{.alpha = 1, .rule = scaling_rule::fixed};
-    return {low_rank_step{any_factors(std::make_shared<const adapter<Acc>>(A, B, unit)), request.strength}};
+    return {low_rank_step{any_factors(std::make_shared<const adapter<Acc>>(A, B, unit)),
+                          request.strength}};
   }
 
  private:

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A program of somebody else: both ways on whole numbers, and the file readers where the build has them.
+// A program of somebody else: both ways on whole numbers, and the file readers where the build has
+// them.
 #include <cstdio>
 
 #include "lora/lora.hpp"

@@ -10,8 +10,8 @@
 #define PASTE(a, b) a##b
 #define NAME(a, b) PASTE(a, b)
 
-unit_result NAME(unit_, UNIT)(const Eigen::MatrixXf& W, const Eigen::MatrixXf& A, const Eigen::MatrixXf& B,
-                              const Eigen::VectorXf& x) {
+unit_result NAME(unit_, UNIT)(const Eigen::MatrixXf& W, const Eigen::MatrixXf& A,
+                              const Eigen::MatrixXf& B, const Eigen::VectorXf& x) {
   const lora::adapter<float> l{A, B, {.alpha = 7}};
   unit_result result;
   result.mixed.resize(W.rows());

@@ -10,6 +10,6 @@ struct unit_result {
   bool refused = false;  ///< a wrong shape threw the shape_error of this unit
 };
 
-using unit = unit_result(const Eigen::MatrixXf& W, const Eigen::MatrixXf& A, const Eigen::MatrixXf& B,
-                         const Eigen::VectorXf& x);
+using unit = unit_result(const Eigen::MatrixXf& W, const Eigen::MatrixXf& A,
+                         const Eigen::MatrixXf& B, const Eigen::VectorXf& x);
 unit unit_0, unit_1, unit_2, unit_3, unit_4;

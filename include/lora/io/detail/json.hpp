@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Strict JSON (RFC 8259) as a stream of events, in one pass without recursion. A header of a model file can be 100 MB, and
-// every number in it decides over memory: so nothing is converted silently (negative numbers, fractions and numbers beyond 64
-// bits stay apart), and strings without escapes are views of the text. Refused: a byte order mark, comments, trailing
-// commas, NaN, control characters, lone surrogates, broken UTF-8, NUL padding, anything behind the value.
+// Strict JSON (RFC 8259) as a stream of events, in one pass without recursion. A header of a model
+// file can be 100 MB, and every number in it decides over memory: so nothing is converted silently
+// (negative numbers, fractions and numbers beyond 64 bits stay apart), and strings without escapes
+// are views of the text. Refused: a byte order mark, comments, trailing commas, NaN, control
+// characters, lone surrogates, broken UTF-8, NUL padding, anything behind the value.
 #pragma once
 
 #include <algorithm>
@@ -21,7 +22,16 @@
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
-enum class json_kind { null, boolean, unsigned_integer, negative_integer, real, string, array, object };
+enum class json_kind {
+  null,
+  boolean,
+  unsigned_integer,
+  negative_integer,
+  real,
+  string,
+  array,
+  object
+};
 
 inline const char* json_kind_name(json_kind kind) {
   switch (kind) {
@@ -63,24 +73,29 @@ struct json_source {
 };
 
 /// Raises the one kind of error that a text which is not JSON gives.
-[[noreturn]] inline void refuse_json(const json_source& source, std::size_t at, std::string_view found,
-                                     std::string_view hint = {}) {
-  io_detail::refuse({.path = source.path, .offset = source.offset + at}, "strict JSON", found, hint);
+[[noreturn]] inline void refuse_json(const json_source& source, std::size_t at,
+                                     std::string_view found, std::string_view hint = {}) {
+  io_detail::refuse({.path = source.path, .offset = source.offset + at}, "strict JSON", found,
+                    hint);
 }
 
-/// Bytes of the well-formed UTF-8 character that begins at `at`; 0 where none does. From the standard's table: no overlong form,
-/// no surrogate, nothing above U+10FFFF.
+/// Bytes of the well-formed UTF-8 character that begins at `at`; 0 where none does. From the
+/// standard's table: no overlong form, no surrogate, nothing above U+10FFFF.
 inline std::size_t utf8_length(std::string_view text, std::size_t at) {
-  const auto byte = [&](std::size_t k) { return at + k < text.size() ? static_cast<unsigned char>(text[at + k]) : 0u; };
+  const auto byte = [&](std::size_t k) {
+    return at + k < text.size() ? static_cast<unsigned char>(text[at + k]) : 0u;
+  };
   const auto follows = [&](std::size_t k, unsigned low = 0x80, unsigned most = 0xbf) {
     return byte(k) >= low && byte(k) <= most;
   };
   const unsigned first = byte(0);
   if (first < 0x80) return at < text.size() ? 1 : 0;
   if (first >= 0xc2 && first <= 0xdf && follows(1)) return 2;
-  if (first >= 0xe0 && first <= 0xef && follows(1, first == 0xe0 ? 0xa0 : 0x80, first == 0xed ? 0x9f : 0xbf) && follows(2))
+  if (first >= 0xe0 && first <= 0xef &&
+      follows(1, first == 0xe0 ? 0xa0 : 0x80, first == 0xed ? 0x9f : 0xbf) && follows(2))
     return 3;
-  if (first >= 0xf0 && first <= 0xf4 && follows(1, first == 0xf0 ? 0x90 : 0x80, first == 0xf4 ? 0x8f : 0xbf) && follows(2) &&
+  if (first >= 0xf0 && first <= 0xf4 &&
+      follows(1, first == 0xf0 ? 0x90 : 0x80, first == 0xf4 ? 0x8f : 0xbf) && follows(2) &&
       follows(3))
     return 4;
   return 0;
@@ -101,14 +116,15 @@ class json_strings {
  public:
   explicit json_strings(const json_source& source) : source_(source) {}
 
-  /// The string whose opening quote lies at `at`; `at` becomes the place behind the closing one. A view of the text, or of
-  /// a buffer that the next call overwrites.
+  /// The string whose opening quote lies at `at`; `at` becomes the place behind the closing one. A
+  /// view of the text, or of a buffer that the next call overwrites.
   std::string_view read(std::size_t& at) {
     const std::string_view text = source_.text;
     const std::size_t begin = ++at;
     while (true) {
       at = plain_end(at);
-      if (at >= text.size()) refuse_json(source_, text.size(), "the JSON text ends too early: inside a string");
+      if (at >= text.size())
+        refuse_json(source_, text.size(), "the JSON text ends too early: inside a string");
       if (text[at] == '"') return text.substr(begin, at++ - begin);
       if (text[at] == '\\') return unescaped(begin, at);
       at += multibyte(at);
@@ -118,7 +134,8 @@ class json_strings {
  private:
   static bool is_plain(unsigned char c) { return c >= 0x20 && c < 0x80 && c != '"' && c != '\\'; }
 
-  /// The first character from `at` on that is not plain. Eight at a time: names of tensors are nearly all of a header.
+  /// The first character from `at` on that is not plain. Eight at a time: names of tensors are
+  /// nearly all of a header.
   std::size_t plain_end(std::size_t at) const {
     const std::string_view text = source_.text;
     constexpr std::uint64_t ones = 0x0101010101010101u, high = 0x8080808080808080u;
@@ -126,7 +143,8 @@ class json_strings {
       std::uint64_t word;
       std::memcpy(&word, text.data() + at, 8);
       const std::uint64_t quote = word ^ (ones * '"'), slash = word ^ (ones * '\\');
-      // A byte of `word` below 0x20, or of the others equal to 0, borrows into its high bit; a byte above 0x7f has it set.
+      // A byte of `word` below 0x20, or of the others equal to 0, borrows into its high bit; a byte
+      // above 0x7f has it set.
       if ((((word - ones * 0x20) | (quote - ones) | (slash - ones) | word) & high) != 0) break;
       at += 8;
     }
@@ -139,7 +157,9 @@ class json_strings {
     const auto first = static_cast<unsigned char>(source_.text[at]);
     if (first < 0x20) {
       refuse_json(source_, at,
-                  first == 0 ? "a NUL byte" : "a control character in a string, which must be written as an escape",
+                  first == 0
+                      ? "a NUL byte"
+                      : "a control character in a string, which must be written as an escape",
                   first == 0 ? "the file is cut or zeroed" : "");
     }
     if (const auto length = utf8_length(source_.text, at); length != 0) return length;
@@ -201,7 +221,9 @@ class json_strings {
   }
 
   void append(std::uint32_t code) {
-    const auto put = [&](std::uint32_t byte) { buffer_ += static_cast<char>(static_cast<unsigned char>(byte)); };
+    const auto put = [&](std::uint32_t byte) {
+      buffer_ += static_cast<char>(static_cast<unsigned char>(byte));
+    };
     const auto tail = [&](int shift) { put(0x80 | ((code >> shift) & 0x3f)); };
     if (code < 0x80) {
       put(code);
@@ -225,18 +247,21 @@ class json_strings {
 };
 
 /// Calls a Handler with
-///   key(std::string_view, offset), scalar(const json_scalar&, offset), begin(json_kind, offset), end(json_kind, offset)
+///   key(std::string_view, offset), scalar(const json_scalar&, offset), begin(json_kind, offset),
+///   end(json_kind, offset)
 /// where offset is a position in the file just behind the token. Handlers raise format_error.
 template <class Handler>
 class json_scanner {
  public:
-  json_scanner(const json_source& source, Handler& handler) : source_(source), handler_(handler), strings_(source) {}
+  json_scanner(const json_source& source, Handler& handler)
+      : source_(source), handler_(handler), strings_(source) {}
 
   void run() {
     if (source_.text.substr(0, 3) == "\xEF\xBB\xBF")
       refuse("a byte order mark", "JSON text begins without one: save it as plain UTF-8");
     skip_space();
-    if (at_ == source_.text.size()) refuse("the JSON text ends too early", source_.text.empty() ? "the text is empty" : "");
+    if (at_ == source_.text.size())
+      refuse("the JSON text ends too early", source_.text.empty() ? "the text is empty" : "");
     value();
     while (!open_.empty()) inside();
     skip_space();
@@ -251,7 +276,8 @@ class json_scanner {
     skip_space();
     if (here() == (object ? '}' : ']')) return close();
     if (!first_) {
-      if (here() != ',') refuse_token(object ? "a comma or } in an object" : "a comma or ] in an array");
+      if (here() != ',')
+        refuse_token(object ? "a comma or } in an object" : "a comma or ] in an array");
       ++at_;
       skip_space();
     }
@@ -285,7 +311,9 @@ class json_scanner {
 
   void open(json_kind kind) {
     if (open_.size() >= source_.deepest)
-      refuse(sentence({"arrays and objects nested more than ", std::to_string(source_.deepest), " deep"}), "");
+      refuse(sentence({"arrays and objects nested more than ", std::to_string(source_.deepest),
+                       " deep"}),
+             "");
     open_.push_back(kind);
     ++at_;
     first_ = true;
@@ -337,8 +365,10 @@ class json_scanner {
       if (here() == '+' || here() == '-') ++at_;
       digits_needed();
     }
-    const bool small = result.kind == json_kind::negative_integer && result.unsigned_integer <= std::uint64_t{1} << 63;
-    if (real || !fits || (result.kind == json_kind::negative_integer && !small)) result.kind = json_kind::real;
+    const bool small = result.kind == json_kind::negative_integer &&
+                       result.unsigned_integer <= std::uint64_t{1} << 63;
+    if (real || !fits || (result.kind == json_kind::negative_integer && !small))
+      result.kind = json_kind::real;
     result.number = static_cast<double>(result.unsigned_integer);
     if (result.kind != json_kind::unsigned_integer) {
       if (!read_double(source_.text.substr(begin, at_ - begin), result.number))
@@ -366,7 +396,9 @@ class json_scanner {
   std::uint64_t offset() const { return source_.offset + at_; }
 
   // ---- errors
-  [[noreturn]] void refuse(std::string_view found, std::string_view hint) const { refuse_json(source_, at_, found, hint); }
+  [[noreturn]] void refuse(std::string_view found, std::string_view hint) const {
+    refuse_json(source_, at_, found, hint);
+  }
   [[noreturn]] void refuse_token(const char* wanted) const {
     if (at_ >= source_.text.size())
       refuse(sentence({"the JSON text ends too early: ", wanted, " should follow"}),
@@ -380,7 +412,8 @@ class json_scanner {
   }
   [[noreturn]] void refuse_nul() const {
     refuse("a NUL byte",
-           "a header is padded with spaces; NUL padding comes from a broken writer, or the file is cut or zeroed");
+           "a header is padded with spaces; NUL padding comes from a broken writer, or the file is "
+           "cut or zeroed");
   }
 
   const json_source& source_;

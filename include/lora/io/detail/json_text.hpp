@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// JSON as text: strings with their escapes, numbers with the digits that were read, and a tree as Python's
-// json.dumps(indent=2) lays it out.
+// JSON as text: strings with their escapes, numbers with the digits that were read, and a tree as
+// Python's json.dumps(indent=2) lays it out.
 #pragma once
 
 #include <array>
@@ -38,12 +38,13 @@ inline std::string json_string(std::string_view text) {
   return result + '"';
 }
 
-/// The shortest text that reads as the same double, as Python writes it: with an exponent below 1e-4 and from 1e16 on; a
-/// whole number keeps ".0".
+/// The shortest text that reads as the same double, as Python writes it: with an exponent below
+/// 1e-4 and from 1e16 on; a whole number keeps ".0".
 inline std::string json_real(double value) {
   std::array<char, 64> buffer{};
   const double size = std::abs(value);
-  const auto format = size != 0 && (size < 1e-4 || size >= 1e16) ? std::chars_format::scientific : std::chars_format::fixed;
+  const auto format = size != 0 && (size < 1e-4 || size >= 1e16) ? std::chars_format::scientific
+                                                                 : std::chars_format::fixed;
   const auto end = std::to_chars(buffer.data(), buffer.data() + buffer.size(), value, format);
   std::string text(buffer.data(), end.ptr);
   if (text.find_first_of(".en") == std::string::npos) text += ".0";
@@ -51,7 +52,8 @@ inline std::string json_real(double value) {
 }
 
 inline void append_json(std::string& out, const json_node& node, int depth) {
-  const std::string inner(static_cast<std::size_t>(2 * (depth + 1)), ' '), outer(static_cast<std::size_t>(2 * depth), ' ');
+  const std::string inner(static_cast<std::size_t>(2 * (depth + 1)), ' '),
+      outer(static_cast<std::size_t>(2 * depth), ' ');
   const bool object = node.kind == json_kind::object;
   switch (node.kind) {
     case json_kind::null: out += "null"; return;

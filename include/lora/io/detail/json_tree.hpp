@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A small JSON document as a tree that keeps the order of its keys, refuses a key that is given twice, and is bounded in
-// depth and in number of values. For configs; headers of many megabytes are read as events instead.
+// A small JSON document as a tree that keeps the order of its keys, refuses a key that is given
+// twice, and is bounded in depth and in number of values. For configs; headers of many megabytes
+// are read as events instead.
 #pragma once
 
 #include <algorithm>
@@ -17,7 +18,8 @@
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
-/// One value. Items are the values of an array, or those of an object with their keys, in the order of the file.
+/// One value. Items are the values of an array, or those of an object with their keys, in the order
+/// of the file.
 struct json_node {
   std::string key;
   json_kind kind = json_kind::null;
@@ -25,7 +27,8 @@ struct json_node {
   double number = 0;
   std::uint64_t unsigned_integer = 0;
   std::uint64_t offset = 0;  ///< in the file, near the end of the value's first token
-  std::string string;        ///< of a string; of a number, as it is written: its digits may be more than a double holds
+  /// Of a string; of a number, as it is written: its digits may be more than a double holds.
+  std::string string;
   std::vector<json_node> items;
 
   /// null, false, "", [] and {}: a key with such a value asks for nothing.
@@ -76,7 +79,8 @@ class json_tree_builder {
 
   /// Where the next value goes. Pointers in open_ stay valid: only the innermost container grows.
   json_node& place(std::uint64_t offset) {
-    if (++values_ > most_values) refuse(offset, "", sentence({"at most ", std::to_string(most_values), " values"}), "more");
+    if (++values_ > most_values)
+      refuse(offset, "", sentence({"at most ", std::to_string(most_values), " values"}), "more");
     json_node* node = open_.back();
     if (open_.size() > 1) {
       node = &node->items.emplace_back();
@@ -88,10 +92,12 @@ class json_tree_builder {
   void refuse_twice(const json_node& object) const {
     std::vector<const json_node*> sorted;
     for (const auto& item : object.items) sorted.push_back(&item);
-    std::sort(sorted.begin(), sorted.end(),
-              [](auto* a, auto* b) { return std::tie(a->key, a->offset) < std::tie(b->key, b->offset); });
+    std::sort(sorted.begin(), sorted.end(), [](auto* a, auto* b) {
+      return std::tie(a->key, a->offset) < std::tie(b->key, b->offset);
+    });
     for (std::size_t k = 1; k < sorted.size(); ++k)
-      if (sorted[k]->key == sorted[k - 1]->key) refuse(sorted[k]->offset, sorted[k]->key, "a key once", "it twice");
+      if (sorted[k]->key == sorted[k - 1]->key)
+        refuse(sorted[k]->offset, sorted[k]->key, "a key once", "it twice");
   }
   [[noreturn]] void refuse(std::uint64_t offset, std::string_view item, std::string_view expected,
                            std::string_view found) const {

@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// A key of PEFT's rank_pattern or alpha_pattern: the regular expression (.*\.)?(KEY)$, matched from the beginning of a
-// module's name. Most keys are plain names, or whole names behind ^ as peft::write writes them. Both are compared as text,
-// without an automaton.
+// A key of PEFT's rank_pattern or alpha_pattern: the regular expression (.*\.)?(KEY)$, matched from
+// the beginning of a module's name. Most keys are plain names, or whole names behind ^ as
+// peft::write writes them. Both are compared as text, without an automaton.
 #pragma once
 
 #include <algorithm>
@@ -17,15 +17,18 @@
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
-/// Letters, digits, _ and -, and dots, which stand for any character: a pattern that is compared as it stands.
+/// Letters, digits, _ and -, and dots, which stand for any character: a pattern that is compared as
+/// it stands.
 inline bool is_plain(std::string_view text) {
   return std::all_of(text.begin(), text.end(), [](char c) {
-    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' || c == '-' || c == '.';
+    return (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z') || (c >= '0' && c <= '9') || c == '_' ||
+           c == '-' || c == '.';
   });
 }
 
 inline bool is_ascii(std::string_view text) {
-  return std::all_of(text.begin(), text.end(), [](char c) { return static_cast<unsigned char>(c) < 0x80; });
+  return std::all_of(text.begin(), text.end(),
+                     [](char c) { return static_cast<unsigned char>(c) < 0x80; });
 }
 
 /// Why pattern::verdict::not_ascii is no answer.
@@ -34,8 +37,8 @@ inline std::string unicode_text(std::string_view expression, std::string_view mo
          " depends on the Unicode class of a letter, which is not supported";
 }
 
-/// The name that a key fits alone: ^ and characters that stand for themselves, dots and other punctuation behind a backslash,
-/// perhaps a $ at the end. Nothing for any other key.
+/// The name that a key fits alone: ^ and characters that stand for themselves, dots and other
+/// punctuation behind a backslash, perhaps a $ at the end. Nothing for any other key.
 inline std::optional<std::string> anchored_name(std::string_view key) {
   if (!key.starts_with('^')) return std::nullopt;
   key.remove_prefix(1);
@@ -44,8 +47,10 @@ inline std::optional<std::string> anchored_name(std::string_view key) {
   for (std::size_t k = 0; k < key.size(); ++k) {
     const bool escaped = key[k] == '\\';
     if (escaped && ++k == key.size()) return std::nullopt;
-    const bool letter = is_plain(key.substr(k, 1)) && key[k] != '.' && key[k] != '-' && key[k] != '_';
-    const bool punctuation = std::string_view("._-^$*+?{}[]\\|()").find(key[k]) != std::string_view::npos;
+    const bool letter =
+        is_plain(key.substr(k, 1)) && key[k] != '.' && key[k] != '-' && key[k] != '_';
+    const bool punctuation =
+        std::string_view("._-^$*+?{}[]\\|()").find(key[k]) != std::string_view::npos;
     if (escaped ? !punctuation : !letter && key[k] != '-' && key[k] != '_') return std::nullopt;
     name += key[k];
   }
@@ -93,20 +98,26 @@ class module_pattern {
   std::size_t cost() const { return compiled_ ? compiled_->cost() : 1; }
 
  private:
-  static pattern::verdict verdict(bool fits) { return fits ? pattern::verdict::yes : pattern::verdict::no; }
+  static pattern::verdict verdict(bool fits) {
+    return fits ? pattern::verdict::yes : pattern::verdict::no;
+  }
   /// As Python has it: $ is also before a line end at the end.
   bool is_name(std::string_view module) const {
-    return module == text_ || (module.ends_with('\n') && module.substr(0, module.size() - 1) == text_);
+    return module == text_ ||
+           (module.ends_with('\n') && module.substr(0, module.size() - 1) == text_);
   }
   /// As Python has it: no dot is a line end, and $ is also before one at the end.
   bool whole_fits(std::u32string_view module) const {
-    const auto fits = [&](std::u32string_view text) { return text.size() == text_.size() && plain_fits(text); };
+    const auto fits = [&](std::u32string_view text) {
+      return text.size() == text_.size() && plain_fits(text);
+    };
     return fits(module) || (module.ends_with(U'\n') && fits(module.substr(0, module.size() - 1)));
   }
   template <class C>
   bool plain_fits(std::basic_string_view<C> module) const {
     if (module.size() < text_.size()) return false;
-    const auto path = module.substr(0, module.size() - text_.size()), end = module.substr(path.size());
+    const auto path = module.substr(0, module.size() - text_.size()),
+               end = module.substr(path.size());
     if (!path.empty() && path.back() != '.') return false;
     return std::equal(text_.begin(), text_.end(), end.begin(),
                       [](char k, C c) { return k == '.' ? c != '\n' : c == static_cast<C>(k); });
@@ -114,7 +125,8 @@ class module_pattern {
   /// As Python has it: no dot is a line end, and $ is also before one at the end.
   bool plain_fits_any(std::u32string_view module) const {
     const auto fits = [&](std::u32string_view text) {
-      return plain_fits(text) && text.substr(0, text.size() - text_.size()).find(U'\n') == text.npos;
+      return plain_fits(text) &&
+             text.substr(0, text.size() - text_.size()).find(U'\n') == text.npos;
     };
     return fits(module) || (module.ends_with(U'\n') && fits(module.substr(0, module.size() - 1)));
   }

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Tables of names that are looked up for every module of a file. Searches for ranks write one name for each module, so a look-up
-// must not try them all: it takes a binary search for each group of names that have one length and dots at the same places.
+// Tables of names that are looked up for every module of a file. Searches for ranks write one name
+// for each module, so a look-up must not try them all: it takes a binary search for each group of
+// names that have one length and dots at the same places.
 #pragma once
 
 #include <algorithm>
@@ -24,7 +25,9 @@ class path_endings {
     std::sort(names_.begin(), names_.end());
   }
 
-  bool contains(std::string_view name) const { return std::binary_search(names_.begin(), names_.end(), name); }
+  bool contains(std::string_view name) const {
+    return std::binary_search(names_.begin(), names_.end(), name);
+  }
   bool select(std::string_view module) const {
     for (;;) {
       if (contains(module)) return true;
@@ -44,8 +47,9 @@ class path_endings {
   std::vector<std::string> names_;
 };
 
-/// Plain keys of a pattern table, each with its place in the table. A dot of a key fits any character of a module's name, so
-/// keys are grouped by length and by where their dots are: within a group a look-up is for text.
+/// Plain keys of a pattern table, each with its place in the table. A dot of a key fits any
+/// character of a module's name, so keys are grouped by length and by where their dots are: within
+/// a group a look-up is for text.
 class plain_keys {
  public:
   static constexpr std::size_t none = static_cast<std::size_t>(-1);
@@ -55,7 +59,8 @@ class plain_keys {
     for (auto& c : shape) c = c == '.' ? '.' : '_';
     groups_[key.size()][std::move(shape)].emplace(key, place);  // of equal keys the first counts
   }
-  /// The first place whose key fits the whole of a name of plain characters; none when there is none.
+  /// The first place whose key fits the whole of a name of plain characters; none when there is
+  /// none.
   std::size_t first_for_whole(std::string_view module) const {
     std::size_t result = none;
     const auto groups = groups_.find(module.size());
@@ -64,23 +69,26 @@ class plain_keys {
       std::string text(module);
       for (std::size_t k = 0; k < text.size(); ++k)
         if (shape[k] == '.') text[k] = '.';
-      if (const auto found = keys.find(text); found != keys.end()) result = std::min(result, found->second);
+      if (const auto found = keys.find(text); found != keys.end())
+        result = std::min(result, found->second);
     }
     return result;
   }
   /// The same for the name, or its end behind a dot.
   std::size_t first_for_end(std::string_view module) const {
     std::size_t result = first_for_whole(module);
-    for_ends(module, [&](std::string_view end) { result = std::min(result, first_for_whole(end)); });
+    for_ends(module,
+             [&](std::string_view end) { result = std::min(result, first_for_whole(end)); });
     return result;
   }
-  /// An upper bound for the steps of first_for_whole: each group is memory that the last one did not touch.
+  /// An upper bound for the steps of first_for_whole: each group is memory that the last one did
+  /// not touch.
   double work_for_whole(std::string_view module) const {
     constexpr double miss = 100;
     const auto groups = groups_.find(module.size());
-    return groups == groups_.end()
-               ? 1
-               : static_cast<double>(groups->second.size()) * (miss + static_cast<double>(module.size()));
+    return groups == groups_.end() ? 1
+                                   : static_cast<double>(groups->second.size()) *
+                                         (miss + static_cast<double>(module.size()));
   }
   double work_for_end(std::string_view module) const {
     double result = work_for_whole(module);

@@ -20,7 +20,8 @@
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
-/// Whether the whole text is a number as JSON writes it, within the range of double; value is that number then.
+/// Whether the whole text is a number as JSON writes it, within the range of double; value is that
+/// number then.
 inline bool read_double(std::string_view text, double& value) {
   const std::string_view digits = text.substr(text.starts_with('-') ? 1 : 0);
   const bool begins = !digits.empty() && digits[0] >= '0' && digits[0] <= '9';

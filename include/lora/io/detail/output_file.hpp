@@ -1,10 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Writing a file so that its name means the whole new content or the old one, never a part: a temporary file beside it is
-// written, flushed to the device, closed, and renamed over it; then the folder is flushed, which makes the name durable.
-// A failure at any step removes the temporary file and leaves the old one. A failed flush is never tried again: the system may
-// have dropped the pages and would report success. Files that belong together are all finished before the first is published:
-// what usually fails (no room, a broken device) then fails while nothing is visible.
+// Writing a file so that its name means the whole new content or the old one, never a part: a
+// temporary file beside it is written, flushed to the device, closed, and renamed over it; then the
+// folder is flushed, which makes the name durable. A failure at any step removes the temporary file
+// and leaves the old one. A failed flush is never tried again: the system may have dropped the
+// pages and would report success. Files that belong together are all finished before the first is
+// published: what usually fails (no room, a broken device) then fails while nothing is visible.
 #pragma once
 
 #include <cerrno>
@@ -37,9 +38,10 @@ namespace io_detail {
 /// The temporary file that becomes `path`. Throws format_error with the system's reason.
 class output_file {
  public:
-  /// size: bytes that will be written; where the file system can, their space is taken at once, so that a full disk is found
-  /// before the work.
-  output_file(const std::filesystem::path& path, std::uint64_t size, safetensors::durability durable)
+  /// size: bytes that will be written; where the file system can, their space is taken at once, so
+  /// that a full disk is found before the work.
+  output_file(const std::filesystem::path& path, std::uint64_t size,
+              safetensors::durability durable)
       : path_(path), durable_(durable) {
     std::error_code failure;
     if (std::filesystem::is_directory(path, failure)) refuse("a file to write", "a directory", 0);
@@ -57,7 +59,8 @@ class output_file {
   void write(std::span<const std::byte> bytes);
   /// Flushes and closes the temporary file. Nothing is visible yet.
   void finish();
-  /// Gives the finished file its name; if_not ends the message of a failure. flush_folder then makes the name durable.
+  /// Gives the finished file its name; if_not ends the message of a failure. flush_folder then
+  /// makes the name durable.
   void publish(const char* if_not = unchanged);
   /// All of it, for a file that stands alone.
   void commit();
@@ -82,7 +85,8 @@ class output_file {
 #endif
 };
 
-/// Makes the names of files that were published in the folder of `path` survive a loss of power. Throws format_error.
+/// Makes the names of files that were published in the folder of `path` survive a loss of power.
+/// Throws format_error.
 inline void flush_folder(const std::filesystem::path& path, safetensors::durability durable);
 
 inline void output_file::commit() {
@@ -116,7 +120,8 @@ inline void output_file::write(std::span<const std::byte> bytes) {
     const auto written = ::write(descriptor_, bytes.data(), bytes.size());
     if (written < 0 && errno == EINTR) continue;
     if (written <= 0)
-      refuse(sentence({"to write ", std::to_string(bytes.size()), " bytes"}), "", written == 0 ? ENOSPC : errno);
+      refuse(sentence({"to write ", std::to_string(bytes.size()), " bytes"}), "",
+             written == 0 ? ENOSPC : errno);
     bytes = bytes.subspan(static_cast<std::size_t>(written));
   }
 }
@@ -128,7 +133,8 @@ inline void output_file::finish() {
 }
 
 inline void output_file::publish(const char* if_not) {
-  if (::rename(partial_.c_str(), path_.c_str()) != 0) refuse("to give the file its name", "", errno, if_not);
+  if (::rename(partial_.c_str(), path_.c_str()) != 0)
+    refuse("to give the file its name", "", errno, if_not);
   published_ = true;
 }
 
@@ -136,13 +142,16 @@ inline void flush_folder(const std::filesystem::path& path, safetensors::durabil
   if (durable != safetensors::durability::power) return;
   const auto folder = path.has_parent_path() ? path.parent_path() : std::filesystem::path(".");
   const int descriptor = ::open(folder.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor < 0) return;  // a folder that may be written but not read: nothing more can be done
+  if (descriptor < 0)
+    return;  // a folder that may be written but not read: nothing more can be done
   const int result = ::fsync(descriptor);
   const int code = errno;
   ::close(descriptor);
-  // Some file systems cannot flush a folder and say EINVAL; the rename is then as durable as they make it.
+  // Some file systems cannot flush a folder and say EINVAL; the rename is then as durable as they
+  // make it.
   if (result != 0 && code != EINVAL)
-    io_detail::refuse({.path = path.string()}, "to flush the folder to its device", std::generic_category().message(code),
+    io_detail::refuse({.path = path.string()}, "to flush the folder to its device",
+                      std::generic_category().message(code),
                       "what was written is complete, but may vanish with a loss of power");
 }
 
@@ -159,8 +168,10 @@ inline void output_file::open(std::uint64_t) {
 }
 
 inline void output_file::write(std::span<const std::byte> bytes) {
-  stream_.write(reinterpret_cast<const char*>(bytes.data()), static_cast<std::streamsize>(bytes.size()));
-  if (!stream_) refuse(sentence({"to write ", std::to_string(bytes.size()), " bytes"}), "a failure", 0);
+  stream_.write(reinterpret_cast<const char*>(bytes.data()),
+                static_cast<std::streamsize>(bytes.size()));
+  if (!stream_)
+    refuse(sentence({"to write ", std::to_string(bytes.size()), " bytes"}), "a failure", 0);
 }
 
 inline void output_file::finish() {

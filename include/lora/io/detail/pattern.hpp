@@ -1,12 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Regular expressions as Python's re reads them, for the patterns in adapter configs. A pattern comes from a stranger's
-// file, so matching is a walk over a set of states: time is at most (cost of the pattern) x (length of the name), nothing
-// recurses on the text, and what is not supported is refused with its name instead of being guessed.
+// Regular expressions as Python's re reads them, for the patterns in adapter configs. A pattern
+// comes from a stranger's file, so matching is a walk over a set of states: time is at most (cost
+// of the pattern) x (length of the name), nothing recurses on the text, and what is not supported
+// is refused with its name instead of being guessed.
 //
-// Supported: characters, . \. \d \D \w \W \s \S \b \B \A \Z, classes with ranges, groups ( ) (?: ) (?P<n> ), |, ^ $, and the
-// repetitions * + ? {m} {m,} {m,n}, also lazy (whether a text matches does not depend on it).
-// Not supported: lookaround, references to groups, inline flags, possessive and atomic forms, numeric escapes.
+// Supported: characters, . \. \d \D \w \W \s \S \b \B \A \Z, classes with ranges, groups ( ) (?: )
+// (?P<n> ), |, ^ $, and the repetitions * + ? {m} {m,} {m,n}, also lazy (whether a text matches
+// does not depend on it). Not supported: lookaround, references to groups, inline flags, possessive
+// and atomic forms, numeric escapes.
 #pragma once
 
 #include <algorithm>
@@ -33,7 +35,8 @@ inline std::u32string code_points(std::string_view utf8) {
       continue;
     }
     char32_t point = first & (0x7Fu >> length);
-    for (std::size_t j = 1; j < length; ++j) point = point << 6 | (static_cast<unsigned char>(utf8[k + j]) & 0x3Fu);
+    for (std::size_t j = 1; j < length; ++j)
+      point = point << 6 | (static_cast<unsigned char>(utf8[k + j]) & 0x3Fu);
     result += point;
     k += length;
   }
@@ -48,7 +51,8 @@ inline bool in_ascii_class(char letter, char32_t c) {
   return digit || c == '_' || (c >= 'a' && c <= 'z') || (c >= 'A' && c <= 'Z');
 }
 
-/// A set of characters: single ones and ranges, and the letters of escapes like \d (in lower case, with their sense).
+/// A set of characters: single ones and ranges, and the letters of escapes like \d (in lower case,
+/// with their sense).
 struct character_class {
   std::vector<std::pair<char32_t, char32_t>> ranges;
   std::vector<std::pair<char, bool>> escapes;  // second: as written, or its complement
@@ -56,19 +60,35 @@ struct character_class {
 
   std::size_t size() const { return ranges.size() + escapes.size(); }
   bool holds(char32_t c) const {
-    const bool listed =
-        std::any_of(ranges.begin(), ranges.end(), [c](const auto& r) { return c >= r.first && c <= r.second; }) ||
-        std::any_of(escapes.begin(), escapes.end(), [c](const auto& e) { return in_ascii_class(e.first, c) == e.second; });
+    const bool listed = std::any_of(ranges.begin(), ranges.end(),
+                                    [c](const auto& r) { return c >= r.first && c <= r.second; }) ||
+                        std::any_of(escapes.begin(), escapes.end(), [c](const auto& e) {
+                          return in_ascii_class(e.first, c) == e.second;
+                        });
     return listed != complement;
   }
 };
 
 /// One step of a compiled pattern.
 struct pattern_step {
-  enum class kind { character, any, one_of, fork, jump, begin, end, end_of_text, boundary, no_boundary, accept };
+  enum class kind {
+    character,
+    any,
+    one_of,
+    fork,
+    jump,
+    begin,
+    end,
+    end_of_text,
+    boundary,
+    no_boundary,
+    accept
+  };
   kind what = kind::accept;
   char32_t character = 0;
-  std::uint32_t first = 0, second = 0;  // where to go on (fork: both; jump: first), or the class (one_of: first)
+  std::uint32_t first = 0,
+                second =
+                    0;  // where to go on (fork: both; jump: first), or the class (one_of: first)
 };
 
 /// A syntax tree of indices, so that it is freed without recursion.
@@ -86,7 +106,8 @@ class pattern_parser {
   explicit pattern_parser(std::u32string text) : text_(std::move(text)) {}
 
   std::uint32_t parse() {
-    if (text_.size() > longest) return refuse("it is longer than " + std::to_string(longest) + " characters");
+    if (text_.size() > longest)
+      return refuse("it is longer than " + std::to_string(longest) + " characters");
     const std::uint32_t root = choice();
     if (!failed() && at_ < text_.size()) return refuse("')' without '('");
     return root;
@@ -120,7 +141,8 @@ class pattern_parser {
     return static_cast<std::uint32_t>(nodes.size() - 1);
   }
   std::uint32_t add(step_kind kind, char32_t c = 0, std::uint32_t set = 0) {
-    return add({.what = pattern_node::kind::step, .step = {.what = kind, .character = c, .first = set}});
+    return add(
+        {.what = pattern_node::kind::step, .step = {.what = kind, .character = c, .first = set}});
   }
 
   std::uint32_t choice() {
@@ -132,7 +154,8 @@ class pattern_parser {
 
   std::uint32_t sequence() {
     pattern_node node{.what = pattern_node::kind::sequence};
-    while (!failed() && at_ < text_.size() && !has('|') && !has(')')) node.parts.push_back(repeated());
+    while (!failed() && at_ < text_.size() && !has('|') && !has(')'))
+      node.parts.push_back(repeated());
     return add(std::move(node));
   }
 
@@ -174,7 +197,8 @@ class pattern_parser {
   bool number(std::uint32_t& value) {
     const std::size_t start = at_;
     for (value = 0; at_ < text_.size() && text_[at_] >= '0' && text_[at_] <= '9'; ++at_)
-      value = std::min<std::uint32_t>(value * 10 + static_cast<std::uint32_t>(text_[at_] - '0'), 100'000);
+      value = std::min<std::uint32_t>(value * 10 + static_cast<std::uint32_t>(text_[at_] - '0'),
+                                      100'000);
     return at_ > start;
   }
 
@@ -204,9 +228,11 @@ class pattern_parser {
   }
 
   std::uint32_t group() {
-    if (++depth_ > deepest) return refuse("groups nested more than " + std::to_string(deepest) + " deep");
+    if (++depth_ > deepest)
+      return refuse("groups nested more than " + std::to_string(deepest) + " deep");
     if (take('?') && !take(':')) {
-      if (!take('P') || !take('<')) return refuse("a group that begins with \"(?\" and is neither (?: nor (?P<name>");
+      if (!take('P') || !take('<'))
+        return refuse("a group that begins with \"(?\" and is neither (?: nor (?P<name>");
       while (at_ < text_.size() && !has('>')) ++at_;
       if (!take('>')) return refuse("a group name without end");
     }
@@ -242,7 +268,8 @@ class pattern_parser {
     uses_escapes = true;
     return true;
   }
-  /// Punctuation stands for itself; letters and digits mean something, of which the control characters are known.
+  /// Punctuation stands for itself; letters and digits mean something, of which the control
+  /// characters are known.
   static bool plain_escape(char32_t c, char32_t& meant) {
     meant = c == 'n'   ? U'\n'
             : c == 't' ? U'\t'
@@ -280,7 +307,8 @@ class pattern_parser {
     classes.push_back(std::move(set));
     return add(step_kind::one_of, 0, static_cast<std::uint32_t>(classes.size() - 1));
   }
-  /// One character of a bracket, or (false) an escape that adds to the set; false with a fault at the end of the text.
+  /// One character of a bracket, or (false) an escape that adds to the set; false with a fault at
+  /// the end of the text.
   bool bracket_item(char32_t& c, character_class& set) {
     if (at_ < text_.size() && text_[at_] != '\\') {
       c = text_[at_++];
@@ -315,13 +343,13 @@ class pattern {
 
   /// fault() says what is wrong with a pattern that is not supported; it then matches nothing.
   explicit pattern(std::string_view text) : pattern(text, false) {}
-  /// (.*\.)?(TEXT)$, for a text that is a pattern by itself: parentheses that only fit together with ours would be another
-  /// expression than the writer's.
+  /// (.*\.)?(TEXT)$, for a text that is a pattern by itself: parentheses that only fit together
+  /// with ours would be another expression than the writer's.
   static pattern at_end_of_path(std::string_view text) { return {text, true}; }
 
   const std::string& fault() const { return fault_; }
-  /// The steps and the parts of their classes: a match takes at most this number times the length of the text, and memory
-  /// is in proportion to it.
+  /// The steps and the parts of their classes: a match takes at most this number times the length
+  /// of the text, and memory is in proportion to it.
   std::size_t cost() const { return cost_; }
 
   /// As re.match: from the beginning of the text, to anywhere.
@@ -421,13 +449,16 @@ class pattern {
     if (uses_escapes_ && std::any_of(text.begin(), text.end(), [](char32_t c) { return c > 127; }))
       return verdict::not_ascii;
     places now, next;
-    std::vector<std::size_t> reached(steps_.size(), 0);  // the position + 1 at which a step was added last
+    std::vector<std::size_t> reached(steps_.size(),
+                                     0);  // the position + 1 at which a step was added last
     bool accepted = add(now, reached, 0, text, 0) && (!whole || text.empty());
     for (std::size_t at = 0; at < text.size() && !accepted && !now.empty(); ++at) {
       next.clear();
       for (const auto k : now)
         if (consumes(steps_[k], text[at]))
-          accepted = (add(next, reached, k + 1, text, at + 1) && (!whole || at + 1 == text.size())) || accepted;
+          accepted =
+              (add(next, reached, k + 1, text, at + 1) && (!whole || at + 1 == text.size())) ||
+              accepted;
       std::swap(now, next);
     }
     return accepted ? verdict::yes : verdict::no;
@@ -439,9 +470,10 @@ class pattern {
     return step.what == kind::one_of && classes_[step.first].holds(c);
   }
 
-  /// Adds the step and all that is reached from it without a character; true when that includes accept.
-  bool add(places& states, std::vector<std::size_t>& reached, std::uint32_t from, const std::u32string& text,
-           std::size_t at) const {
+  /// Adds the step and all that is reached from it without a character; true when that includes
+  /// accept.
+  bool add(places& states, std::vector<std::size_t>& reached, std::uint32_t from,
+           const std::u32string& text, std::size_t at) const {
     bool accepted = false;
     places open{from};
     while (!open.empty()) {
@@ -453,7 +485,8 @@ class pattern {
       if (step.what == kind::fork) open.push_back(step.second);
       if (step.what == kind::fork || step.what == kind::jump) open.push_back(step.first);
       if (position_holds(step.what, text, at)) open.push_back(k + 1);
-      if (step.what == kind::character || step.what == kind::any || step.what == kind::one_of) states.push_back(k);
+      if (step.what == kind::character || step.what == kind::any || step.what == kind::one_of)
+        states.push_back(k);
     }
     return accepted;
   }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// From a config and the tensors beside it to entries, replacements and trained rows: every tensor is used, or named in an error.
+// From a config and the tensors beside it to entries, replacements and trained rows: every tensor
+// is used, or named in an error.
 #pragma once
 
 #include <algorithm>
@@ -51,13 +52,15 @@ class assembler {
     for (const auto& each : keys_.replacing()) add_replacement(each, replaced);
     for (const auto& [module, t] : keys_.token_rows()) add_rows(module, *t);
     more_.left_out = keys_.left_out();
-    more_.passed_over.insert(more_.passed_over.begin(), keys_.passed_over().begin(), keys_.passed_over().end());
+    more_.passed_over.insert(more_.passed_over.begin(), keys_.passed_over().begin(),
+                             keys_.passed_over().end());
     if (entries_.empty() && more_.token_rows.empty()) refuse_nothing();
     check_all_rows();
     check_all_layouts();
     more_.notes = std::move(notes);
     more_.notes.insert(more_.notes.end(), keys_.notes().begin(), keys_.notes().end());
-    for (auto& each : io_detail::differences_of_metadata(config_, tensors_)) more_.notes.push_back(std::move(each));
+    for (auto& each : io_detail::differences_of_metadata(config_, tensors_))
+      more_.notes.push_back(std::move(each));
     note_unused(config_.rank_pattern, used_ranks_, "rank_pattern");
     note_unused(config_.alpha_pattern, used_alphas_, "alpha_pattern");
     more_.prefixed = keys_.prefixed();
@@ -74,15 +77,18 @@ class assembler {
 
   [[noreturn]] void refuse_nothing() const {
     const auto& passed = more_.passed_over;
-    const std::string which =
-        passed.empty() ? ""
-                       : ", after passing over " + std::to_string(passed.size()) + ", the first of them " + passed.front();
+    const std::string which = passed.empty()
+                                  ? ""
+                                  : ", after passing over " + std::to_string(passed.size()) +
+                                        ", the first of them " + passed.front();
     io_detail::refuse(
         {.path = tensors_.name()}, "tensors named ...lora_A.weight and ...lora_B.weight",
         tensors_.size() == 0 ? "none: the file holds no tensor at all" : "none" + which,
         tensors_.size() == 0
             ? "nothing was saved: the model had no adapter, or another process held it"
-            : (passed.empty() ? "save the adapter again with save_pretrained of the PEFT model, not of its base" : ""));
+            : (passed.empty() ? "save the adapter again with save_pretrained of the PEFT model, "
+                                "not of its base"
+                              : ""));
   }
 
   // ---- modules
@@ -112,13 +118,17 @@ class assembler {
     };
     const auto& excluded = config_.exclude_modules;
     add(excluded.expression || excluded.names, "exclude_modules " + excluded.text());
-    add(!config_.saved_modules().empty(), "modules_to_save [" + io_detail::listed(config_.saved_modules()) + "]");
+    add(!config_.saved_modules().empty(),
+        "modules_to_save [" + io_detail::listed(config_.saved_modules()) + "]");
     add(!config_.layers_to_transform.empty(), "layers_to_transform");
-    add(!config_.target_parameters.empty(), "target_parameters [" + io_detail::listed(config_.target_parameters) + "]");
+    add(!config_.target_parameters.empty(),
+        "target_parameters [" + io_detail::listed(config_.target_parameters) + "]");
     refuse(first, "an adapter of a module that target_modules selects",
-           sentence({"target_modules ", config_.target_modules.text(), others, ", which selects none of the ",
-                     std::to_string(count), " modules that the file has adapters for"}),
-           "PEFT loads none of these adapters, and stops where it finds no module either: correct the config, or read with "
+           sentence({"target_modules ", config_.target_modules.text(), others,
+                     ", which selects none of the ", std::to_string(count),
+                     " modules that the file has adapters for"}),
+           "PEFT loads none of these adapters, and stops where it finds no module either: correct "
+           "the config, or read with "
            "read_options::select_by_tensors, which takes the modules that the tensors name");
   }
 
@@ -127,17 +137,22 @@ class assembler {
     const auto& t = *tensors;
     if (!loads) {
       if (!options_.lenient)
-        refuse(*t.any(), "an adapter of a module that target_modules selects", "one that it does not",
+        refuse(*t.any(), "an adapter of a module that target_modules selects",
+               "one that it does not",
                "PEFT would ignore this tensor; read_options::lenient does too");
-      more_.passed_over.push_back("module " + in_quotes(what.name) + ": not selected by target_modules");
+      more_.passed_over.push_back("module " + in_quotes(what.name) +
+                                  ": not selected by target_modules");
       return;
     }
     if (t.A == nullptr)
-      refuse(*t.any(), sentence({"a tensor ", *path, suffix(t, 'A'), " beside it"}), "none", "the file is incomplete");
+      refuse(*t.any(), sentence({"a tensor ", *path, suffix(t, 'A'), " beside it"}), "none",
+             "the file is incomplete");
     if (t.B == nullptr) {
       if (!options_.lenient)
-        refuse(*t.A, sentence({"a tensor ", *path, suffix(t, 'B'), " beside it"}), "none", "the file is incomplete");
-      more_.passed_over.push_back("module " + in_quotes(what.name) + ": no lora_B, which PEFT takes as zero");
+        refuse(*t.A, sentence({"a tensor ", *path, suffix(t, 'B'), " beside it"}), "none",
+               "the file is incomplete");
+      more_.passed_over.push_back("module " + in_quotes(what.name) +
+                                  ": no lora_B, which PEFT takes as zero");
       return;
     }
     check_no_placeholder(t);
@@ -148,7 +163,8 @@ class assembler {
     if (base.shared) parts.shared_with = std::move(base.name);
     used_ranks_.insert(what.rank);
     used_alphas_.insert(what.alpha);
-    if (entries_.contains(what.name)) refuse(*t.A, sentence({"one adapter for ", in_quotes(what.name)}), "two");
+    if (entries_.contains(what.name))
+      refuse(*t.A, sentence({"one adapter for ", in_quotes(what.name)}), "two");
     entries_.emplace(what.name, entry<T>(std::move(parts)));
   }
   /// Empty factors in one module while others are whole. A sharded save leaves all of them empty.
@@ -160,26 +176,31 @@ class assembler {
     });
     if (others)
       refuse(*t.A, "values", t.A->text(),
-             "an empty placeholder, where other modules have their factors: the writer saved nothing for this one (it fused "
+             "an empty placeholder, where other modules have their factors: the writer saved "
+             "nothing for this one (it fused "
              "the projection away, or did not gather its parts)");
   }
   template <class Table, class Used>
   void note_unused(const Table& table, const Used& used, const std::string& key) {
     for (const auto& row : table.rows())
       if (!used.contains(&row))
-        more_.unused_patterns.push_back(key + " " + in_quotes(row.key) + ": no module of the file takes its value from it");
+        more_.unused_patterns.push_back(key + " " + in_quotes(row.key) +
+                                        ": no module of the file takes its value from it");
   }
   static std::string suffix(const io_detail::module_tensors& t, char factor) {
-    return t.embedding ? std::string(".lora_embedding_") + factor : std::string(".lora_") + factor + ".weight";
+    return t.embedding ? std::string(".lora_embedding_") + factor
+                       : std::string(".lora_") + factor + ".weight";
   }
 
   // ---- the factors
-  entry_parts<T> factors_of(const std::string& path, const io_detail::adapted& what, const io_detail::module_tensors& t) {
+  entry_parts<T> factors_of(const std::string& path, const io_detail::adapted& what,
+                            const io_detail::module_tensors& t) {
     entry_parts<T> parts;
     parts.name = what.name;
     parts.path = path;
     parts.kind = what.kind;
-    parts.scale = {.alpha = what.alpha == nullptr ? config_.lora_alpha : what.alpha->value, .rule = config_.rule};
+    parts.scale = {.alpha = what.alpha == nullptr ? config_.lora_alpha : what.alpha->value,
+                   .rule = config_.rule};
     parts.dtype_A = t.A->dtype;
     parts.dtype_B = t.B->dtype;
     parts.fan_in_fan_out = what.kind == entry_kind::linear && config_.fan_in_fan_out;
@@ -209,34 +230,41 @@ class assembler {
     choose_packing(parts, *t.A);
     const auto r = static_cast<std::uint64_t>(rank);
     const auto blocks = static_cast<std::uint64_t>(parts.blocks);
-    if (t.A->shape[0] != r) refuse_rank(*t.A, rank, "first", is_flat_stack(t, r) ? flat_stack_hint : std::string_view{});
+    if (t.A->shape[0] != r)
+      refuse_rank(*t.A, rank, "first", is_flat_stack(t, r) ? flat_stack_hint : std::string_view{});
     const bool packed_B = parts.packed == packed_factor::B;
     if (t.B->shape[1] != (packed_B ? r / blocks : r)) refuse_rank(*t.B, rank, "second");
     matrix A = widened(*t.A), B = widened(*t.B);
     if (parts.packed != packed_factor::none) {
       const auto& packed = packed_B ? *t.B : *t.A;
       if (packed.shape[0] % blocks != 0 || r % blocks != 0)
-        refuse(packed, sentence({"rows and a rank that ", std::to_string(blocks), " blocks divide"}), packed.text());
+        refuse(packed,
+               sentence({"rows and a rank that ", std::to_string(blocks), " blocks divide"}),
+               packed.text());
       (packed_B ? B : A) = spread(packed, packed_B ? B : A, parts.blocks);
     }
     parts.experts.push_back(adapter_of(parts, std::move(A), std::move(B), rank));
   }
 
-  /// The blocks below each other in `packed`, on the diagonal. The result has the elements of the tensor times the blocks, so
-  /// that a small file could ask for any memory: a large result must not be mostly zeros.
+  /// The blocks below each other in `packed`, on the diagonal. The result has the elements of the
+  /// tensor times the blocks, so that a small file could ask for any memory: a large result must
+  /// not be mostly zeros.
   matrix spread(const safetensors::tensor_info& t, const matrix& packed, index_t blocks) const {
-    constexpr index_t most_blocks = 256, most_elements = (index_t{64} << 20) / static_cast<index_t>(sizeof(T));
+    constexpr index_t most_blocks = 256,
+                      most_elements = (index_t{64} << 20) / static_cast<index_t>(sizeof(T));
     if (blocks > most_blocks && packed.size() > most_elements / blocks)
       refuse(t,
-             sentence(
-                 {"blocks whose matrix has at most 64 MiB, or at most ", std::to_string(most_blocks), " times their bytes"}),
-             sentence({std::to_string(blocks), " blocks in ", t.text(), ", a matrix of ", std::to_string(packed.rows()),
-                       " x ", std::to_string(packed.cols()), " * ", std::to_string(blocks)}),
+             sentence({"blocks whose matrix has at most 64 MiB, or at most ",
+                       std::to_string(most_blocks), " times their bytes"}),
+             sentence({std::to_string(blocks), " blocks in ", t.text(), ", a matrix of ",
+                       std::to_string(packed.rows()), " x ", std::to_string(packed.cols()), " * ",
+                       std::to_string(blocks)}),
              "a reader does not ask for so much memory for a small tensor");
     const index_t rows = packed.rows() / blocks;
     matrix result = matrix::Zero(packed.rows(), packed.cols() * blocks);
     for (index_t b = 0; b < blocks; ++b)
-      result.block(b * rows, b * packed.cols(), rows, packed.cols()) = packed.middleRows(b * rows, rows);
+      result.block(b * rows, b * packed.cols(), rows, packed.cols()) =
+          packed.middleRows(b * rows, rows);
     return result;
   }
 
@@ -244,19 +272,21 @@ class assembler {
     if (!config_.bd || parts.kind != entry_kind::linear) return;
     const auto last = io_detail::last_segment(parts.name);
     const auto in = [&](const std::vector<std::string>& names) {
-      return std::any_of(names.begin(), names.end(), [&](const auto& n) { return last.find(n) != std::string_view::npos; });
+      return std::any_of(names.begin(), names.end(),
+                         [&](const auto& n) { return last.find(n) != std::string_view::npos; });
     };
     const bool in_A = in(config_.bd->in_A), in_B = in(config_.bd->in_B);
     if (in_A == in_B && (in_A || config_.bd->strict))
-      refuse(t, "a module that use_bdlora puts in one of target_modules_bd_a and target_modules_bd_b",
+      refuse(t,
+             "a module that use_bdlora puts in one of target_modules_bd_a and target_modules_bd_b",
              in_A ? "one in both" : "one in neither");
     if (!in_A && !in_B) return;
     parts.packed = in_A ? packed_factor::A : packed_factor::B;
     parts.blocks = static_cast<index_t>(config_.bd->blocks);
   }
 
-  /// A [r, channels, kernel...], B [out, r / groups, 1...]. With groups, the blocks of B go on the diagonal, so that U = A * x
-  /// over all channels and B * U are what PEFT computes.
+  /// A [r, channels, kernel...], B [out, r / groups, 1...]. With groups, the blocks of B go on the
+  /// diagonal, so that U = A * x over all channels and B * U are what PEFT computes.
   void convolution(entry_parts<T>& parts, const io_detail::module_tensors& t, index_t rank) {
     const auto& A = t.A->shape;
     const auto& B = t.B->shape;
@@ -264,18 +294,24 @@ class assembler {
     check_not_empty(*t.B);
     check_no_stack(t, rank);
     const auto r = static_cast<std::uint64_t>(rank);
-    if (A.size() < 3 || A.size() > 5) refuse(*t.A, "the kernel of a convolution, of 3 to 5 dimensions", t.A->text());
+    if (A.size() < 3 || A.size() > 5)
+      refuse(*t.A, "the kernel of a convolution, of 3 to 5 dimensions", t.A->text());
     if (A[0] != r) refuse_rank(*t.A, rank, "first");
-    const bool ones = std::all_of(B.begin() + std::min<std::ptrdiff_t>(2, static_cast<std::ptrdiff_t>(B.size())), B.end(),
-                                  [](auto extent) { return extent == 1; });
+    const bool ones =
+        std::all_of(B.begin() + std::min<std::ptrdiff_t>(2, static_cast<std::ptrdiff_t>(B.size())),
+                    B.end(), [](auto extent) { return extent == 1; });
     if (B.size() != A.size() || !ones)
-      refuse(*t.B, sentence({"a kernel of 1 in every direction, with ", std::to_string(A.size()), " dimensions"}),
+      refuse(*t.B,
+             sentence({"a kernel of 1 in every direction, with ", std::to_string(A.size()),
+                       " dimensions"}),
              t.B->text());
     if (r % B[1] != 0)
-      refuse(*t.B, sentence({"a second dimension that divides the rank ", std::to_string(rank)}), t.B->text());
+      refuse(*t.B, sentence({"a second dimension that divides the rank ", std::to_string(rank)}),
+             t.B->text());
     parts.groups = static_cast<index_t>(r / B[1]);
     if (B[0] % (r / B[1]) != 0)
-      refuse(*t.B, sentence({"outputs that the ", std::to_string(parts.groups), " groups divide"}), t.B->text());
+      refuse(*t.B, sentence({"outputs that the ", std::to_string(parts.groups), " groups divide"}),
+             t.B->text());
     parts.in_channels = static_cast<index_t>(A[1]);
     for (std::size_t k = 2; k < A.size(); ++k) parts.kernel.push_back(static_cast<index_t>(A[k]));
     matrix lora_A = widened(*t.A), lora_B = widened(*t.B);
@@ -283,8 +319,8 @@ class assembler {
     parts.experts.push_back(adapter_of(parts, std::move(lora_A), std::move(lora_B), rank));
   }
 
-  /// A has the ranks of the experts one after the other, expert by expert; B the experts of each rank, rank by rank, or as the
-  /// config says.
+  /// A has the ranks of the experts one after the other, expert by expert; B the experts of each
+  /// rank, rank by rank, or as the config says.
   void experts(entry_parts<T>& parts, const io_detail::module_tensors& t, index_t rank) {
     check_no_stack(t, rank);
     check_matrix(*t.A);
@@ -292,7 +328,9 @@ class assembler {
     const auto r = static_cast<std::uint64_t>(rank);
     if (t.A->shape[0] % r != 0) refuse_rank(*t.A, rank, "a multiple of it as its first");
     if (t.B->shape[1] != t.A->shape[0])
-      refuse(*t.B, sentence({"as many columns as lora_A has rows, ", std::to_string(t.A->shape[0])}), t.B->text());
+      refuse(*t.B,
+             sentence({"as many columns as lora_A has rows, ", std::to_string(t.A->shape[0])}),
+             t.B->text());
     const auto count = static_cast<index_t>(t.A->shape[0] / r);
     choose_orientation(parts, t, count);
     const bool grouped = columns_of(parts, t, count) == expert_columns::grouped_by_expert;
@@ -329,9 +367,10 @@ class assembler {
     return result;
   }
 
-  /// Whether slices take B A or its transpose: what the caller says, else B A. Files of PEFT before 0.19.1 have the transpose,
-  /// and a square stack fits either way.
-  void choose_orientation(entry_parts<T>& parts, const io_detail::module_tensors& t, index_t count) const {
+  /// Whether slices take B A or its transpose: what the caller says, else B A. Files of PEFT before
+  /// 0.19.1 have the transpose, and a square stack fits either way.
+  void choose_orientation(entry_parts<T>& parts, const io_detail::module_tensors& t,
+                          index_t count) const {
     const auto before = io_detail::comes_before(config_.peft_version, {0, 19, 1});
     const bool in_doubt = before.value_or(true);
     if (options_.parameters_in_out) {
@@ -343,14 +382,19 @@ class assembler {
     if (!in_doubt || t.A->shape[1] != t.B->shape[0]) return;
     parts.orientation_unsaid = count == 1;
     if (count > 1)
-      refuse(
-          *t.A, sentence({"to know whether the square slices of ", in_quotes(parts.name), " take B A or its transpose"}),
-          config_.peft_version.empty() ? "no peft_version in the config" : "peft_version " + in_quotes(config_.peft_version),
-          "PEFT before 0.19.1 saved stacks of experts transposed, and later versions load such a file without a word: read "
-          "with read_options::parameters_in_out = true for the transpose (what PEFT 0.17 and 0.18 trained), or false for B A");
+      refuse(*t.A,
+             sentence({"to know whether the square slices of ", in_quotes(parts.name),
+                       " take B A or its transpose"}),
+             config_.peft_version.empty() ? "no peft_version in the config"
+                                          : "peft_version " + in_quotes(config_.peft_version),
+             "PEFT before 0.19.1 saved stacks of experts transposed, and later versions load such "
+             "a file without a word: read "
+             "with read_options::parameters_in_out = true for the transpose (what PEFT 0.17 and "
+             "0.18 trained), or false for B A");
   }
 
-  expert_columns columns_of(const entry_parts<T>& parts, const io_detail::module_tensors& t, index_t count) {
+  expert_columns columns_of(const entry_parts<T>& parts, const io_detail::module_tensors& t,
+                            index_t count) {
     expert_layout said;
     const std::string* by = nullptr;
     const auto take = [&](std::string_view ending) {
@@ -374,24 +418,29 @@ class assembler {
       ending = dot == std::string_view::npos ? std::string_view{} : ending.substr(dot + 1);
     }
     if (said.experts && *said.experts != static_cast<std::uint64_t>(count))
-      refuse(*t.A, sentence({std::to_string(*said.experts), " experts, as num_experts in the config says"}),
-             sentence({std::to_string(count), " in ", t.A->text()}));
+      refuse(
+          *t.A,
+          sentence({std::to_string(*said.experts), " experts, as num_experts in the config says"}),
+          sentence({std::to_string(count), " in ", t.A->text()}));
     const auto& option = options_.experts_grouped_b;
     if (!option) return said.lora_B.value_or(expert_columns::rank_major);
     const auto wanted = *option ? expert_columns::grouped_by_expert : expert_columns::rank_major;
     if (said.lora_B.value_or(wanted) != wanted)
-      refuse(*t.B, "lora_B_layout in the config as read_options::experts_grouped_b says", "the other order",
-             "the option is for files that do not say it");
+      refuse(*t.B, "lora_B_layout in the config as read_options::experts_grouped_b says",
+             "the other order", "the option is for files that do not say it");
     return wanted;
   }
 
-  /// Throws for a layout in another order than PEFT's that belongs to no stack of the file: it may be meant for one.
+  /// Throws for a layout in another order than PEFT's that belongs to no stack of the file: it may
+  /// be meant for one.
   void check_all_layouts() const {
     for (const auto& [name, layout] : config_.expert_layouts)
-      if (!name.empty() && layout.lora_B == expert_columns::grouped_by_expert && !used_layouts_.contains(name))
+      if (!name.empty() && layout.lora_B == expert_columns::grouped_by_expert &&
+          !used_layouts_.contains(name))
         io_detail::refuse({.path = config_.path, .item = "unsloth_fused_expert_lora"},
                           "the name of a parameter that the file has a stack for", in_quotes(name),
-                          "its columns are grouped by expert, so the stack that it is meant for would be scrambled");
+                          "its columns are grouped by expert, so the stack that it is meant for "
+                          "would be scrambled");
   }
 
   /// Factors of all experts in one tensor of three dimensions: how other trainers save them.
@@ -403,15 +452,18 @@ class assembler {
     const bool leading = A[1] == r && B[2] == r && (A[0] == B[0] || A[0] == 1 || B[0] == 1);
     const bool trailing = A[1] == r && B[1] == r && A[0] == B[2];
     if (kernel || (!leading && !trailing)) return;
-    refuse(*t.A, "two dimensions", sentence({t.A->text(), " beside lora_B ", t.B->text(), ", a stack of experts"}),
-           "other trainers save the factors of all experts so; PEFT cannot load them, and they are not read yet: PEFT has "
+    refuse(*t.A, "two dimensions",
+           sentence({t.A->text(), " beside lora_B ", t.B->text(), ", a stack of experts"}),
+           "other trainers save the factors of all experts so; PEFT cannot load them, and they are "
+           "not read yet: PEFT has "
            "[rank * experts, in] and [out, rank * experts] under target_parameters");
   }
   bool is_flat_stack(const io_detail::module_tensors& t, std::uint64_t rank) const {
     return t.A->shape[0] % rank == 0 && t.A->shape[0] == t.B->shape[1];
   }
   static constexpr std::string_view flat_stack_hint =
-      "these may be several experts' factors: name the parameter in target_parameters, as PEFT does; or the config and the "
+      "these may be several experts' factors: name the parameter in target_parameters, as PEFT "
+      "does; or the config and the "
       "tensors do not belong together, or rank_pattern lacks this module";
 
   // ---- what a module has beside factors
@@ -419,33 +471,43 @@ class assembler {
     const auto out = static_cast<std::uint64_t>(parts.experts.front().out_features());
     const auto rank = static_cast<std::uint64_t>(parts.experts.front().rank());
     check_kind(parts, *t.A);
-    extra(parts.bias, parts.dtype_bias, t, t.bias, config_.lora_bias, "lora_bias", ".lora_B.bias", out, parts.name);
-    extra(parts.magnitude, parts.dtype_magnitude, t, t.magnitude, config_.use_dora, "use_dora", ".lora_magnitude_vector",
+    extra(parts.bias, parts.dtype_bias, t, t.bias, config_.lora_bias, "lora_bias", ".lora_B.bias",
           out, parts.name);
+    extra(parts.magnitude, parts.dtype_magnitude, t, t.magnitude, config_.use_dora, "use_dora",
+          ".lora_magnitude_vector", out, parts.name);
     const bool kasa = config_.change == base_change::kasa && parts.kind == entry_kind::linear;
-    extra(parts.diagonal, parts.dtype_diagonal, t, t.diagonal, kasa, "kasa_config", ".lora_diag", rank, parts.name);
+    extra(parts.diagonal, parts.dtype_diagonal, t, t.diagonal, kasa, "kasa_config", ".lora_diag",
+          rank, parts.name);
     if (parts.kind == entry_kind::linear) parts.change = config_.change;
   }
 
-  /// Throws when the config asks for what this kind cannot have: PEFT refuses it, or it is more than the entry could say.
+  /// Throws when the config asks for what this kind cannot have: PEFT refuses it, or it is more
+  /// than the entry could say.
   void check_kind(const entry_parts<T>& parts, const safetensors::tensor_info& t) const {
     const bool parameter = parts.kind == entry_kind::parameter;
     const bool attention = is_attention(parts.kind);
     const auto refuse_key = [&](const std::string& key, const std::string& why) {
-      refuse(t, sentence({"a config without ", key, " for the ", name_of(parts.kind), " ", in_quotes(parts.name)}),
+      refuse(t,
+             sentence({"a config without ", key, " for the ", name_of(parts.kind), " ",
+                       in_quotes(parts.name)}),
              "one with it", why);
     };
     if (config_.use_dora && (attention || parameter))
-      refuse_key("use_dora", "PEFT has no DoRA of attentions and parameters and refuses to load this adapter");
+      refuse_key("use_dora",
+                 "PEFT has no DoRA of attentions and parameters and refuses to load this adapter");
     if (config_.lora_bias && (parameter || parts.kind == entry_kind::embedding))
-      refuse_key("lora_bias", "PEFT has no such bias for embeddings and parameters and refuses to load this adapter");
+      refuse_key(
+          "lora_bias",
+          "PEFT has no such bias for embeddings and parameters and refuses to load this adapter");
     if (config_.change == base_change::kasa && (attention || parameter))
-      refuse_key("kasa_config", "PEFT has no KaSA of attentions and parameters and refuses to load this adapter");
+      refuse_key("kasa_config",
+                 "PEFT has no KaSA of attentions and parameters and refuses to load this adapter");
     if (config_.change != base_change::none && (attention || parameter))
-      refuse_key(sentence({"init_lora_weights ", in_quotes(config_.init_lora_weights)}),
-                 sentence({"PEFT changes the base when it loads ", entry<T>::change_name(config_.change),
-                           ", which converted() knows for linear modules only: convert the adapter with "
-                           "path_initial_model_for_weight_conversion of save_pretrained"}));
+      refuse_key(
+          sentence({"init_lora_weights ", in_quotes(config_.init_lora_weights)}),
+          sentence({"PEFT changes the base when it loads ", entry<T>::change_name(config_.change),
+                    ", which converted() knows for linear modules only: convert the adapter with "
+                    "path_initial_model_for_weight_conversion of save_pretrained"}));
   }
 
   void extra(std::vector<T>& values, safetensors::dtype& dtype, const io_detail::module_tensors& t,
@@ -453,18 +515,22 @@ class assembler {
              const char* suffix, std::uint64_t size, const std::string& module) {
     if (tensor == nullptr && !asked_for) return;
     if (tensor == nullptr)
-      refuse(*t.A, sentence({"a tensor ", module, suffix, " beside it, for ", key}), "none", "the file is incomplete");
+      refuse(*t.A, sentence({"a tensor ", module, suffix, " beside it, for ", key}), "none",
+             "the file is incomplete");
     if (!asked_for) {
       if (!options_.lenient)
         refuse(*tensor, sentence({key, " in the config, for this tensor"}), "none",
                "PEFT would ignore this tensor; read_options::lenient does too");
-      more_.passed_over.push_back("tensor " + in_quotes(tensor->name) + ": the config does not ask for it");
+      more_.passed_over.push_back("tensor " + in_quotes(tensor->name) +
+                                  ": the config does not ask for it");
       return;
     }
     check_not_empty(*tensor);
     std::uint64_t elements = 1;
-    for (const auto extent : tensor->shape) elements *= extent;  // cannot overflow: the reader counted the bytes
-    if (elements != size) refuse(*tensor, sentence({std::to_string(size), " values"}), tensor->text());
+    for (const auto extent : tensor->shape)
+      elements *= extent;  // cannot overflow: the reader counted the bytes
+    if (elements != size)
+      refuse(*tensor, sentence({std::to_string(size), " values"}), tensor->text());
     check_holds(*tensor);
     values = tensors_.template copy<T>(tensor->name);
     dtype = tensor->dtype;
@@ -490,13 +556,21 @@ class assembler {
     for (const auto& [name, numbers] : config_.trainable_tokens) {
       if (!name.empty() && !io_detail::is_or_ends_with(module, name)) continue;
       if (ids != nullptr && *ids != numbers)
-        refuse(t, sentence({"the same tokens in every key of trainable_token_indices that fits ", in_quotes(module)}),
-               sentence({"others in ", in_quotes(name)}), "keep the key that belongs to this embedding");
+        refuse(t,
+               sentence({"the same tokens in every key of trainable_token_indices that fits ",
+                         in_quotes(module)}),
+               sentence({"others in ", in_quotes(name)}),
+               "keep the key that belongs to this embedding");
       ids = &numbers;
     }
-    if (ids == nullptr) refuse(t, sentence({"trainable_token_indices in the config for ", in_quotes(module)}), "none");
+    if (ids == nullptr)
+      refuse(t, sentence({"trainable_token_indices in the config for ", in_quotes(module)}),
+             "none");
     if (ids->size() != t.shape[0])
-      refuse(t, sentence({"a row for each of the ", std::to_string(ids->size()), " tokens of the config"}), t.text());
+      refuse(t,
+             sentence(
+                 {"a row for each of the ", std::to_string(ids->size()), " tokens of the config"}),
+             t.text());
     if (entries_.find(module) != entries_.end())
       refuse(t, "an embedding with trained rows or with an adapter", "one with both",
              "which of them wins for a trained row is not defined");
@@ -508,18 +582,18 @@ class assembler {
     more_.row_dtypes.emplace(module, t.dtype);
   }
 
-  /// Throws when tokens of the config have no rows. Embeddings that share a weight and have the same tokens share the rows, and
-  /// PEFT saves them once.
+  /// Throws when tokens of the config have no rows. Embeddings that share a weight and have the
+  /// same tokens share the rows, and PEFT saves them once.
   void check_all_rows() {
     std::set<std::vector<index_t>> there;
     for (const auto& each : more_.token_rows) there.insert(each.second.ids());
     for (const auto& [name, ids] : config_.trainable_tokens) {
       if (ids.empty() || there.contains(ids)) continue;
       if (!options_.lenient)
-        io_detail::refuse(
-            {.path = tensors_.name(), .item = "trainable_token_indices"},
-            sentence({"a tensor ", name.empty() ? "<input embedding>" : name, ".token_adapter.trainable_tokens_delta"}),
-            "none", "the file is incomplete");
+        io_detail::refuse({.path = tensors_.name(), .item = "trainable_token_indices"},
+                          sentence({"a tensor ", name.empty() ? "<input embedding>" : name,
+                                    ".token_adapter.trainable_tokens_delta"}),
+                          "none", "the file is incomplete");
       more_.passed_over.push_back("trainable_token_indices " + in_quotes(name) +
                                   ": no rows, at which PEFT stops; those of the base stay");
     }
@@ -535,10 +609,13 @@ class assembler {
   }
   void check_holds(const safetensors::tensor_info& t) const {
     if (!safetensors::holds_exactly<T>(t.dtype))
-      refuse(t, sentence({name_of(safetensors::dtype_of<T>()), " or a type whose every value it holds"}), t.text(),
-             t.dtype == safetensors::dtype::f64   ? "read<double>() keeps every value"
-             : t.dtype == safetensors::dtype::f32 ? "read<float>() keeps every value"
-                                                  : "");
+      refuse(
+          t,
+          sentence({name_of(safetensors::dtype_of<T>()), " or a type whose every value it holds"}),
+          t.text(),
+          t.dtype == safetensors::dtype::f64   ? "read<double>() keeps every value"
+          : t.dtype == safetensors::dtype::f32 ? "read<float>() keeps every value"
+                                               : "");
   }
   /// First dimension x product of the others.
   matrix widened(const safetensors::tensor_info& t) const {
@@ -556,9 +633,12 @@ class assembler {
                                 std::string_view dimension, std::string_view hint = {}) const {
     refuse(
         t,
-        sentence({"rank ", std::to_string(rank), ", as the config says for this module, as its ", dimension, " dimension"}),
+        sentence({"rank ", std::to_string(rank), ", as the config says for this module, as its ",
+                  dimension, " dimension"}),
         t.text(),
-        hint.empty() ? "the config and the tensors do not belong together, or rank_pattern lacks this module" : hint);
+        hint.empty()
+            ? "the config and the tensors do not belong together, or rank_pattern lacks this module"
+            : hint);
   }
   [[noreturn]] void refuse(const safetensors::tensor_info& t, std::string_view expected,
                            std::string_view found, std::string_view hint = {}) const {

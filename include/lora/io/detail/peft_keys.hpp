@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The tensor names of a PEFT file: which belong to which module and which part of its adapter they are, which replace a tensor
-// of the base, and which are nothing that is known. Every name ends in one of these places.
+// The tensor names of a PEFT file: which belong to which module and which part of its adapter they
+// are, which replace a tensor of the base, and which are nothing that is known. Every name ends in
+// one of these places.
 #pragma once
 
 #include <algorithm>
@@ -51,31 +52,34 @@ struct replacing_tensor {
 [[noreturn]] inline void refuse_tensor(const safetensors::index& tensors,
                                        const safetensors::tensor_info& t, std::string_view expected,
                                        std::string_view found, std::string_view hint = {}) {
-  io_detail::refuse({.path = tensors.name(), .item = t.name, .offset = t.offset}, expected, found, hint);
+  io_detail::refuse({.path = tensors.name(), .item = t.name, .offset = t.offset}, expected, found,
+                    hint);
 }
 
 /// Throws format_error about a tensor without elements.
 [[noreturn]] inline void refuse_empty(const safetensors::index& tensors,
                                       const safetensors::tensor_info& t) {
   refuse_tensor(tensors, t, "values", t.text(),
-                "an empty tensor: saved from a sharded model (DeepSpeed ZeRO-3, FSDP) without gathering its parts");
+                "an empty tensor: saved from a sharded model (DeepSpeed ZeRO-3, FSDP) without "
+                "gathering its parts");
 }
 
-/// Throws format_error when the config's patterns and lists take too many steps for the names of a file: both come from
-/// strangers, and their product is bounded by nothing else.
+/// Throws format_error when the config's patterns and lists take too many steps for the names of a
+/// file: both come from strangers, and their product is bounded by nothing else.
 inline void check_work(const peft::config& c, double steps) {
   constexpr double most = 2e9;
   if (steps <= most) return;
   io_detail::refuse({.path = c.path},
                     "patterns and lists of names (rank_pattern, alpha_pattern, target_modules, "
                     "modules_to_save ...) that can be looked up for every name of the file",
-                    "more work than a reader may do for a file", "use plain names, or fewer of them");
+                    "more work than a reader may do for a file",
+                    "use plain names, or fewer of them");
 }
 
 class peft_keys {
  public:
-  /// Throws format_error for the first tensor, in byte order of the names, that nothing explains; with lenient they are
-  /// listed by passed_over() instead.
+  /// Throws format_error for the first tensor, in byte order of the names, that nothing explains;
+  /// with lenient they are listed by passed_over() instead.
   peft_keys(const peft::config& config, const safetensors::index& tensors,
             const peft::read_options& options)
       : config_(config),
@@ -85,7 +89,8 @@ class peft_keys {
     unwrap();
     for (const auto name : tensors.names()) place(tensors.at(name));
     double steps = 0;
-    for (const auto* t : other_) steps += static_cast<double>(1 + std::count(t->name.begin(), t->name.end(), '.'));
+    for (const auto* t : other_)
+      steps += static_cast<double>(1 + std::count(t->name.begin(), t->name.end(), '.'));
     check_work(config, steps * static_cast<double>(saved_modules_.size()));
     for (const auto* t : other_) place_other(*t);
     for (const auto& each : copies_) place_copy(each);
@@ -106,20 +111,23 @@ class peft_keys {
   const std::vector<std::string>& notes() const { return notes_; }
   /// Whether a module's name is another than the config knows it by.
   bool names_changed() const {
-    return std::any_of(own_paths_.begin(), own_paths_.end(), [](const auto& each) { return each.first != each.second; });
+    return std::any_of(own_paths_.begin(), own_paths_.end(),
+                       [](const auto& each) { return each.first != each.second; });
   }
   /// Whether the file's names begin with base_model.model.
   bool prefixed() const { return prefixed_.value_or(true); }
 
-  /// A module's name as the config knows it. `path` is one of modules(); `module` is what it adapts: its first segments, and
-  /// perhaps a parameter's name. Where names carried a wrapper inside base_model.model., the config was written for them.
+  /// A module's name as the config knows it. `path` is one of modules(); `module` is what it
+  /// adapts: its first segments, and perhaps a parameter's name. Where names carried a wrapper
+  /// inside base_model.model., the config was written for them.
   std::string own_name(const std::string& path, const std::string& module) const {
     const auto own = own_paths_.find(path);
     if (own == own_paths_.end()) return module;
     const auto from = segments(path), to = segments(module);
     const auto differ = std::mismatch(from.begin(), from.end(), to.begin(), to.end());
     auto own_parts = segments(own->second);
-    own_parts.resize(own_parts.size() - std::min(own_parts.size(), static_cast<std::size_t>(from.end() - differ.first)));
+    own_parts.resize(own_parts.size() - std::min(own_parts.size(), static_cast<std::size_t>(
+                                                                       from.end() - differ.first)));
     own_parts.insert(own_parts.end(), differ.second, to.end());
     return joined(own_parts);
   }
@@ -138,14 +146,15 @@ class peft_keys {
     const safetensors::tensor_info* module_tensors::*where;
     bool embedding;
   };
-  static constexpr std::array<part, 8> parts{{{".lora_A.weight", &module_tensors::A, false},
-                                              {".lora_B.weight", &module_tensors::B, false},
-                                              {".lora_embedding_A", &module_tensors::A, true},
-                                              {".lora_embedding_B", &module_tensors::B, true},
-                                              {".lora_B.bias", &module_tensors::bias, false},
-                                              {".lora_magnitude_vector", &module_tensors::magnitude, false},
-                                              {".lora_magnitude_vector.weight", &module_tensors::magnitude, false},
-                                              {".lora_diag", &module_tensors::diagonal, false}}};
+  static constexpr std::array<part, 8> parts{
+      {{".lora_A.weight", &module_tensors::A, false},
+       {".lora_B.weight", &module_tensors::B, false},
+       {".lora_embedding_A", &module_tensors::A, true},
+       {".lora_embedding_B", &module_tensors::B, true},
+       {".lora_B.bias", &module_tensors::bias, false},
+       {".lora_magnitude_vector", &module_tensors::magnitude, false},
+       {".lora_magnitude_vector.weight", &module_tensors::magnitude, false},
+       {".lora_diag", &module_tensors::diagonal, false}}};
   static constexpr std::string_view token_suffix = ".token_adapter.trainable_tokens_delta";
 
   std::string_view whole(const safetensors::tensor_info& t) const {
@@ -153,7 +162,8 @@ class peft_keys {
     return found == unwrapped_.end() ? t.name : std::string_view(found->second);
   }
 
-  /// Throws for names that carry a wrapper, or takes it off. A component of a config in metadata is such a wrapper, too.
+  /// Throws for names that carry a wrapper, or takes it off. A component of a config in metadata is
+  /// such a wrapper, too.
   void unwrap() {
     if (!config_.component.empty()) return take_off_component();
     if (options_.wrappers == peft::wrapper_names::keep) return;
@@ -166,7 +176,8 @@ class peft_keys {
       (bare.nested() ? nested : single) = &t;
       if (first == nullptr) front = bare.front();
       if (first != nullptr && bare.front() != front)
-        refuse_tensor(tensors_, t, "one adapter in a file", sentence({"another front than in ", in_quotes(first->name)}),
+        refuse_tensor(tensors_, t, "one adapter in a file",
+                      sentence({"another front than in ", in_quotes(first->name)}),
                       "a dict of several state dicts was saved: save each by itself");
       first = &t;
       if (bare.part().empty()) continue;
@@ -174,24 +185,29 @@ class peft_keys {
       unwrapped_.emplace(&t, bare.name());
     }
     if (nested != nullptr && single != nullptr)
-      refuse_tensor(
-          tensors_, *nested, "one adapter in a file", "two, of a PeftModel inside a PeftModel",
-          "the config is true of one of them at most: unload or merge the inner one, or save each by itself. A base "
-          "with a module base_model.model of its own is read with wrapper_names::keep");
+      refuse_tensor(tensors_, *nested, "one adapter in a file",
+                    "two, of a PeftModel inside a PeftModel",
+                    "the config is true of one of them at most: unload or merge the inner one, or "
+                    "save each by itself. A base "
+                    "with a module base_model.model of its own is read with wrapper_names::keep");
     if (wrapped == nullptr) return;
     const unwrapped_name bare(wrapped->name);
-    if (!options_.lenient && options_.wrappers == peft::wrapper_names::refuse) refuse_wrapper(*wrapped, bare);
-    notes_.push_back(in_quotes(bare.part()) + " of " + bare.who() + " was taken off " + std::to_string(unwrapped_.size()) +
+    if (!options_.lenient && options_.wrappers == peft::wrapper_names::refuse)
+      refuse_wrapper(*wrapped, bare);
+    notes_.push_back(in_quotes(bare.part()) + " of " + bare.who() + " was taken off " +
+                     std::to_string(unwrapped_.size()) +
                      " names; PEFT loads none of these tensors");
   }
   [[noreturn]] void refuse_wrapper(const safetensors::tensor_info& t,
                                    const unwrapped_name& bare) const {
-    refuse_tensor(tensors_, t, "a name of the base's modules",
-                  sentence({in_quotes(bare.part()), " in it, left by ", bare.who()}),
-                  sentence({"a base has no weight of this name: save the unwrapped model, or read the tensor as ",
-                            in_quotes(bare.name()),
-                            " with read_options::wrappers = wrapper_names::strip. A base whose own modules "
-                            "are called so is read with wrapper_names::keep"}));
+    refuse_tensor(
+        tensors_, t, "a name of the base's modules",
+        sentence({in_quotes(bare.part()), " in it, left by ", bare.who()}),
+        sentence(
+            {"a base has no weight of this name: save the unwrapped model, or read the tensor as ",
+             in_quotes(bare.name()),
+             " with read_options::wrappers = wrapper_names::strip. A base whose own modules "
+             "are called so is read with wrapper_names::keep"}));
   }
   void take_off_component() {
     const std::string front = config_.component + ".";
@@ -199,8 +215,9 @@ class peft_keys {
       const auto& t = tensors_.at(name);
       if (!name.starts_with(front))
         refuse_tensor(tensors_, t,
-                      sentence({"a name that begins with ", in_quotes(front), ", for whose model the config is"}), "another",
-                      "give each model's adapter a file of its own");
+                      sentence({"a name that begins with ", in_quotes(front),
+                                ", for whose model the config is"}),
+                      "another", "give each model's adapter a file of its own");
       unwrapped_.emplace(&t, std::string(name.substr(front.size())));
     }
   }
@@ -210,7 +227,8 @@ class peft_keys {
     if (prefixed_.value_or(prefixed) != prefixed)
       refuse_tensor(tensors_, t, "all names with the prefix base_model.model., or none",
                     prefixed ? "both" : "a name without it",
-                    "two files were put together, or keys renamed in part: give all of them the prefix, or none");
+                    "two files were put together, or keys renamed in part: give all of them the "
+                    "prefix, or none");
     prefixed_ = prefixed;
     const std::string_view name = bare(t);
     for (const auto& p : parts) {
@@ -220,10 +238,11 @@ class peft_keys {
       if (unwrapped_.contains(&t)) own_paths_.emplace(path, own_path(t, p.suffix.size()));
       auto& module = modules_.try_emplace(std::string(path)).first->second;
       const bool factor = p.where == &module_tensors::A || p.where == &module_tensors::B;
-      if (module.*p.where != nullptr ||
-          (factor && (module.A != nullptr || module.B != nullptr) && module.embedding != p.embedding))
-        refuse_tensor(tensors_, t, "one adapter for a module",
-                      sentence({"a second tensor of the same part, ", in_quotes(module.any()->name)}));
+      if (module.*p.where != nullptr || (factor && (module.A != nullptr || module.B != nullptr) &&
+                                         module.embedding != p.embedding))
+        refuse_tensor(
+            tensors_, t, "one adapter for a module",
+            sentence({"a second tensor of the same part, ", in_quotes(module.any()->name)}));
       module.*p.where = &t;
       if (factor) module.embedding = p.embedding;
       return;
@@ -231,7 +250,9 @@ class peft_keys {
     if (name.ends_with(token_suffix)) {
       const auto embedding = name.substr(0, name.size() - token_suffix.size());
       if (!token_rows_.emplace(embedding, &t).second)
-        refuse_tensor(tensors_, t, sentence({"the trained rows of ", in_quotes(embedding), " once"}), "them twice");
+        refuse_tensor(tensors_, t,
+                      sentence({"the trained rows of ", in_quotes(embedding), " once"}),
+                      "them twice");
       return;
     }
     other_.push_back(&t);
@@ -241,14 +262,17 @@ class peft_keys {
   static bool has_factor_inside(std::string_view path) {
     const auto all = segments(path);
     return std::any_of(all.begin(), all.end(), [](auto part) {
-      return part == "lora_A" || part == "lora_B" || part.starts_with("lora_embedding_") || part == "lora_magnitude_vector";
+      return part == "lora_A" || part == "lora_B" || part.starts_with("lora_embedding_") ||
+             part == "lora_magnitude_vector";
     });
   }
-  /// The path in the file, behind the first base_model.model. or the component, with the wrappers that are inside it.
+  /// The path in the file, behind the first base_model.model. or the component, with the wrappers
+  /// that are inside it.
   std::string own_path(const safetensors::tensor_info& t, std::size_t suffix) const {
     std::string_view path = t.name.substr(0, t.name.size() - suffix);
     if (!config_.component.empty()) return std::string(path.substr(config_.component.size() + 1));
-    if (const auto at = path.find(prefix); at != std::string_view::npos) path.remove_prefix(at + prefix.size());
+    if (const auto at = path.find(prefix); at != std::string_view::npos)
+      path.remove_prefix(at + prefix.size());
     return std::string(path);
   }
 
@@ -264,7 +288,8 @@ class peft_keys {
     }
     if (is_saved(module)) {
       saved_.emplace(name, &t);
-      if (!options_.leave_out_saved_modules) return add_replacing(t, std::string(name), reason::saved_module);
+      if (!options_.leave_out_saved_modules)
+        return add_replacing(t, std::string(name), reason::saved_module);
       left_out_.emplace_back(t.name);
       return;
     }
@@ -272,27 +297,32 @@ class peft_keys {
     const auto wrapped = inner == "base_layer" ? without_last_segment(module) : module;
     if ((leaf == "bias" && trains_bias_of(wrapped)) || is_called_bias(name))
       return add_replacing(t, without_peft_layers(name), reason::bias);
-    // PEFT saves such a module whole, its bias too. A bias alone does not show that a module was saved.
+    // PEFT saves such a module whole, its bias too. A bias alone does not show that a module was
+    // saved.
     const bool beside_weight =
-        leaf == "bias" && tensors_.find(std::string(without_last_segment(t.name)) + ".weight") != nullptr;
+        leaf == "bias" &&
+        tensors_.find(std::string(without_last_segment(t.name)) + ".weight") != nullptr;
     if ((leaf == "weight" || beside_weight) && is_saved_embedding(wrapped))
       return add_replacing(t, without_peft_layers(name), reason::embedding);
     place_unasked(t, name);
   }
 
-  /// PEFT loads what has the name of a tensor in its model, whatever the config says. There an adapted module's own weight
-  /// lies under base_layer, and under no other name.
+  /// PEFT loads what has the name of a tensor in its model, whatever the config says. There an
+  /// adapted module's own weight lies under base_layer, and under no other name.
   void place_unasked(const safetensors::tensor_info& t, std::string_view name) {
-    if (name.empty() || !meaning_of(tensors_, t).empty()) return options_.lenient ? pass_over(t) : refuse_unknown(t, name);
+    if (name.empty() || !meaning_of(tensors_, t).empty())
+      return options_.lenient ? pass_over(t) : refuse_unknown(t, name);
     const std::string bare = without_peft_layers(name);
     const auto module = without_last_segment(bare);
     const bool adapted = modules_.contains(module) || token_rows_.contains(module);
     if (adapted == (bare == name)) {
-      const char* why = adapted ? "PEFT drops it: the module is adapted, and its own weight is under base_layer"
-                                : "PEFT drops it: the module has no adapter, so that nothing is under base_layer";
+      const char* why =
+          adapted ? "PEFT drops it: the module is adapted, and its own weight is under base_layer"
+                  : "PEFT drops it: the module has no adapter, so that nothing is under base_layer";
       if (!options_.lenient)
         refuse_tensor(tensors_, t, "a name that ends in lora_A.weight or lora_B.weight",
-                      "a tensor of the base model under another name than PEFT's, which nothing in the config asks for",
+                      "a tensor of the base model under another name than PEFT's, which nothing in "
+                      "the config asks for",
                       why);
       passed_over_.push_back("tensor " + in_quotes(t.name) + ": " + why);
       return;
@@ -310,12 +340,13 @@ class peft_keys {
       const auto &a = *other->second, &b = *each.tensor;
       if (!first && !tensors_.same_bytes(a, b))
         refuse_tensor(tensors_, b, sentence({"one tensor for ", in_quotes(each.name)}),
-                      sentence({"another in ", in_quotes(a.name)}), "remove the one that is not meant");
+                      sentence({"another in ", in_quotes(a.name)}),
+                      "remove the one that is not meant");
     }
   }
 
-  /// Whether PEFT saves the module, or one that it lies in, whole: it takes every module whose name ends in an entry, also in
-  /// the middle of a word.
+  /// Whether PEFT saves the module, or one that it lies in, whole: it takes every module whose name
+  /// ends in an entry, also in the middle of a word.
   bool is_saved(std::string_view module) const {
     return any_on_the_way(module, [&](std::string_view path) {
       return std::any_of(saved_modules_.begin(), saved_modules_.end(),
@@ -330,8 +361,9 @@ class peft_keys {
   }
   void pass_over(const safetensors::tensor_info& t) {
     const auto meaning = meaning_of(tensors_, t);
-    passed_over_.push_back("tensor " + in_quotes(t.name) + ": " +
-                           (meaning.empty() ? "not a part of a LoRA adapter" : std::string(meaning)));
+    passed_over_.push_back(
+        "tensor " + in_quotes(t.name) + ": " +
+        (meaning.empty() ? "not a part of a LoRA adapter" : std::string(meaning)));
   }
 
   /// With bias = "all", PEFT up to 0.17 saves every tensor with "bias" in its name.
@@ -355,8 +387,8 @@ class peft_keys {
     replacing_.push_back({&t, std::move(name), why});
   }
 
-  /// PEFT writes some tensors of saved modules also as x.modules_to_save.bias, a copy of x.bias, and x.original_module.bias, the
-  /// base's.
+  /// PEFT writes some tensors of saved modules also as x.modules_to_save.bias, a copy of x.bias,
+  /// and x.original_module.bias, the base's.
   struct copy {
     const safetensors::tensor_info* tensor;
     std::string_view module, rest;
@@ -367,7 +399,8 @@ class peft_keys {
     for (const std::string_view wrapper : {".modules_to_save.", ".original_module."}) {
       const auto at = name.find(wrapper);
       if (at != std::string_view::npos && is_saved(name.substr(0, at)))
-        return copy{&t, name.substr(0, at), name.substr(at + wrapper.size()), wrapper == ".modules_to_save."};
+        return copy{&t, name.substr(0, at), name.substr(at + wrapper.size()),
+                    wrapper == ".modules_to_save."};
     }
     return std::nullopt;
   }
@@ -382,40 +415,51 @@ class peft_keys {
     if (saved == saved_.end() && of.trained) saved = beside(of.rest.substr(of.rest.find('.') + 1));
     if (saved == saved_.end()) {
       if (options_.lenient) return pass_over(t);
-      refuse_tensor(tensors_, t,
-                    sentence({"a tensor ", in_quotes(std::string(of.module) + "." + std::string(of.rest)),
-                              " beside it, which PEFT reads"}),
-                    "none", "the file is incomplete; read_options::lenient passes over this tensor");
+      refuse_tensor(
+          tensors_, t,
+          sentence({"a tensor ", in_quotes(std::string(of.module) + "." + std::string(of.rest)),
+                    " beside it, which PEFT reads"}),
+          "none", "the file is incomplete; read_options::lenient passes over this tensor");
     }
     const auto& other = *saved->second;
     if (of.trained && (t.dtype != other.dtype || !tensors_.same_bytes(t, other)))
-      refuse_tensor(tensors_, t, sentence({"the values of ", in_quotes(other.name), ", of which it is a copy"}), "others",
-                    sentence({"PEFT reads ", in_quotes(other.name), ": remove the copy if that is the one that is meant"}));
+      refuse_tensor(tensors_, t,
+                    sentence({"the values of ", in_quotes(other.name), ", of which it is a copy"}),
+                    "others",
+                    sentence({"PEFT reads ", in_quotes(other.name),
+                              ": remove the copy if that is the one that is meant"}));
     add_replacing(t, saved->first, reason::unused_copy);
   }
 
   [[noreturn]] void refuse_unknown(const safetensors::tensor_info& t, std::string_view name) const {
     const std::string expected = "a name that ends in lora_A.weight or lora_B.weight";
-    // The first unknown name may say little where a later one tells what the file is. An alpha says the least.
+    // The first unknown name may say little where a later one tells what the file is. An alpha says
+    // the least.
     const auto own = meaning_of(tensors_, t);
-    if (!own.empty() && last_segment(name) != "alpha") refuse_tensor(tensors_, t, expected, std::string(own));
+    if (!own.empty() && last_segment(name) != "alpha")
+      refuse_tensor(tensors_, t, expected, std::string(own));
     for (const auto* other : other_)
-      if (const auto meaning = meaning_of(tensors_, *other); !meaning.empty() && last_segment(other->name) != "alpha")
+      if (const auto meaning = meaning_of(tensors_, *other);
+          !meaning.empty() && last_segment(other->name) != "alpha")
         refuse_tensor(tensors_, t, expected, "another",
                       sentence({"the file has also ", in_quotes(other->name), ": ", meaning}));
     if (!own.empty()) refuse_tensor(tensors_, t, expected, std::string(own));
     const std::string lenient =
-        "PEFT loads it where the base has a tensor of this name, and read_options::lenient gives it as "
+        "PEFT loads it where the base has a tensor of this name, and read_options::lenient gives "
+        "it as "
         "a replacement";
     if (name.find(".base_layer.") != std::string_view::npos)
-      refuse_tensor(tensors_, t, expected, "a weight of the base under an adapter, which nothing in the config asks for",
+      refuse_tensor(tensors_, t, expected,
+                    "a weight of the base under an adapter, which nothing in the config asks for",
                     lenient);
     const bool of_base = name.ends_with(".weight") || name.ends_with(".bias");
-    refuse_tensor(tensors_, t, expected, "another",
-                  of_base ? "a tensor of the base model, saved with the adapter without a word in the config "
-                            "(modules_to_save, bias, task_type): " +
-                                lenient
-                          : "this is not a file that PEFT wrote for LoRA, or it is a tensor of the base: " + lenient);
+    refuse_tensor(
+        tensors_, t, expected, "another",
+        of_base ? "a tensor of the base model, saved with the adapter without a word in the config "
+                  "(modules_to_save, bias, task_type): " +
+                      lenient
+                : "this is not a file that PEFT wrote for LoRA, or it is a tensor of the base: " +
+                      lenient);
   }
 
   const peft::config& config_;
@@ -423,8 +467,8 @@ class peft_keys {
   const peft::read_options& options_;
   std::vector<std::string> saved_modules_;
   std::map<const safetensors::tensor_info*, std::string>
-      unwrapped_;                                               // names that carried a wrapper
-  std::map<std::string, std::string, std::less<>> own_paths_;   // of modules whose names carried one
+      unwrapped_;                                              // names that carried a wrapper
+  std::map<std::string, std::string, std::less<>> own_paths_;  // of modules whose names carried one
   std::optional<bool> prefixed_;
   std::map<std::string, module_tensors, std::less<>> modules_;
   std::map<std::string, const safetensors::tensor_info*, std::less<>> token_rows_;

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// What the metadata of a safetensors file says of an adapter. PEFT writes none of it and reads none of it. diffusers writes the
-// whole config as JSON, its keys behind the component's name; other writers add alpha and rank as text.
+// What the metadata of a safetensors file says of an adapter. PEFT writes none of it and reads none
+// of it. diffusers writes the whole config as JSON, its keys behind the component's name; other
+// writers add alpha and rank as text.
 #pragma once
 
 #include <algorithm>
@@ -21,13 +22,14 @@
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
-/// The JSON object in a text of the metadata; nothing where it is none. Without exceptions a malformed text could not be
-/// passed over, so that none is parsed then.
+/// The JSON object in a text of the metadata; nothing where it is none. Without exceptions a
+/// malformed text could not be passed over, so that none is parsed then.
 inline std::optional<json_node> json_object_in(const std::string& text) {
 #if defined(__cpp_exceptions)
   constexpr std::size_t longest = std::size_t{16} << 20;  // as a config's file
   const auto first = text.find_first_not_of(" \t\r\n");
-  if (first == std::string::npos || text[first] != '{' || text.size() > longest) return std::nullopt;
+  if (first == std::string::npos || text[first] != '{' || text.size() > longest)
+    return std::nullopt;
   try {
     return parse_json_tree({.text = text, .path = "metadata"});
   } catch (const format_error&) {
@@ -50,7 +52,8 @@ struct config_in_metadata {
   friend bool operator==(const config_in_metadata&, const config_in_metadata&) = default;
 };
 
-/// The whole configs in the metadata: objects with peft_type, perhaps behind a component's name. The same one twice is one.
+/// The whole configs in the metadata: objects with peft_type, perhaps behind a component's name.
+/// The same one twice is one.
 inline std::vector<config_in_metadata> configs_in_metadata(const safetensors::index& tensors) {
   std::vector<config_in_metadata> result;
   for (const auto& [name, text] : tensors.metadata()) {
@@ -90,13 +93,14 @@ inline std::vector<std::string> differences_of_metadata(const peft::config& c,
                                                         const safetensors::index& tensors) {
   constexpr std::size_t most = 16;
   std::vector<std::string> result;
-  const auto compare = [&](const std::string& where, std::string_view key, std::optional<double> value) {
+  const auto compare = [&](const std::string& where, std::string_view key,
+                           std::optional<double> value) {
     const bool alpha = key == "lora_alpha" || key == "alpha" || key == "ss_network_alpha";
     const bool rank = key == "r" || key == "rank" || key == "lora_rank" || key == "ss_network_dim";
     const double ours = alpha ? c.lora_alpha : static_cast<double>(c.r);
     if (!(alpha || rank) || !value || *value == ours || result.size() == most) return;
-    result.push_back("metadata " + in_quotes(where) + " says " + number_text(*value) + " and the config has " +
-                     (alpha ? "lora_alpha " : "r ") + number_text(ours) +
+    result.push_back("metadata " + in_quotes(where) + " says " + number_text(*value) +
+                     " and the config has " + (alpha ? "lora_alpha " : "r ") + number_text(ours) +
                      ": PEFT takes the config, other programs may take the metadata");
   };
   for (const auto& [key, text] : tensors.metadata()) {
@@ -105,7 +109,8 @@ inline std::vector<std::string> differences_of_metadata(const peft::config& c,
     if (!object) continue;
     for (const auto& item : object->items)
       if (item.kind == json_kind::unsigned_integer || item.kind == json_kind::real)
-        compare(key + ": " + item.key, std::string_view(item.key).substr(item.key.rfind('.') + 1), item.number);
+        compare(key + ": " + item.key, std::string_view(item.key).substr(item.key.rfind('.') + 1),
+                item.number);
   }
   return result;
 }

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Explains names of tensors that neither the file nor its config explains. Each sentence names the writer.
+// Explains names of tensors that neither the file nor its config explains. Each sentence names the
+// writer.
 #pragma once
 
 #include <algorithm>
@@ -26,30 +27,48 @@ inline constexpr std::array peft_name_meanings = std::to_array<name_meaning>({
     {".modules_to_save.", "a whole module that modules_to_save does not name"},
     {".original_module.", "the base's own copy of a module that modules_to_save does not name"},
     {".lora_A.bias", "a bias of lora_A, which PEFT does not have"},
-    {".lora_alpha", "a buffer of alpha: the scaling comes from the config, and PEFT saves no such tensor"},
+    {".lora_alpha",
+     "a buffer of alpha: the scaling comes from the config, and PEFT saves no such tensor"},
     {".lora_A.weight_",
-     "a part of a quantized factor (compressed-tensors), which is not read: save the factors in 16 or 32 bits"},
+     "a part of a quantized factor (compressed-tensors), which is not read: save the factors in 16 "
+     "or 32 bits"},
     {".lora_B.weight_",
-     "a part of a quantized factor (compressed-tensors), which is not read: save the factors in 16 or 32 bits"},
-    {".lora_magnitude_vector.", "a magnitude under the name of an adapter: a state that was not saved with save_pretrained"},
-    {".lora_A.", "a factor under the name of an adapter: a state that was not saved with save_pretrained"},
-    {".lora_B.", "a factor under the name of an adapter: a state that was not saved with save_pretrained"},
-    {".lora_A_", "one of several factors in a module (diffusers numbers a second adapter so): save each adapter by itself"},
-    {".lora_B_", "one of several factors in a module (diffusers numbers a second adapter so): save each adapter by itself"},
+     "a part of a quantized factor (compressed-tensors), which is not read: save the factors in 16 "
+     "or 32 bits"},
+    {".lora_magnitude_vector.",
+     "a magnitude under the name of an adapter: a state that was not saved with save_pretrained"},
+    {".lora_A.",
+     "a factor under the name of an adapter: a state that was not saved with save_pretrained"},
+    {".lora_B.",
+     "a factor under the name of an adapter: a state that was not saved with save_pretrained"},
+    {".lora_A_",
+     "one of several factors in a module (diffusers numbers a second adapter so): save each "
+     "adapter by itself"},
+    {".lora_B_",
+     "one of several factors in a module (diffusers numbers a second adapter so): save each "
+     "adapter by itself"},
     {"lora_down", "a name of the kohya, diffusers or ComfyUI formats, which are not read yet"},
     {"lora_up", "a name of the kohya, diffusers or ComfyUI formats, which are not read yet"},
     {".lora.down", "a name of the diffusers format, which is not read yet"},
     {".lora.up", "a name of the diffusers format, which is not read yet"},
-    {".lora_a.weight", "a name of the torchtune format, which is not read yet (its lora_a is [rank, in], as PEFT's lora_A)"},
+    {".lora_a.weight",
+     "a name of the torchtune format, which is not read yet (its lora_a is [rank, in], as PEFT's "
+     "lora_A)"},
     {".lora_b.weight",
-     "a name of the torchtune format, which is not read yet (its lora_b is [out, rank], as PEFT's lora_B)"},
+     "a name of the torchtune format, which is not read yet (its lora_b is [out, rank], as PEFT's "
+     "lora_B)"},
     {".lora_a", "a name of the MLX format, which is not read yet"},
     {".lora_b", "a name of the MLX format, which is not read yet"},
-    {".dora_scale", "a name of the kohya or ComfyUI formats, which are not read yet", name_meaning::where::at_end},
-    {".lokr_w", "a factor of LoKr: lora::peft::adapters reads it, with peft_type LOKR in the config"},
-    {".lokr_t", "a factor of LoKr: lora::peft::adapters reads it, with peft_type LOKR in the config"},
-    {".hada_w", "a factor of LoHa: lora::peft::adapters reads it, with peft_type LOHA in the config"},
-    {".hada_t", "a factor of LoHa: lora::peft::adapters reads it, with peft_type LOHA in the config"},
+    {".dora_scale", "a name of the kohya or ComfyUI formats, which are not read yet",
+     name_meaning::where::at_end},
+    {".lokr_w",
+     "a factor of LoKr: lora::peft::adapters reads it, with peft_type LOKR in the config"},
+    {".lokr_t",
+     "a factor of LoKr: lora::peft::adapters reads it, with peft_type LOKR in the config"},
+    {".hada_w",
+     "a factor of LoHa: lora::peft::adapters reads it, with peft_type LOHA in the config"},
+    {".hada_t",
+     "a factor of LoHa: lora::peft::adapters reads it, with peft_type LOHA in the config"},
 });
 
 /// lora_B0, lora_A1 ...: several factors of which a route chooses.
@@ -58,8 +77,9 @@ inline bool is_routed_factor(std::string_view segment) {
   return factor && segment.size() > 6 && is_number(segment.substr(6));
 }
 
-/// PEFT before 0.18 cut an adapter's name out of the whole key, so that an adapter called "lora", or a beginning of that,
-/// took a part of ".lora_A.weight" with it: q_proj_A.weight. Such names come in pairs, whose shapes share the rank.
+/// PEFT before 0.18 cut an adapter's name out of the whole key, so that an adapter called "lora",
+/// or a beginning of that, took a part of ".lora_A.weight" with it: q_proj_A.weight. Such names
+/// come in pairs, whose shapes share the rank.
 inline bool is_cut_factor(const safetensors::index& tensors, const safetensors::tensor_info& t) {
   constexpr std::string_view end = ".weight";
   if (!t.name.ends_with(end) || t.shape.size() != 2) return false;
@@ -83,18 +103,23 @@ inline std::string_view meaning_of(const safetensors::index& tensors,
                                    const safetensors::tensor_info& t) {
   const auto parts = segments(t.name);
   if (std::any_of(parts.begin(), parts.end(), is_routed_factor))
-    return "one of several factors of a module, of which a route chooses (HydraLoRA and its like): no single low-rank "
+    return "one of several factors of a module, of which a route chooses (HydraLoRA and its like): "
+           "no single low-rank "
            "difference";
   for (const auto& each : peft_name_meanings)
     if (each.at == name_meaning::where::at_end ? t.name.ends_with(each.part)
                                                : t.name.find(each.part) != std::string_view::npos)
       return each.what;
   if (is_cut_factor(tensors, t))
-    return "a factor whose name lost a part: PEFT before 0.18 cut the name of an adapter called \"lora\" out of it. Save the "
+    return "a factor whose name lost a part: PEFT before 0.18 cut the name of an adapter called "
+           "\"lora\" out of it. Save the "
            "adapter again under another name";
-  const bool of_adapter = std::any_of(parts.begin(), parts.end(), [](auto part) { return part.starts_with("lora_"); });
-  if (of_adapter && parts.back() == "alpha") return "a name of the kohya or ComfyUI formats, which are not read yet";
-  return of_adapter ? "a part of an adapter under a name that PEFT does not write" : std::string_view{};
+  const bool of_adapter =
+      std::any_of(parts.begin(), parts.end(), [](auto part) { return part.starts_with("lora_"); });
+  if (of_adapter && parts.back() == "alpha")
+    return "a name of the kohya or ComfyUI formats, which are not read yet";
+  return of_adapter ? "a part of an adapter under a name that PEFT does not write"
+                    : std::string_view{};
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::io_detail

@@ -1,6 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The version of PEFT that wrote a file, as adapter_config.json has it: "0.18.1", "0.20.1.dev0@abc123".
+// The version of PEFT that wrote a file, as adapter_config.json has it: "0.18.1",
+// "0.20.1.dev0@abc123".
 #pragma once
 
 #include <array>
@@ -14,9 +15,10 @@
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
-/// Whether a version comes before a release; nothing for a text that is no version. Alphas, betas, candidates and development
-/// versions of a release come before it.
-inline std::optional<bool> comes_before(std::string_view version, const std::array<int, 3>& release) {
+/// Whether a version comes before a release; nothing for a text that is no version. Alphas, betas,
+/// candidates and development versions of a release come before it.
+inline std::optional<bool> comes_before(std::string_view version,
+                                        const std::array<int, 3>& release) {
   std::array<int, 3> parts{};
   const char* at = version.data();
   const char* const end = at + version.size();
@@ -34,7 +36,8 @@ inline std::optional<bool> comes_before(std::string_view version, const std::arr
   // "0.19.1a1", "0.19.1b2", "0.19.1rc1", "0.19.1.dev0"; behind + or @ stands what says nothing.
   std::string_view rest(at, static_cast<std::size_t>(end - at));
   rest = rest.substr(0, rest.find_first_of("+@"));
-  return rest.starts_with('a') || rest.starts_with('b') || rest.find("rc") != rest.npos || rest.find("dev") != rest.npos;
+  return rest.starts_with('a') || rest.starts_with('b') || rest.find("rc") != rest.npos ||
+         rest.find("dev") != rest.npos;
 }
 
 }  // namespace lora::inline LORA_DETAIL_ABI::io_detail

@@ -11,8 +11,8 @@
 
 namespace lora::inline LORA_DETAIL_ABI::io_detail {
 
-/// Rows first to first + count - 1 of a tensor as a matrix, first dimension x product of the others:
-/// read straight into the matrix, and widened exactly. The first dimension is not 0.
+/// Rows first to first + count - 1 of a tensor as a matrix, first dimension x product of the
+/// others: read straight into the matrix, and widened exactly. The first dimension is not 0.
 template <scalar T>
 detail::row_major_matrix<T> read_rows(const safetensors::index& tensors,
                                       const safetensors::tensor_info& t, index_t first,

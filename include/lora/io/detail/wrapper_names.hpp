@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Names of tensors that carry a wrapper of the training program: torch.compile, DataParallel, FSDP, activation
-// checkpointing, a PeftModel around a PeftModel, a dict of state dicts. No base has a tensor of such a name, so
-// merging by name would merge nothing.
+// Names of tensors that carry a wrapper of the training program: torch.compile, DataParallel, FSDP,
+// activation checkpointing, a PeftModel around a PeftModel, a dict of state dicts. No base has a
+// tensor of such a name, so merging by name would merge nothing.
 #pragma once
 
 #include <array>
@@ -54,7 +54,8 @@ class unwrapped_name {
     }
     nested_ = prefixes > 1;
     if (nested_) note(peft_prefix, "a PeftModel inside a PeftModel");
-    if (!front_.empty()) note(front_, "a dict that holds state dicts, or a model around the PeftModel");
+    if (!front_.empty())
+      note(front_, "a dict that holds state dicts, or a model around the PeftModel");
     if (prefixes != 0) name_ = peft_prefix;
     name_ += joined(rest);
   }
@@ -76,7 +77,9 @@ class unwrapped_name {
   }
   /// Segments of base_model.model or base_model.module.model at a place; 0 for none.
   static std::size_t prefix_at(const std::vector<std::string_view>& all, std::size_t k) {
-    const auto is = [&](std::size_t at, std::string_view name) { return at < all.size() && all[at] == name; };
+    const auto is = [&](std::size_t at, std::string_view name) {
+      return at < all.size() && all[at] == name;
+    };
     if (!is(k, "base_model")) return 0;
     if (is(k + 1, "model")) return 2;
     return is(k + 1, "module") && is(k + 2, "model") ? 3 : 0;

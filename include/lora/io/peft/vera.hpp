@@ -3,7 +3,8 @@
 // VeRA in a PEFT file (peft_type VERA): config keys, tensors, and lora::vera_adapter.
 //
 //   .vera_lambda_b [out], .vera_lambda_d [r]
-//   base_model.vera_A [r, the most inputs], base_model.vera_B [the most outputs, r], for all modules
+//   base_model.vera_A [r, the most inputs], base_model.vera_B [the most outputs, r], for all
+//   modules
 //
 // A file does not say the inputs of a layer: they are those of the weight. Refused without the two
 // shared matrices (save_projection = false): PEFT draws them again with torch's random numbers.

@@ -37,7 +37,9 @@ struct changed_lanes {
     else
       same = _mm256_add_epi64(same, _mm256_cmpeq_epi64(before, after));
   }
-  LORA_DETAIL_INLINE void see(__m256 before, __m256 after) { see(_mm256_castps_si256(before), _mm256_castps_si256(after)); }
+  LORA_DETAIL_INLINE void see(__m256 before, __m256 after) {
+    see(_mm256_castps_si256(before), _mm256_castps_si256(after));
+  }
   LORA_DETAIL_INLINE void see(__m256d before, __m256d after) {
     see(_mm256_castpd_si256(before), _mm256_castpd_si256(after));
   }
@@ -60,7 +62,8 @@ struct changed_count {
   std::size_t vectors = 0;
 
   LORA_DETAIL_INLINE void add(const changed_lanes<T>& some) {
-    same = sizeof(T) == 8 ? _mm256_add_epi64(same, some.words()) : _mm256_add_epi32(same, some.words());
+    same = sizeof(T) == 8 ? _mm256_add_epi64(same, some.words())
+                          : _mm256_add_epi32(same, some.words());
     vectors += static_cast<std::size_t>(some.vectors);
   }
   std::size_t count() const {
@@ -88,14 +91,17 @@ struct simd<float> {
   static vector subtract(vector a, vector b) { return _mm256_sub_ps(a, b); }
   static bool all_finite(vector v) {
     const __m256i exponent = _mm256_set1_epi32(0x7f80'0000);
-    return _mm256_movemask_epi8(_mm256_cmpeq_epi32(_mm256_and_si256(_mm256_castps_si256(v), exponent), exponent)) == 0;
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi32(
+               _mm256_and_si256(_mm256_castps_si256(v), exponent), exponent)) == 0;
   }
   static vector load_even(const bfloat16* p) {
-    return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16));
+    return _mm256_castsi256_ps(
+        _mm256_slli_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)), 16));
   }
   static vector load_odd(const bfloat16* p) {
-    return _mm256_castsi256_ps(_mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
-                                                _mm256_set1_epi32(static_cast<int>(0xffff'0000u))));
+    return _mm256_castsi256_ps(
+        _mm256_and_si256(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)),
+                         _mm256_set1_epi32(static_cast<int>(0xffff'0000u))));
   }
   static vector join_pairs(vector even, vector odd) {
     const __m256i e = _mm256_srli_epi32(rounded_up(even), 16);
@@ -104,8 +110,8 @@ struct simd<float> {
   /// What join_pairs joined.
   static void split_pairs(vector pairs, vector& even, vector& odd) {
     even = _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_castps_si256(pairs), 16));
-    odd =
-        _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(pairs), _mm256_set1_epi32(static_cast<int>(0xffff'0000u))));
+    odd = _mm256_castsi256_ps(_mm256_and_si256(_mm256_castps_si256(pairs),
+                                               _mm256_set1_epi32(static_cast<int>(0xffff'0000u))));
   }
   /// What join_halves joined.
   static void split_halves(vector halves, vector& first, vector& second) {
@@ -116,16 +122,21 @@ struct simd<float> {
   }
   /// Two vectors of neighbours become their even and their odd elements.
   static void unzip(vector& first, vector& second) {
-    const auto ordered = [](vector v) { return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8)); };
+    const auto ordered = [](vector v) {
+      return _mm256_castpd_ps(_mm256_permute4x64_pd(_mm256_castps_pd(v), 0xd8));
+    };
     const vector evens = ordered(_mm256_shuffle_ps(first, second, 0x88));
     second = ordered(_mm256_shuffle_ps(first, second, 0xdd));
     first = evens;
   }
 #if defined(__F16C__)
-  static vector load_half(const float16* p) { return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))); }
+  static vector load_half(const float16* p) {
+    return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
   static vector join_halves(vector first, vector second) {
     const __m256i low = _mm256_castsi128_si256(_mm256_cvtps_ph(first, _MM_FROUND_TO_NEAREST_INT));
-    return _mm256_castsi256_ps(_mm256_inserti128_si256(low, _mm256_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT), 1));
+    return _mm256_castsi256_ps(
+        _mm256_inserti128_si256(low, _mm256_cvtps_ph(second, _MM_FROUND_TO_NEAREST_INT), 1));
   }
 #else
   static vector load_half(const float16* p) {
@@ -146,10 +157,10 @@ struct simd<float> {
   struct squares {
     __m256d low = _mm256_setzero_pd(), high = _mm256_setzero_pd();
     LORA_DETAIL_INLINE void see(vector a, vector b) {
-      const __m256d first =
-          _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a)), _mm256_cvtps_pd(_mm256_castps256_ps128(b)));
-      const __m256d second =
-          _mm256_add_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)), _mm256_cvtps_pd(_mm256_extractf128_ps(b, 1)));
+      const __m256d first = _mm256_add_pd(_mm256_cvtps_pd(_mm256_castps256_ps128(a)),
+                                          _mm256_cvtps_pd(_mm256_castps256_ps128(b)));
+      const __m256d second = _mm256_add_pd(_mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)),
+                                           _mm256_cvtps_pd(_mm256_extractf128_ps(b, 1)));
       low = _mm256_fmadd_pd(first, first, low);
       high = _mm256_fmadd_pd(second, second, high);
     }
@@ -163,8 +174,10 @@ struct simd<float> {
   /// Bits plus what carries into the upper half when rounding to nearest even.
   static __m256i rounded_up(vector v) {
     const __m256i bits = _mm256_castps_si256(v);
-    // -1 where the last bit that stays is 0: a comparison, because early Zen has one unit for shifts.
-    const __m256i even = _mm256_cmpeq_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x1'0000)), _mm256_setzero_si256());
+    // -1 where the last bit that stays is 0: a comparison, because early Zen has one unit for
+    // shifts.
+    const __m256i even = _mm256_cmpeq_epi32(_mm256_and_si256(bits, _mm256_set1_epi32(0x1'0000)),
+                                            _mm256_setzero_si256());
     return _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x8000)), even);
   }
 };
@@ -183,7 +196,8 @@ struct simd<double> {
   static vector subtract(vector a, vector b) { return _mm256_sub_pd(a, b); }
   static bool all_finite(vector v) {
     const __m256i exponent = _mm256_set1_epi64x(0x7ff0'0000'0000'0000);
-    return _mm256_movemask_epi8(_mm256_cmpeq_epi64(_mm256_and_si256(_mm256_castpd_si256(v), exponent), exponent)) == 0;
+    return _mm256_movemask_epi8(_mm256_cmpeq_epi64(
+               _mm256_and_si256(_mm256_castpd_si256(v), exponent), exponent)) == 0;
   }
   struct squares {
     vector sums = _mm256_setzero_pd();
@@ -191,7 +205,9 @@ struct simd<double> {
       const vector sum = _mm256_add_pd(a, b);
       sums = _mm256_fmadd_pd(sum, sum, sums);
     }
-    LORA_DETAIL_INLINE void add_to(double* to) const { _mm256_storeu_pd(to, _mm256_add_pd(_mm256_loadu_pd(to), sums)); }
+    LORA_DETAIL_INLINE void add_to(double* to) const {
+      _mm256_storeu_pd(to, _mm256_add_pd(_mm256_loadu_pd(to), sums));
+    }
   };
 };
 

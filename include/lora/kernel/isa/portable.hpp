@@ -99,7 +99,8 @@ struct simd {
   }
   static bool all_finite(vector v) {
     bool all = true;
-    for (int k = 0; k < width; ++k) all = all && magnitude(v[k]) < std::bit_cast<bits>(std::numeric_limits<T>::infinity());
+    for (int k = 0; k < width; ++k)
+      all = all && magnitude(v[k]) < std::bit_cast<bits>(std::numeric_limits<T>::infinity());
     return all;
   }
   /// The largest magnitude, as bits, of the lanes seen.
@@ -140,7 +141,9 @@ struct simd {
   }
   /// Two vectors of neighbours become their even and their odd elements.
   static void unzip(vector& first, vector& second) {
-    const auto at = [one = first, two = second](int k) { return k < width ? one[k] : two[k - width]; };
+    const auto at = [one = first, two = second](int k) {
+      return k < width ? one[k] : two[k - width];
+    };
     first = each([&](int k) { return at(2 * k); });
     second = each([&](int k) { return at(2 * k + 1); });
   }

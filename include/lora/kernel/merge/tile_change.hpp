@@ -4,7 +4,8 @@
 // is rounded and stored. A change has
 //   safe                       whether a result is finite where overflow_watch.hpp calls W safe
 //   move(rows, cols)           goes on in the weight, as it is in memory
-//   change(w, sum, row)        sum := the result, for two vectors of a row of the tile; w is used up
+//   change(w, sum, row)        sum := the result, for two vectors of a row of the tile; w is used
+//                              up
 //   change(w, sum, j)          the same of one element, j columns from where the change stands
 //   keeps_nan(sum, result)     whether a NaN of W keeps its bits
 #pragma once
@@ -55,11 +56,14 @@ struct gained_sum {
     sum[0] = v::multiply(v::subtract(w[0], sum[0]), g[0]);
     sum[1] = v::multiply(v::subtract(w[1], sum[1]), g[1]);
   }
-  Acc operator()(Acc w, Acc sum, index_t j) const { return (w - sum) * gain[outputs_are_rows ? 0 : j]; }
+  Acc operator()(Acc w, Acc sum, index_t j) const {
+    return (w - sum) * gain[outputs_are_rows ? 0 : j];
+  }
   static bool keeps_nan(Acc sum, Acc) { return is_zero(sum); }
 };
 
-/// Rounds the lanes of two vectors to T, in place. Exact for finite lanes; others stay infinite or NaN.
+/// Rounds the lanes of two vectors to T, in place. Exact for finite lanes; others stay infinite or
+/// NaN.
 template <class T, class Acc>
 LORA_DETAIL_INLINE void round_lanes(two_vectors<Acc>& lanes) {
   using v = simd<Acc>;
@@ -69,8 +73,8 @@ LORA_DETAIL_INLINE void round_lanes(two_vectors<Acc>& lanes) {
     v::split_halves(v::join_halves(lanes[0], lanes[1]), lanes[0], lanes[1]);
 }
 
-/// W + sign * round(s * sum) as PEFT merges one adapter whose lora_B is F: the scaled delta is rounded
-/// to F where F has 16 bits, and with delta_first to the weight's T.
+/// W + sign * round(s * sum) as PEFT merges one adapter whose lora_B is F: the scaled delta is
+/// rounded to F where F has 16 bits, and with delta_first to the weight's T.
 template <class Acc, class T, class F>
 struct peft_sum {
   static constexpr bool safe = false;

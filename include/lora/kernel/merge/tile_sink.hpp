@@ -3,16 +3,18 @@
 // tile_sink: what a merge does with the tiles of its delta. delta_tiles.hpp forms each tile in
 // registers and gives it to a sink; tile_sinks.hpp has the sinks that round a weight.
 //
-// Tiles come in bands: along the rows of the weight, or down its columns. `place` walks along a band:
+// Tiles come in bands: along the rows of the weight, or down its columns. `place` walks along a
+// band:
 //
 //   typename sink::counter counter;
 //   auto place = sink.at(first row, first column);
 //   for each tile of the band, if it lies inside the weight:
 //     place.fetch();
-//     if the sink checks the weight first, and place.is_safe():  form it; place.store_safe(tile, counter);
-//     else:                                                      form it; place.store_checked(tile, counter);
+//     if the sink checks the weight first, and place.is_safe():  form it; store_safe(tile, counter)
+//     else:                                                      form it; store_checked(tile, counter)
 //     place.next();
-//   at the edges, and where store_checked says false:  sink.store_sums(tally, row, column, count, sums), row by row
+//   at the edges, and where store_checked says false:  sink.store_sums(tally, row, column, count,
+//                                                      sums), row by row
 //   tally.changed += counter.count(), at the end of the band
 //   sink.finish(), on every thread
 //
@@ -60,13 +62,15 @@ concept tile_place = requires(P place, const P& fixed, Tile& sums, Counter& seen
 /// - is_safe(): asked before the tile is formed.
 /// - store_safe(sums, counter): stores a tile that is.
 template <class P, class Tile, class Counter>
-concept checking_place = tile_place<P, Tile, Counter> && requires(const P& place, Tile& sums, Counter& seen) {
-  { place.is_safe() } -> std::same_as<bool>;
-  place.store_safe(sums, seen);
-};
+concept checking_place =
+    tile_place<P, Tile, Counter> && requires(const P& place, Tile& sums, Counter& seen) {
+      { place.is_safe() } -> std::same_as<bool>;
+      place.store_safe(sums, seen);
+    };
 
 /// - value_type: elements of the weight, or of what takes the place of one.
-/// - counter: counts the elements that changed while a band is stored; no_changes where nobody asks.
+/// - counter: counts the elements that changed while a band is stored; no_changes where nobody
+///   asks.
 /// - bands_down: bands run down the columns.
 /// - takes_tiles: whole tiles are stored from registers; else everything comes row by row.
 /// - writes: false for a sink that only counts.

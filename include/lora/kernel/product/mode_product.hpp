@@ -25,16 +25,19 @@ class mode_product {
   explicit mode_product(const matrix_view<S, Order>& C)
       : rows_(C.rows()), cols_(C.cols()), panels_(pieces(rows_, tile_rows) * panel()) {
     for (index_t p = 0; p < pieces(rows_, tile_rows); ++p)
-      pack_padded(panels_.data() + p * panel(), tile_rows,
-                  C.middle_rows(p * tile_rows, std::min<index_t>(tile_rows, rows_ - p * tile_rows)));
+      pack_padded(
+          panels_.data() + p * panel(), tile_rows,
+          C.middle_rows(p * tile_rows, std::min<index_t>(tile_rows, rows_ - p * tile_rows)));
   }
 
   void run(const Acc* X, index_t inner, index_t blocks, Acc* Y) const {
     const index_t strips = pieces(inner, width);
-    const double work = static_cast<double>(rows_) * static_cast<double>(cols_) * static_cast<double>(inner * blocks);
+    const double work = static_cast<double>(rows_) * static_cast<double>(cols_) *
+                        static_cast<double>(inner * blocks);
     parallel(threads_for(work), [&](const team& team) {
       team.for_each(strips * blocks, [&](index_t task) {
-        const index_t t = task / strips, first = task % strips * width, count = std::min(width, inner - first);
+        const index_t t = task / strips, first = task % strips * width,
+                      count = std::min(width, inner - first);
         const Acc* const from = X + t * inner * cols_ + first;
         Acc* const to = Y + t * inner * rows_ + first;
         if (count == width)

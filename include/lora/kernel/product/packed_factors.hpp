@@ -1,8 +1,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// An adapter as a product reads it: lora_A in panels of ranks, lora_B in panels of outputs, and the factor that multiplies
-// U = lora_A * x. Neither the scaling nor a strength is folded into the panels, so they serve every strength and every batch.
-// Adapters of other kinds have parts that are no factors: gains of the outputs, and sums computed beforehand.
+// An adapter as a product reads it: lora_A in panels of ranks, lora_B in panels of outputs, and the
+// factor that multiplies U = lora_A * x. Neither the scaling nor a strength is folded into the
+// panels, so they serve every strength and every batch. Adapters of other kinds have parts that are
+// no factors: gains of the outputs, and sums computed beforehand.
 #pragma once
 
 #include <algorithm>
@@ -14,16 +15,18 @@
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
-/// What the elements of a part's panels are: those of the accumulator, or a 16-bit format that is widened on the way.
+/// What the elements of a part's panels are: those of the accumulator, or a 16-bit format that is
+/// widened on the way.
 enum class panel_format { accumulator, bfloat16, float16 };
 
-/// What a part does to the sums of a token: adds lora_B * U; multiplies them by gains; adds a column; nothing (it marks the
-/// tokens of a form whose input map is all that it has).
+/// What a part does to the sums of a token: adds lora_B * U; multiplies them by gains; adds a
+/// column; nothing (it marks the tokens of a form whose input map is all that it has).
 enum class part_sort { factors, gain, addend, mark };
 
-/// lora_A (rank x in_features) lies in panels of tile_cols ranks, the last one of half that width if that holds its ranks;
-/// lora_B (out_features x rank) in panels of tile_cols outputs. Looks at memory of others. Gains and
-/// addends have rank 0. A part of a block of rows has the panels alone in which these lie.
+/// lora_A (rank x in_features) lies in panels of tile_cols ranks, the last one of half that width
+/// if that holds its ranks; lora_B (out_features x rank) in panels of tile_cols outputs. Looks at
+/// memory of others. Gains and addends have rank 0. A part of a block of rows has the panels alone
+/// in which these lie.
 template <class Acc>
 struct part {
   index_t first_row = 0, rows = 0;  ///< the outputs that it changes
@@ -36,16 +39,22 @@ struct part {
   part_sort sort = part_sort::factors;
   /// gain: one number for each output, padded to whole panels. addend: columns of `rows` outputs.
   const Acc* values = nullptr;
-  const index_t* columns = nullptr;  ///< addend: the column of each token; null: column t for token t
+  /// Addend: the column of each token; null: column t for token t.
+  const index_t* columns = nullptr;
 
   /// Whether it changes outputs of panel p of W, and whether all out_features of them.
-  bool meets(index_t p) const { return first_row < (p + 1) * tile_cols<Acc> && p * tile_cols<Acc> < first_row + rows; }
+  bool meets(index_t p) const {
+    return first_row < (p + 1) * tile_cols<Acc> && p * tile_cols<Acc> < first_row + rows;
+  }
   bool fills(index_t p, index_t out_features) const {
-    return first_row <= p * tile_cols<Acc> && std::min((p + 1) * tile_cols<Acc>, out_features) <= first_row + rows;
+    return first_row <= p * tile_cols<Acc> &&
+           std::min((p + 1) * tile_cols<Acc>, out_features) <= first_row + rows;
   }
   /// The number of panel p of W among the part's own panels.
   index_t own_panel(index_t p) const { return p - first_row / tile_cols<Acc>; }
-  bool same_rows(const part& other) const { return first_row == other.first_row && rows == other.rows; }
+  bool same_rows(const part& other) const {
+    return first_row == other.first_row && rows == other.rows;
+  }
 };
 
 /// Ranks in the last, narrower panel of lora_A; 0 where all are whole.
@@ -74,7 +83,9 @@ struct factor_layout {
     return pieces(A_size(), line) * line;
   }
   index_t size() const { return B_begin() + B_size(); }
-  index_t A_width(index_t panel) const { return narrow_ranks<Acc>(rank) != 0 && panel == rank / width ? width / 2 : width; }
+  index_t A_width(index_t panel) const {
+    return narrow_ranks<Acc>(rank) != 0 && panel == rank / width ? width / 2 : width;
+  }
 };
 
 /// Packs both factors. F may be narrower than the factors' scalars: then each element rounds once.
@@ -92,8 +103,10 @@ void pack_factors(const factor_layout<Acc, F>& where, const L& l, F* A, F* B, in
     pack_padded(A + p * where.A_panel(), where.A_width(p),
                 a.middle_rows(p * width, std::min(width, where.rank - p * width)));
   for (index_t p = 0; p < pieces(where.out_features, width); ++p) {
-    const index_t begin = std::max(p * width, skipped), end = std::min((p + 1) * width, where.out_features);
-    pack_padded(B + p * where.B_panel(), width, b.middle_rows(begin - skipped, end - begin), begin - p * width);
+    const index_t begin = std::max(p * width, skipped),
+                  end = std::min((p + 1) * width, where.out_features);
+    pack_padded(B + p * where.B_panel(), width, b.middle_rows(begin - skipped, end - begin),
+                begin - p * width);
   }
 }
 

@@ -1,7 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The activations of a block of tokens as tiles read them: chunk by chunk of in_features, in each chunk tile by tile, at each
-// depth the tile's tokens side by side. Widened, and as pairs of bfloat16 where dot products read them.
+// The activations of a block of tokens as tiles read them: chunk by chunk of in_features, in each
+// chunk tile by tile, at each depth the tile's tokens side by side. Widened, and as pairs of
+// bfloat16 where dot products read them.
 #pragma once
 
 #include <algorithm>
@@ -21,8 +22,9 @@ class function_ref {
   template <class F>
     requires(!std::is_same_v<bare<F>, function_ref>)
   function_ref(const F& f)  // NOLINT(google-explicit-constructor)
-      : object_(std::addressof(f)),
-        call_([](const void* object, Arguments... arguments) { (*static_cast<const F*>(object))(arguments...); }) {}
+      : object_(std::addressof(f)), call_([](const void* object, Arguments... arguments) {
+          (*static_cast<const F*>(object))(arguments...);
+        }) {}
   explicit operator bool() const { return object_ != nullptr; }
   void operator()(Arguments... arguments) const { call_(object_, arguments...); }
 
@@ -36,8 +38,9 @@ struct activation_block {
   const index_t* tokens;
   index_t rows, first, depth;
 };
-/// pack(block, destination): destination[k * rows + i] becomes element first + k of token i; by dot products, element
-/// destination[k * rows + i] the bits of the pair of elements first + 2 k and first + 2 k + 1.
+/// pack(block, destination): destination[k * rows + i] becomes element first + k of token i; by dot
+/// products, element destination[k * rows + i] the bits of the pair of elements first + 2 k and
+/// first + 2 k + 1.
 template <class Acc>
 using pack_tokens_function = function_ref<const activation_block&, Acc*>;
 /// What reads X: widened, and as pairs of bfloat16 where W * x is computed by dot products.
@@ -53,18 +56,21 @@ struct tile_block {
   index_t count() const { return end - begin; }
 };
 
-/// The activations of a block of tokens, as the tiles read them. May_dot: whether the panels of W may be
-/// multiplied by dot products, which read pairs (what can never be is not compiled).
+/// The activations of a block of tokens, as the tiles read them. May_dot: whether the panels of W
+/// may be multiplied by dot products, which read pairs (what can never be is not compiled).
 template <class Acc, bool May_dot>
 class activations {
  public:
   static constexpr index_t width = tile_cols<Acc>;
   /// Depths of a chunk that many tiles share, and of one that few share.
-  static constexpr index_t depth_of_many = many_tiles_chunk / (width * static_cast<index_t>(sizeof(Acc)));
-  static constexpr index_t depth_of_few = tuned.few_tiles_chunk / (width * static_cast<index_t>(sizeof(Acc)));
+  static constexpr index_t depth_of_many =
+      many_tiles_chunk / (width * static_cast<index_t>(sizeof(Acc)));
+  static constexpr index_t depth_of_few =
+      tuned.few_tiles_chunk / (width * static_cast<index_t>(sizeof(Acc)));
   static constexpr index_t most_depth = std::max(2 * depth_of_many, depth_of_few);
 
-  /// dots: panels of bfloat16 are multiplied by dot products, and read pairs; widened: others are there, too.
+  /// dots: panels of bfloat16 are multiplied by dot products, and read pairs; widened: others are
+  /// there, too.
   activations(index_t in_features, const plan<Acc>& tokens, bool dots, bool widened)
       : in_(in_features), tokens_(tokens), dots_(dots), widened_(widened) {}
 
@@ -103,7 +109,8 @@ class activations {
   index_t rows_of(const tile_block& tiles) const {
     return tokens_.first(tiles.end - 1) + tokens_.rows(tiles.end - 1) - tokens_.first(tiles.begin);
   }
-  /// Where a tile's activations from depth k on begin, k a multiple of their chunk (with one tile: any, with pairs even).
+  /// Where a tile's activations from depth k on begin, k a multiple of their chunk (with one tile:
+  /// any, with pairs even).
   template <class M>
   const Acc* at(const tile_block& tiles, index_t tile, index_t k, M) const {
     return in_chunk(is_dot2<M> ? pairs_ : X_, tiles, tile, k, M::depths);
@@ -112,21 +119,26 @@ class activations {
   Acc* sums_of(const tile_block& tiles, index_t tile, index_t panels, Acc* sums) const {
     return sums + (tokens_.first(tile) - tokens_.first(tiles.begin)) * width * panels;
   }
-  /// at(n): tile n of the block, its activations from depth k on, where their chunk begins, and its sums of one panel. Asked
-  /// for every tile of every chunk, where in_chunk and its divisions would cost time.
+  /// at(n): tile n of the block, its activations from depth k on, where their chunk begins, and its
+  /// sums of one panel. Asked for every tile of every chunk, where in_chunk and its divisions would
+  /// cost time.
   template <class M>
   auto rows_by_tile(const tile_block& tiles, index_t k, M multiplier, Acc* sums) const {
-    return [this, first_tile = tiles.begin, first = tokens_.first(tiles.begin), left = at(tiles, tiles.begin, k, multiplier),
+    return [this, first_tile = tiles.begin, first = tokens_.first(tiles.begin),
+            left = at(tiles, tiles.begin, k, multiplier),
             steps = pieces(std::min(chunk_of(tiles), in_ - k), M::depths), sums](index_t n) {
-      const index_t rows = tokens_.rows(first_tile + n), before = tokens_.first(first_tile + n) - first;
-      return some_rows<Acc>{static_cast<int>(rows), sums + before * width, left + before * steps, rows};
+      const index_t rows = tokens_.rows(first_tile + n),
+                    before = tokens_.first(first_tile + n) - first;
+      return some_rows<Acc>{static_cast<int>(rows), sums + before * width, left + before * steps,
+                            rows};
     };
   }
 
  private:
   Acc* in_chunk(Acc* from, const tile_block& tiles, index_t tile, index_t k, index_t group) const {
     const index_t depth = std::min(chunk_of(tiles), in_ - k);
-    return from + k / group * rows_of(tiles) + (tokens_.first(tile) - tokens_.first(tiles.begin)) * pieces(depth, group);
+    return from + k / group * rows_of(tiles) +
+           (tokens_.first(tile) - tokens_.first(tiles.begin)) * pieces(depth, group);
   }
 
   index_t in_;

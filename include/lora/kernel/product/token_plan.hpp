@@ -1,8 +1,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Which tokens a product handles together: tiles of tokens, and in each tile the runs of neighbouring rows that one
-// adapter corrects. Tokens are taken in an order that brings those with the same adapters together; activations are not
-// moved, the order is one of indices.
+// Which tokens a product handles together: tiles of tokens, and in each tile the runs of
+// neighbouring rows that one adapter corrects. Tokens are taken in an order that brings those with
+// the same adapters together; activations are not moved, the order is one of indices.
 #pragma once
 
 #include <algorithm>
@@ -13,8 +13,9 @@
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
-/// Which of a call's parts each token gets, and how strongly. Three forms: all parts for every token (begin is null), or
-/// token t gets parts index[begin[t]] ... index[begin[t + 1] - 1], in this order, times weight[...] (1 where null).
+/// Which of a call's parts each token gets, and how strongly. Three forms: all parts for every
+/// token (begin is null), or token t gets parts index[begin[t]] ... index[begin[t + 1] - 1], in
+/// this order, times weight[...] (1 where null).
 struct token_parts {
   index_t parts = 0;
   const index_t* begin = nullptr;
@@ -22,20 +23,25 @@ struct token_parts {
   const double* weight = nullptr;
 
   bool same_for_all() const { return begin == nullptr; }
-  index_t count(index_t token) const { return same_for_all() ? parts : begin[token + 1] - begin[token]; }
-  index_t part(index_t token, index_t n) const { return same_for_all() ? n : index[begin[token] + n]; }
+  index_t count(index_t token) const {
+    return same_for_all() ? parts : begin[token + 1] - begin[token];
+  }
+  index_t part(index_t token, index_t n) const {
+    return same_for_all() ? n : index[begin[token] + n];
+  }
   double strength(index_t token, index_t n) const {
     return same_for_all() || weight == nullptr ? 1.0 : weight[begin[token] + n];
   }
   /// By the lists of parts, whatever their strengths.
   bool before(index_t a, index_t b) const {
-    return std::lexicographical_compare(index + begin[a], index + begin[a + 1], index + begin[b], index + begin[b + 1]);
+    return std::lexicographical_compare(index + begin[a], index + begin[a + 1], index + begin[b],
+                                        index + begin[b + 1]);
   }
   bool same(index_t a, index_t b) const { return !before(a, b) && !before(b, a); }
 };
 
 /// Rows first_row ... first_row + rows - 1 of a tile and the part that corrects them.
-struct run {
+struct run_of_rows {
   index_t tile, first_row, rows, part;
   index_t U;       ///< where its block of U begins: rank x rows
   index_t scales;  ///< where the factors of its rows begin
@@ -59,7 +65,7 @@ class plan {
 
   void claim(layout& l) {
     if (!who_.same_for_all()) order_place_ = l.take<index_t>(tokens_);
-    runs_place_ = l.take<run>(run_capacity_);
+    runs_place_ = l.take<run_of_rows>(run_capacity_);
     by_part_place_ = l.take<index_t>(run_capacity_);
     first_run_place_ = l.take<index_t>(tiles_ + 1);
     first_by_part_place_ = l.take<index_t>(tiles_ + 1);
@@ -76,8 +82,9 @@ class plan {
     if (!who_.same_for_all()) {
       order_ = order_place_.in(memory);
       for (index_t t = 0; t < tokens_; ++t) order_[t] = t;
-      std::sort(order_, order_ + tokens_,
-                [this](index_t a, index_t b) { return who_.before(a, b) || (!who_.before(b, a) && a < b); });
+      std::sort(order_, order_ + tokens_, [this](index_t a, index_t b) {
+        return who_.before(a, b) || (!who_.before(b, a) && a < b);
+      });
     }
     index_t runs = 0, scales = 0, U = 0, by_part = 0;
     for (index_t t = 0; t < tiles_; ++t) {
@@ -111,28 +118,30 @@ class plan {
   index_t most_rows_in_block() const { return std::min(tokens_, tiles_in_block_ * tile_rows); }
   index_t most_U_in_block() const { return most_rows_in_block() * rank_of_token_; }
 
-  const run& run_at(index_t r) const { return runs_[r]; }
-  const run& run_by_part(index_t r) const { return runs_[by_part_[r]]; }
+  const run_of_rows& run_at(index_t r) const { return runs_[r]; }
+  const run_of_rows& run_by_part(index_t r) const { return runs_[by_part_[r]]; }
   index_t first_run(index_t tile) const { return first_run_[tile]; }
   /// The same for run_by_part, which leaves out runs without ranks.
   index_t first_by_part(index_t tile) const { return first_by_part_[tile]; }
   index_t runs() const { return first_run_[tiles_]; }
-  const double* scales(const run& r) const { return scales_ + r.scales; }
-  const part<Acc>& part_of(const run& r) const { return parts_[r.part]; }
+  const double* scales(const run_of_rows& r) const { return scales_ + r.scales; }
+  const part<Acc>& part_of(const run_of_rows& r) const { return parts_[r.part]; }
   const part<Acc>* parts() const { return parts_; }
   index_t parts_count() const { return who_.parts; }
 
  private:
-  /// A block's activations pass once for every panel of W: they must stay in the caches, so that long tokens make short
-  /// blocks.
+  /// A block's activations pass once for every panel of W: they must stay in the caches, so that
+  /// long tokens make short blocks.
   static index_t tiles_of(index_t in_features) {
     constexpr index_t most = 16;
-    return std::clamp<index_t>(
-        tuned.block_bytes / (tile_rows * std::max<index_t>(1, in_features) * static_cast<index_t>(sizeof(Acc))), 4, most);
+    return std::clamp<index_t>(tuned.block_bytes / (tile_rows * std::max<index_t>(1, in_features) *
+                                                    static_cast<index_t>(sizeof(Acc))),
+                               4, most);
   }
 
-  /// The runs of a tile: first those of the first parts of all its rows, then of the second parts, and so on. A row's parts
-  /// keep their order, and runs of single rows that are alike stand beside each other.
+  /// The runs of a tile: first those of the first parts of all its rows, then of the second parts,
+  /// and so on. A row's parts keep their order, and runs of single rows that are alike stand beside
+  /// each other.
   void add_tile(index_t tile, index_t& runs, index_t& scales, index_t& U) {
     const index_t before = first(tile), end = before + rows(tile);
     index_t ends[tile_rows], groups = 0, most = 0;
@@ -157,14 +166,15 @@ class plan {
   index_t tokens_, tiles_in_block_;
   token_parts who_;
   index_t tiles_;
-  index_t each_, more_;  ///< tokens of a tile, and how many tiles have one more: kept, because a division takes long
+  /// Tokens of a tile, and how many tiles have one more: kept, because a division takes long.
+  index_t each_, more_;
   index_t rank_of_token_, assignments_, run_capacity_;
   const part<Acc>* parts_ = nullptr;
   layout::place<index_t> order_place_, by_part_place_, first_run_place_, first_by_part_place_;
-  layout::place<run> runs_place_;
+  layout::place<run_of_rows> runs_place_;
   layout::place<double> scales_place_;
   index_t *order_ = nullptr, *by_part_ = nullptr, *first_run_ = nullptr, *first_by_part_ = nullptr;
-  run* runs_ = nullptr;
+  run_of_rows* runs_ = nullptr;
   double* scales_ = nullptr;
 };
 

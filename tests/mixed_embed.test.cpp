@@ -1,9 +1,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// Mixed forms where an embedding is looked up (rows) and where a convolution multiplies by lora_A (apply_through).
+// Mixed forms where an embedding is looked up (rows) and where a convolution multiplies by lora_A
+// (apply_through).
 #include <vector>
 
-#include "lora/rows.hpp"
+#include "lora/embed.hpp"
 #include "support/catch.hpp"
 #include "support/random.hpp"
 #include "support/recipe.hpp"
@@ -49,14 +50,14 @@ void check(std::uint64_t seed) {
     const auto form = lora::mixed(embedding.transpose(), l);
     const auto want = l.oracle(embedding.transpose(), none, chosen.cast<double>().eval());
     test::col_matrix<acc> y(out, tokens), direct(out, tokens);
-    lora::rows(embedding, ids, y, form);
+    lora::embed(embedding, ids, y, form);
     CHECK(want.template holds<acc>(y));
-    lora::rows(embedding, ids, direct, l);
+    lora::embed(embedding, ids, direct, l);
     CHECK(same_bits(y, direct));
     auto twice = want;
     twice.y *= 2;
     twice.size *= 2;
-    lora::rows(lora::with_scale(embedding, 2), ids, y, form);
+    lora::embed(lora::scaled_embedding(embedding, 2), ids, y, form);
     CHECK(twice.template holds<acc>(y));
 
     // apply_through, where down is a product.
@@ -85,7 +86,8 @@ TEST_CASE("rows and apply_through of forms", "[mixed][rows]") {
   SECTION("double") { check<double, double>(2303); }
 }
 
-TEST_CASE("low-rank forms have the bits of rows and apply_through with the adapters", "[mixed][rows]") {
+TEST_CASE("low-rank forms have the bits of rows and apply_through with the adapters",
+          "[mixed][rows]") {
   test::random g(2304);
   CAPTURE(g.seed());
   const test::matrix<float> embedding = g.reals<float>(30, 20, 1);
@@ -93,10 +95,12 @@ TEST_CASE("low-rank forms have the bits of rows and apply_through with the adapt
   const lora::adapter<float> a{g.reals<float>(5, 30, 1), g.reals<float>(20, 5, 1), {.alpha = 3}};
   const auto form = lora::mixed(embedding.transpose(), a, lora::scaled(0.5, a));
   test::col_matrix<float> y(20, 4), want(20, 4);
-  lora::rows(embedding, ids, y, form);
-  lora::rows(embedding, ids, want, a, lora::scaled(0.5, a));
+  lora::embed(embedding, ids, y, form);
+  lora::embed(embedding, ids, want, a, lora::scaled(0.5, a));
   CHECK(same_bits(y, want));
-  const auto down = [&](const auto& A) { return test::col_matrix<float>::Ones(A.rows(), 4).eval(); };
+  const auto down = [&](const auto& A) {
+    return test::col_matrix<float>::Ones(A.rows(), 4).eval();
+  };
   lora::apply_through(down, y, form);
   lora::apply_through(down, want, a, lora::scaled(0.5, a));
   CHECK(same_bits(y, want));
@@ -110,19 +114,24 @@ TEST_CASE("rows and apply_through refuse what they cannot do, and write nothing"
   test::col_matrix<float> y = g.reals<float>(5, 1, 1);
   const auto before = y;
   const auto in_rows = [&](const auto& l) {
-    return refusal<lora::value_error>([&] { lora::rows(embedding, ids, y, lora::mixed(5, 6, l)); });
+    return refusal<lora::value_error>(
+        [&] { lora::embed(embedding, ids, y, lora::mixed(5, 6, l)); });
   };
   CHECK(mentions(in_rows(recipe<float>().map(g, 6).shift(g, 5)), {"rows", "merge it"}));
-  CHECK(mentions(in_rows(recipe<float>().shift(g, 5).low_rank(g, 5, 6, 1)), {"rows", "bias of its own"}));
+  CHECK(mentions(in_rows(recipe<float>().shift(g, 5).low_rank(g, 5, 6, 1)),
+                 {"rows", "bias of its own"}));
   const auto low = lora::mixed(5, 6, recipe<float>().low_rank(g, 5, 6, 1));
   CHECK(
-      mentions(refusal<lora::shape_error>([&] { lora::rows(embedding.transpose(), ids, y, low); }), {"rows", "transpose"}));
+      mentions(refusal<lora::shape_error>([&] { lora::embed(embedding.transpose(), ids, y, low); }),
+               {"rows", "transpose"}));
   const auto down = [](const auto& A) { return test::col_matrix<float>::Ones(A.rows(), 1).eval(); };
   const auto through = [&](const auto& l) {
     return refusal<lora::value_error>([&] { lora::apply_through(down, y, lora::mixed(5, 6, l)); });
   };
-  CHECK(mentions(through(recipe<float>().low_rank(g, 5, 6, 1).map(g, 6)), {"apply_through", "merge it"}));
-  CHECK(mentions(through(recipe<float>().delta(g, 5, 6)), {"apply_through", "no factors", "merge it"}));
+  CHECK(mentions(through(recipe<float>().low_rank(g, 5, 6, 1).map(g, 6)),
+                 {"apply_through", "merge it"}));
+  CHECK(mentions(through(recipe<float>().delta(g, 5, 6)),
+                 {"apply_through", "no factors", "merge it"}));
   test::col_matrix<float> short_y = y.topRows(4);
   CHECK_THROWS_AS(lora::apply_through(down, short_y, low), lora::shape_error);
   CHECK(same_bits(y, before));

@@ -1,9 +1,11 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// machine_limits(): what this machine can do at best, measured in about 50 ms with the threads and the vectors that the
-// library uses: float multiply-adds, dot products of bfloat16, streaming reads, and reading and writing in place. Keep the
-// result; a service that runs for days measures again, because on a shared host the memory bandwidth doubles and halves
-// within minutes. Where other programs keep the cores busy, threads wait for each other and all rates come out far too low.
+// machine_limits(): what this machine can do at best, measured in about 50 ms with the threads and
+// the vectors that the library uses: float multiply-adds, dot products of bfloat16, streaming
+// reads, and reading and writing in place. Keep the
+// result; a service that runs for days measures again, because on a shared host the memory
+// bandwidth doubles and halves within minutes. Where other programs keep the cores busy, threads
+// wait for each other and all rates come out far too low.
 #pragma once
 
 #include <algorithm>
@@ -19,18 +21,21 @@
 namespace lora::inline LORA_DETAIL_ABI {
 
 /// Rates of this machine with `threads` threads.
-struct limits {
+struct machine_rates {
   double flops = 0;       ///< float FLOP/s; a multiply-add is two
   double read = 0;        ///< bytes/s read from memory
   double read_write = 0;  ///< bytes/s read and written in place: both directions count
   int threads = 1;
-  /// FLOP/s by dot products of bfloat16 (see smallest_in_product, smallest_in_delta); flops, or 0, where there are none.
+  /// FLOP/s by dot products of bfloat16 (see flush_threshold_of_product, flush_threshold_of_delta);
+  /// flops, or 0, where there are none.
   double dot_flops = 0;
 
   /// Seconds that these FLOPs and bytes must take when they overlap perfectly.
   double reading(double work, double bytes) const { return reading(work, 0, bytes); }
   /// The same with further FLOPs by dot products.
-  double reading(double work, double dots, double bytes) const { return std::max(computing(work, dots), bytes / read); }
+  double reading(double work, double dots, double bytes) const {
+    return std::max(computing(work, dots), bytes / read);
+  }
   /// The same where the bytes are read and written in place.
   double updating(double work, double bytes) const { return updating(work, 0, bytes); }
   double updating(double work, double dots, double bytes) const {
@@ -38,7 +43,9 @@ struct limits {
   }
 
  private:
-  double computing(double work, double dots) const { return work / flops + dots / (dot_flops > 0 ? dot_flops : flops); }
+  double computing(double work, double dots) const {
+    return work / flops + dots / (dot_flops > 0 ? dot_flops : flops);
+  }
 };
 
 namespace detail {
@@ -53,22 +60,27 @@ T opaque(T value) {
 /// Owns the memory that is streamed, so that it is touched once and measured often.
 class limits_probe {
  public:
-  /// Memory of this many bytes, several times the last-level cache: what a pass leaves in the cache must not serve the next.
+  /// Memory of this many bytes, several times the last-level cache: what a pass leaves in the cache
+  /// must not serve the next.
   explicit limits_probe(std::size_t bytes = std::size_t{128} << 20) : threads_(threads_for(1e9)) {
-    share_ = std::max<index_t>(1, static_cast<index_t>(bytes / sizeof(float)) / threads_ / step) * step;
+    share_ =
+        std::max<index_t>(1, static_cast<index_t>(bytes / sizeof(float)) / threads_ / step) * step;
     memory_ = array<float>(share_ * threads_);
     parallel(threads_, [&](const team& team) { std::fill_n(part(team.thread()), share_, 1.0F); });
   }
 
   int threads() const { return threads_; }
 
-  /// budget: seconds in all; each rate is the best of the passes that fit, at_least so many. Reading comes after writing: it
-  /// drives the written lines out of the caches, so that none is left for whoever is measured next.
-  limits measure(double budget = 0.05, int at_least = 3) {
+  /// budget: seconds in all; each rate is the best of the passes that fit, at_least so many.
+  /// Reading comes after writing: it drives the written lines out of the caches, so that none is
+  /// left for whoever is measured next.
+  machine_rates measure(double budget = 0.05, int at_least = 3) {
     const auto threads = static_cast<double>(threads_);
     const double bytes = static_cast<double>(share_) * threads * sizeof(float);
-    const double update_time = best(0.4 * budget, at_least, [&](int thread) { return update(part(thread)); });
-    const double read_time = best(0.3 * budget, at_least, [&](int thread) { return read(part(thread)); });
+    const double update_time =
+        best(0.4 * budget, at_least, [&](int thread) { return update(part(thread)); });
+    const double read_time =
+        best(0.3 * budget, at_least, [&](int thread) { return read(part(thread)); });
     const auto rate = [&](double flops_of_step, const auto& work) {
       return threads * chunk * flops_of_step / best((dots ? 0.15 : 0.3) * budget, at_least, work);
     };
@@ -87,21 +99,23 @@ class limits_probe {
  private:
   using v = simd<float>;
   static constexpr bool dots = has_dots<float, bfloat16>;
-  /// Chains that run at the same time: two units with a latency of 4 to 6 need 12, or a few more where there are registers for
-  /// them, as a tile has with AVX-512.
+  /// Chains that run at the same time: two units with a latency of 4 to 6 need 12, or a few more
+  /// where there are registers for them, as a tile has with AVX-512.
   static constexpr int chains = std::max(12, 2 * tile_rows);
   static constexpr index_t step = index_t{8} * v::width;
   static constexpr int chunk = 20'000;
   static constexpr double fma_flops = 2.0 * chains * v::width;
 
-  /// The shortest of the runs that fit into the time, at_least so many, of work(thread) on every thread at once.
+  /// The shortest of the runs that fit into the time, at_least so many, of work(thread) on every
+  /// thread at once.
   template <class Work>
   double best(double budget, int at_least, const Work& work) {
     double shortest = 1e9, spent = 0;
     for (int runs = 0; runs < at_least || spent < budget; ++runs) {
       const auto start = std::chrono::steady_clock::now();
       parallel(threads_, [&](const team& team) { opaque(work(team.thread())); });
-      const double once = std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
+      const double once =
+          std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count();
       shortest = std::min(shortest, once);
       spent += once;
     }
@@ -152,7 +166,8 @@ class limits_probe {
     const auto factor = v::broadcast(opaque(0.5F)), addend = v::broadcast(opaque(0.5F));
     for (float* const end = p + share_; p != end; p += step) {
       LORA_DETAIL_UNROLL
-      for (int i = 0; i < 8; ++i) v::store(p + i * v::width, v::multiply_add(v::load(p + i * v::width), factor, addend));
+      for (int i = 0; i < 8; ++i)
+        v::store(p + i * v::width, v::multiply_add(v::load(p + i * v::width), factor, addend));
     }
     return 0;
   }
@@ -167,6 +182,6 @@ class limits_probe {
 }  // namespace detail
 
 /// Measures. Allocates 128 MiB for the length of the call; throws std::bad_alloc.
-inline limits machine_limits() { return detail::limits_probe().measure(); }
+inline machine_rates machine_limits() { return detail::limits_probe().measure(); }
 
 }  // namespace lora::inline LORA_DETAIL_ABI

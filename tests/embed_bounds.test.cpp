@@ -2,7 +2,7 @@
 //
 // The bounds of rows, apply of replaced rows and apply_through: they hold against long double, a
 // mistake exceeds them, and a copy has none.
-#include "lora/rows_bounds.hpp"
+#include "lora/embed_bounds.hpp"
 
 #include "support/catch.hpp"
 #include "support/random.hpp"
@@ -28,7 +28,8 @@ lora::adapter<F> adapter(test::random& g, index_t out, index_t in) {
 
 }  // namespace
 
-TEMPLATE_TEST_CASE("rows are within their bound, with a constant and without", "", float, double, bfloat16, float16) {
+TEMPLATE_TEST_CASE("rows are within their bound, with a constant and without", "", float, double,
+                   bfloat16, float16) {
   test::random g(seed);
   CAPTURE(g.seed());
   using F = std::conditional_t<std::is_same_v<TestType, double>, double, float>;
@@ -38,16 +39,18 @@ TEMPLATE_TEST_CASE("rows are within their bound, with a constant and without", "
     const std::vector<index_t> ids{g.integer(0, vocabulary - 1), g.integer(0, vocabulary - 1)};
     const auto l = adapter<F>(g, features, vocabulary), other = adapter<F>(g, features, vocabulary);
     const double c = g.uniform(-9, 9);
-    const exact_matrix merged = test::exact(W).transpose() + test::exact_delta(l) + test::exact_delta(other);
+    const exact_matrix merged =
+        test::exact(W).transpose() + test::exact_delta(l) + test::exact_delta(other);
     exact_matrix want(features, 2);
     for (index_t t = 0; t < 2; ++t) want.col(t) = merged.col(ids[static_cast<std::size_t>(t)]);
     test::matrix<TestType> y(features, 2);
-    lora::rows(W, ids, y, l, other);
-    CHECK(within(y, want, lora::rows_bound(W, ids, y, l, other)));
-    lora::rows(lora::with_scale(W, c), ids, y, l, other);
+    lora::embed(W, ids, y, l, other);
+    CHECK(within(y, want, lora::embed_bound(W, ids, y, l, other)));
+    lora::embed(lora::scaled_embedding(W, c), ids, y, l, other);
     want *= static_cast<long double>(c);
-    CHECK(within(y, want, lora::rows_bound(lora::with_scale(W, c), ids, y, l, other)));
-    CHECK_FALSE(within(y, want * 1.05L, lora::rows_bound(lora::with_scale(W, c), ids, y, l, other)));
+    CHECK(within(y, want, lora::embed_bound(lora::scaled_embedding(W, c), ids, y, l, other)));
+    CHECK_FALSE(
+        within(y, want * 1.05L, lora::embed_bound(lora::scaled_embedding(W, c), ids, y, l, other)));
   }
 }
 
@@ -58,10 +61,10 @@ TEST_CASE("a row that is copied has no error") {
   const test::matrix<bfloat16> same(5, 2);
   const test::matrix<float> wider(5, 2);
   const test::matrix<float16> other(5, 2);
-  CHECK(lora::rows_bound(W, ids, same).isZero(0));
-  CHECK(lora::rows_bound(W, ids, wider).isZero(0));
-  CHECK(lora::rows_bound(W, ids, other).maxCoeff() > 0);
-  CHECK(lora::rows_bound(lora::with_scale(W, 3), ids, same).maxCoeff() > 0);
+  CHECK(lora::embed_bound(W, ids, same).isZero(0));
+  CHECK(lora::embed_bound(W, ids, wider).isZero(0));
+  CHECK(lora::embed_bound(W, ids, other).maxCoeff() > 0);
+  CHECK(lora::embed_bound(lora::scaled_embedding(W, 3), ids, same).maxCoeff() > 0);
 }
 
 TEST_CASE("replaced rows are within their bound, and other columns have none") {
@@ -74,7 +77,7 @@ TEST_CASE("replaced rows are within their bound, and other columns have none") {
     want.col(0) = static_cast<long double>(c) * test::exact(replaced.values()).row(1).transpose();
     want.col(2) = static_cast<long double>(c) * test::exact(replaced.values()).row(0).transpose();
     const auto bound = lora::apply_bound(ids, y, replaced, c);
-    lora::apply(ids, y, replaced, c);
+    lora::overwrite_rows(ids, y, replaced, c);
     CHECK(within(y, want, bound));
     CHECK(bound.col(1).isZero(0));
     CHECK(bound.col(0).minCoeff() > 0);
@@ -100,7 +103,8 @@ TEMPLATE_TEST_CASE("apply_through is within its bound", "", float, double, bfloa
     exact_matrix want = test::exact(y);
     for (const auto* one : {&l, &other})
       want += static_cast<long double>(one->scaling()) *
-              test::times(test::exact(one->lora_B()), test::exact(down(lora::as_matrix(one->lora_A()))));
+              test::times(test::exact(one->lora_B()),
+                          test::exact(down(lora::as_matrix(one->lora_A()))));
     const auto bound = lora::apply_through_bound(down, y, l, other);
     lora::apply_through(down, y, l, other);
     CHECK(within(y, want, bound));
