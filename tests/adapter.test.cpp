@@ -234,7 +234,7 @@ TEST_CASE("scaled multiplies and keeps owners by pointer, views by value", "[sca
   const lora::adapter<float> l{A, B, {.alpha = 3}};
   const auto half = lora::scaled(0.5, l);
   CHECK(half.scaling() == 0.75);
-  CHECK(half.weight() == 0.5);
+  CHECK(half.strength() == 0.5);
   CHECK(&half.adapter() == &l);
   CHECK(&half.lora_A() == &l.lora_A());
   CHECK(half.rank() == 2);

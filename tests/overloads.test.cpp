@@ -68,8 +68,8 @@ TEST_CASE("numbers are converted", "[overloads]") {
   Eigen::MatrixXf y = Eigen::MatrixXf::Zero(2, 1);
   lora::overwrite_rows(std::vector<int>{1}, y, replaced, 2);
   CHECK(y == Eigen::MatrixXf::Constant(2, 1, 2));
-  CHECK(lora::scaled(2, l).weight() == 2);
-  CHECK(lora::scaled(2, lora::packed_adapter<float>{l}.rank() == 1 ? l : l).weight() == 2);
+  CHECK(lora::scaled(2, l).strength() == 2);
+  CHECK(lora::scaled(2, lora::packed_adapter<float>{l}.rank() == 1 ? l : l).strength() == 2);
   float values[6] = {};
   const float more[6] = {1, 2, 3, 4, 5, 6};
   CHECK(lora::row_major(values, 2, 3).rows() == 2);
@@ -239,7 +239,7 @@ TEST_CASE("what derives from a class of the library is one", "[overloads]") {
   CHECK(lora::batch<float>(who).tokens() == 1);
   const my_packed packed(l);
   CHECK(lora::packed_adapter<float>(packed).rank() == 1);
-  CHECK(lora::scaled(2, packed).weight() == 2);
+  CHECK(lora::scaled(2, packed).strength() == 2);
   const my_dora style(lora::adapter<float>(l), {1, 1});
   CHECK(lora::scaled(2, style).strength() == 2);
 }
