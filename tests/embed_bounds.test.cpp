@@ -1,6 +1,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// The bounds of rows, apply of replaced rows and apply_through: they hold against long double, a
+// The bounds of embed, overwrite_rows and apply_through: they hold against long double, a
 // mistake exceeds them, and a copy has none.
 #include "lora/embed_bounds.hpp"
 
@@ -76,7 +76,7 @@ TEST_CASE("replaced rows are within their bound, and other columns have none") {
     exact_matrix want = test::exact(y);
     want.col(0) = static_cast<long double>(c) * test::exact(replaced.values()).row(1).transpose();
     want.col(2) = static_cast<long double>(c) * test::exact(replaced.values()).row(0).transpose();
-    const auto bound = lora::apply_bound(ids, y, replaced, c);
+    const auto bound = lora::overwrite_rows_bound(ids, y, replaced, c);
     lora::overwrite_rows(ids, y, replaced, c);
     CHECK(within(y, want, bound));
     CHECK(bound.col(1).isZero(0));

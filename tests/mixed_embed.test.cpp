@@ -19,7 +19,7 @@ using test::recipe;
 using test::refusal;
 using test::same_bits;
 
-/// A recipe without what rows and apply_through refuse.
+/// A recipe without what embed and apply_through refuse.
 template <class F>
 recipe<F> drawn(test::random& g, index_t out, index_t in, bool through) {
   recipe<F> l;
@@ -80,13 +80,13 @@ void check(std::uint64_t seed) {
 
 }  // namespace
 
-TEST_CASE("rows and apply_through of forms", "[mixed][rows]") {
+TEST_CASE("embed and apply_through of forms", "[mixed][rows]") {
   SECTION("float") { check<float, float>(2301); }
   SECTION("bfloat16") { check<lora::bfloat16, float>(2302); }
   SECTION("double") { check<double, double>(2303); }
 }
 
-TEST_CASE("low-rank forms have the bits of rows and apply_through with the adapters",
+TEST_CASE("low-rank forms have the bits of embed and apply_through with the adapters",
           "[mixed][rows]") {
   test::random g(2304);
   CAPTURE(g.seed());
@@ -106,7 +106,7 @@ TEST_CASE("low-rank forms have the bits of rows and apply_through with the adapt
   CHECK(same_bits(y, want));
 }
 
-TEST_CASE("rows and apply_through refuse what they cannot do, and write nothing", "[mixed][rows]") {
+TEST_CASE("embed and apply_through refuse what they cannot do, and write nothing", "[mixed][rows]") {
   test::random g(2305);
   CAPTURE(g.seed());
   const test::matrix<float> embedding = g.reals<float>(6, 5, 1);

@@ -27,7 +27,7 @@
 //              E = (P_0 + (1+P_0) gamma_{3K+1}) |g_0 W|
 //                  + sum (P_k + (1+P_k) gamma_{R+3K+3}) |g_k| d_k + underflow,
 //            with fewer roundings for later adapters. docs/numerics.md derives it, and has the same
-//            for unmerge, forward, apply, rows and apply_through; mixed_bounds.hpp computes them.
+//            for unmerge, forward, apply, embed and apply_through; mixed_bounds.hpp computes them.
 //   overflow a factor m / n that is not finite is refused; merge and unmerge report, mixing does
 //            not.
 //   cost     the norms: 2 r out in FLOPs and one pass over W; then as merge: two passes over W.

@@ -279,7 +279,7 @@ class mixed_input {
   const void* form_ = nullptr;
 };
 
-/// Adapters of one module, of any kinds, as a call of forward, apply, rows or apply_through mixes
+/// Adapters of one module, of any kinds, as a call of forward, apply, embed or apply_through mixes
 /// them in; see the top of this file. Owns what it needs: it looks at no W and no adapter any more.
 /// Immutable, and cheap to copy: copies share the content.
 template <class Acc>
@@ -431,7 +431,7 @@ template <class L>
 concept kinds = any_adapters<L> && !adapters<L>;
 
 /// A form's low-rank and delta steps, each with the product of the gains that follow it (in double;
-/// empty: none): what rows and apply_through fold into lora_B. Looks at the steps.
+/// empty: none): what embed and apply_through fold into lora_B. Looks at the steps.
 template <class Acc>
 class folded_steps {
  public:

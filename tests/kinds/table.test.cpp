@@ -119,7 +119,7 @@ constexpr verb_name verbs[] = {
     {"forward(packed_weight, x, y, l)"},
     {"apply(x, y, l)"},
     {"apply(x, y, mixed(W, l))", "mixed"},
-    {"embed(W, ids, y, l)", "rows"},
+    {"embed(W, ids, y, l)", "embed"},
     {"embed(W, ids, y, mixed(W, l))", "mixed"},
     {"apply_through(down, y, l)", "apply_through"},
     {"apply_through(down, y, mixed(W, l))", "mixed"},

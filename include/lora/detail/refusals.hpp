@@ -129,7 +129,7 @@ constexpr bool refuse_adapter() {
   } else if constexpr (form_like<L>) {
     static_assert(never<L>,
                   "lora: what lora::mixed returned goes alone, as the last argument, to merge, "
-                  "unmerge, apply, forward, rows or "
+                  "unmerge, apply, forward, embed or "
                   "apply_through: make one form of all adapters of a call");
   } else if constexpr (packed_adapter_like<L>) {
     static_assert(never<L>,
