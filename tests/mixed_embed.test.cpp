@@ -106,7 +106,8 @@ TEST_CASE("low-rank forms have the bits of embed and apply_through with the adap
   CHECK(same_bits(y, want));
 }
 
-TEST_CASE("embed and apply_through refuse what they cannot do, and write nothing", "[mixed][rows]") {
+TEST_CASE("embed and apply_through refuse what they cannot do, and write nothing",
+          "[mixed][rows]") {
   test::random g(2305);
   CAPTURE(g.seed());
   const test::matrix<float> embedding = g.reals<float>(6, 5, 1);

@@ -126,8 +126,9 @@ class [[nodiscard]] adapter
       : base(detail::exact_copy<T>(lora_A), detail::exact_copy<T>(lora_B), scale) {}
 
   /// Takes row-major factors in T that are moved in, without a copy. Throws as basic_adapter.
-  adapter(std::type_identity_t<detail::row_major_matrix<T>>&& lora_A,
-          std::type_identity_t<detail::row_major_matrix<T>>&& lora_B, const lora::scaling& scale)
+  template <class A, class B>
+    requires std::is_same_v<A, detail::row_major_matrix<T>> && std::is_same_v<B, A>
+  adapter(A&& lora_A, B&& lora_B, const lora::scaling& scale)
       : base(std::move(lora_A), std::move(lora_B), scale) {}
 
   /// A copy of any adapter, with its scaling as it stands.

@@ -1,6 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// expect: layers and panels hold float, double, lora::float16 or lora::bfloat16; Eigen's 16-bit
-// types
+// expect: layers and panels hold float, double, lora::float16 or lora::bfloat16; Eigen's 16-bit types
 #include "lora/lora.hpp"
 
 #ifdef LORA_MUST_FAIL

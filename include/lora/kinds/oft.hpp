@@ -70,25 +70,25 @@ struct oft_settings {
 
 namespace detail {
 
-using block = Eigen::MatrixXd;
+using oft_block = Eigen::MatrixXd;
 
 /// R_i, and an upper bound of the row sums of the magnitudes that were added up to it.
 struct rotation {
-  block R;
+  oft_block R;
   double magnitude;
 };
 
-inline rotation rotation_of(const block& Q, const oft_settings& settings) {
-  const block I = block::Identity(Q.rows(), Q.cols());
+inline rotation rotation_of(const oft_block& Q, const oft_settings& settings) {
+  const oft_block I = oft_block::Identity(Q.rows(), Q.cols());
   if (settings.rotation == oft_rotation::cayley) {
-    const block transposed = Eigen::PartialPivLU<block>(I - Q).solve(I + Q);
+    const oft_block transposed = Eigen::PartialPivLU<oft_block>(I - Q).solve(I + Q);
     return {transposed.transpose(), 1};
   }
   const int terms = settings.neumann_terms;
   const int highest = terms < 3 ? terms - 1 : std::max(terms, 4) - 1;
   const double size = Q.cwiseAbs().rowwise().sum().maxCoeff();
   rotation result{I, 1};
-  block power = I;
+  oft_block power = I;
   double power_size = 1;
   for (int i = 1; i <= highest; ++i) {
     const double coefficient = i == highest && terms != 2 ? 1 : 2;
@@ -136,7 +136,7 @@ class turn final : public input_map<Acc> {
 
   /// Empty where the error of R, in double or in the accumulator, could make it singular.
   static matrix inverse_of(const rotation& of, int terms) {
-    const block inverse = Eigen::PartialPivLU<block>(of.R).inverse();
+    const oft_block inverse = Eigen::PartialPivLU<oft_block>(of.R).inverse();
     const double in_double = 0x1p-53 * terms * (static_cast<double>(of.R.rows()) + 1);
     const double unit = std::max<double>(std::numeric_limits<Acc>::epsilon(), in_double);
     const double error = unit * of.magnitude * inverse.norm();  // a NaN anywhere reaches it
@@ -244,8 +244,8 @@ class [[nodiscard]] oft_adapter {
   }
 
   /// Q_i, within coft_eps.
-  detail::block skew(index_t i) const {
-    detail::block Q = detail::block::Zero(block_size_, block_size_);
+  detail::oft_block skew(index_t i) const {
+    detail::oft_block Q = detail::oft_block::Zero(block_size_, block_size_);
     for (index_t row = 0, packed = 0; row < block_size_; ++row)
       for (index_t col = row + 1; col < block_size_; ++col, ++packed) {
         Q(row, col) = detail::widen<double>(blocks_(i, packed));

@@ -4,6 +4,7 @@
 // is shorter than it was a moment ago is an error, never a short buffer.
 #pragma once
 
+#include <algorithm>
 #include <cerrno>
 #include <cstddef>
 #include <cstdint>
@@ -92,8 +93,10 @@ inline void input_file::open(const std::filesystem::path& path) {
 }
 
 inline std::size_t input_file::read_some(std::uint64_t at, std::span<std::byte> into) const {
+  // Some systems refuse more than 2^31 - 1 bytes in one call.
+  const std::size_t count = std::min(into.size(), std::size_t{1} << 30);
   while (true) {
-    const auto got = ::pread(descriptor_, into.data(), into.size(), static_cast<off_t>(at));
+    const auto got = ::pread(descriptor_, into.data(), count, static_cast<off_t>(at));
     if (got < 0 && errno == EINTR) continue;
     return got < 0 ? 0 : static_cast<std::size_t>(got);
   }
