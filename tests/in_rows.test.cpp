@@ -471,9 +471,10 @@ TEST_CASE("rows that a weight does not have are refused", "[in_rows]") {
   const lora::adapter<float> l{g.reals<float>(2, 5, 1), g.reals<float>(7, 2, 1), {.alpha = 3}};
   for (const auto& [first, out] : std::vector<std::pair<index_t, index_t>>{
            {-1, 20}, {14, 20}, {0, 6}, {std::numeric_limits<index_t>::max(), 20}, {0, -1}})
-    CHECK(mentions(
-        refusal<lora::shape_error>([&] { static_cast<void>(lora::in_rows(first, out, l)); }),
-        {"in_rows", "7 outputs"}));
+    CHECK(mentions(refusal<lora::shape_error>([&l, at = first, rows = out] {
+                     static_cast<void>(lora::in_rows(at, rows, l));
+                   }),
+                   {"in_rows", "7 outputs"}));
   const auto slice = lora::in_rows(13, 20, l);
   test::matrix<float> W = g.reals<float>(21, 5, 1), before = W;
   CHECK(mentions(refusal<lora::shape_error>([&] { lora::merge(W, slice); }),
