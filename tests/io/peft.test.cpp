@@ -977,15 +977,15 @@ TEST_CASE("trained rows replace rows, and are refused beside an adapter of the s
   const auto tensors = small().add(prefix + "e.token_adapter.trainable_tokens_delta", {2, 3});
   const auto file = assemble(json, tensors);
   Eigen::MatrixXf W = Eigen::MatrixXf::Zero(5, 3), y = Eigen::MatrixXf::Constant(3, 2, 9);
-  lora::merge(W, file.token_rows().at("e"));
+  lora::assign_rows(W, file.token_rows().at("e"));
   CHECK(W.row(4) == Eigen::RowVector3f(1, 2, 3));
   CHECK(W.row(1) == Eigen::RowVector3f(4, 5, 6));
   CHECK(W.row(0).isZero());
-  lora::apply(std::vector<long>{0, 1}, y, file.token_rows().at("e"));
+  lora::overwrite_rows(std::vector<long>{0, 1}, y, file.token_rows().at("e"));
   CHECK(y.col(0) == Eigen::Vector3f(9, 9, 9));
   CHECK(y.col(1) == Eigen::Vector3f(4, 5, 6));
   Eigen::MatrixXf small_W = Eigen::MatrixXf::Zero(4, 3);
-  CHECK_THROWS_AS(lora::merge(small_W, file.token_rows().at("e")), lora::value_error);
+  CHECK_THROWS_AS(lora::assign_rows(small_W, file.token_rows().at("e")), lora::value_error);
   file_refused(config("\"trainable_token_indices\":{\"e\":[4]}"), tensors,
                {"trainable_tokens_delta", "each of the 1 tokens"});
   file_refused(config("\"trainable_token_indices\":{\"e\":[4,4]}"), tensors,

@@ -311,7 +311,7 @@ TEST_CASE("a resized embedding lies under its token adapter", "[peft][base]") {
     const auto values = file.replacements()[0].values<float>();
     Eigen::MatrixXf W =
         Eigen::Map<const Eigen::Matrix<float, 13, 4, Eigen::RowMajor>>(values.data());
-    lora::merge(W, file.token_rows().at("m.embed_tokens"));
+    lora::assign_rows(W, file.token_rows().at("m.embed_tokens"));
     CHECK(W.row(11) == Eigen::RowVector4f(1, 2, 3, 4));
     CHECK(W(0, 0) == 1);
   }
@@ -358,7 +358,7 @@ TEST_CASE("rows of no token are no values", "[peft][empty]") {
       assemble(config(R"("trainable_token_indices":{"e":[]})"),
                small().add(prefix + "e.token_adapter.trainable_tokens_delta", {0, 3}));
   Eigen::MatrixXf W = Eigen::MatrixXf::Ones(5, 3);
-  lora::merge(W, file.token_rows().at("e"));
+  lora::assign_rows(W, file.token_rows().at("e"));
   CHECK(W == Eigen::MatrixXf::Ones(5, 3));
 }
 
