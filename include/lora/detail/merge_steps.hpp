@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <memory>
 #include <span>
 #include <string>
 #include <variant>
@@ -51,6 +52,37 @@ void refuse_step_overlap(const char* operation, const V& W, std::span<const step
   refuse_factor_overlap(operation, "W", W, each_low_rank(list.steps));
 }
 
+/// Low-rank steps packed for a weight, or for some rows of one.
+template <class Acc, class T, storage_order Order>
+class update_of_rows {
+  using update = rank_update<Acc, Order, columns_of<Acc, storage_t<T>>, has_dots<Acc, bfloat16>>;
+
+ public:
+  /// Everything that can throw happens here.
+  update_of_rows(const char* operation, double sign, const matrix_view<T, Order>& W,
+                 std::span<const low_rank_step> list)
+      : W_(W), update_(space_, operation, each_low_rank(list), W.rows(), W.cols(), sign) {}
+  update_of_rows(const update_of_rows&) = delete;
+  update_of_rows& operator=(const update_of_rows&) = delete;
+
+  template <writing Where>
+  tally run() const {
+    if (update_.rank() == 0 && Where == writing::in_place) return {};
+    return update_.run(rounding_sink<update, Acc, T, Order, Where>(W_));
+  }
+  /// The same, times a gain for each output.
+  template <writing Where>
+  tally run(const Acc* gain) const {
+    using change = gained_sum<Acc, storage_t<T>, Order>;
+    return update_.run(rounding_sink<update, Acc, T, Order, Where, change>(W_, change{gain}));
+  }
+
+ private:
+  matrix_view<T, Order> W_;
+  workspace space_;
+  update update_;
+};
+
 /// W := round(what the steps make of it), or with `unmerging` the reverse; Where: in place, or
 /// counted only.
 template <writing Where, class Acc, class T, storage_order Order>
@@ -60,28 +92,21 @@ tally pass_over(const char* operation, double sign, const matrix_view<T, Order>&
   const auto list = low_rank_steps(steps);
   if (list.all_low_rank() && !list.all_rows) {
     for (const auto& one : steps) check_step(operation, one, W.rows(), W.cols());
+    // All of them before the first is written.
+    std::vector<std::unique_ptr<update_of_rows<Acc, T, Order>>> updates;
+    for (const auto& [rows, some] : cut_at_rows(list.steps, W.rows()))
+      if (!some.empty() || Where == writing::nowhere)
+        updates.push_back(std::make_unique<update_of_rows<Acc, T, Order>>(
+            operation, sign, W.middle_rows(rows.first, rows.count), some));
     tally seen;
-    for (const auto& [rows, some] : cut_at_rows(list.steps, W.rows())) {
-      const std::vector<step<Acc>> own(some.begin(), some.end());
-      if (!own.empty() || Where == writing::nowhere)
-        seen += pass_over<Where, Acc, T, Order>(operation, sign,
-                                                W.middle_rows(rows.first, rows.count), own);
-    }
+    for (const auto& one : updates) seen += one->template run<Where>();
     return seen;
   }
   if (list.all_rows && (list.all_low_rank() || (list.fits_tiles && sign == merging))) {
     for (const auto& one : steps) check_step(operation, one, W.rows(), W.cols());
-    workspace space;
-    const rank_update<Acc, Order, columns_of<Acc, storage_t<T>>, has_dots<Acc, bfloat16>> update(
-        space, operation, each_low_rank(list.steps), W.rows(), W.cols(), sign);
-    using in_tiles = bare<decltype(update)>;
-    if (list.gain != nullptr)
-      return update.run(
-          rounding_sink<in_tiles, Acc, T, Order, Where, gained_sum<Acc, storage_t<T>, Order>>(
-              W, {list.gain->gain.data()}));
-    return update.rank() == 0 && Where == writing::in_place
-               ? tally{}
-               : update.run(rounding_sink<in_tiles, Acc, T, Order, Where>(W));
+    const update_of_rows<Acc, T, Order> update(operation, sign, W, list.steps);
+    return list.gain == nullptr ? update.template run<Where>()
+                                : update.template run<Where>(list.gain->gain.data());
   }
   const row_change<Acc> change(operation, steps, W.rows(), W.cols(), sign);
   return row_pass<Acc>(matrix_rows<Acc, T, Order, Where == writing::in_place>(W), change);
