@@ -466,6 +466,27 @@ TEST_CASE("q and v of a fused layer are attached, merged and mixed", "[in_rows][
   CHECK(mentions(refused, {"m has a first row"}));
 }
 
+TEST_CASE("an any_kind has the bound of the kind that it holds, or none", "[in_rows][bound]") {
+  test::random g(4140);
+  const test::matrix<float> W = g.reals<float>(20, 9, 1);
+  const lora::dora_adapter<float> dora{
+      g.reals<float>(2, 9, 1), g.reals<float>(7, 2, 1), {.alpha = 3}, std::vector<float>(7, 1.5F)};
+  const test::col_matrix<float> x = g.reals<float>(9, 3, 1), y = g.reals<float>(20, 3, 1);
+  const auto of = [&](const auto& l) {
+    return lora::forward_bound(W, x, y, lora::mixed_bound(W, l)).eval();
+  };
+  CHECK(of(lora::in_rows(4, 20, lora::any_kind(dora))) == of(lora::in_rows(4, 20, dora)));
+  CHECK(of(lora::in_rows(4, 20, lora::scaled(0.5, lora::any_kind(dora)))) ==
+        of(lora::in_rows(4, 20, lora::scaled(0.5, dora))));
+  const lora::module_adapter whole({.module = "m"}, lora::any_kind(lora::in_rows(4, 20, dora)));
+  CHECK(mentions(refusal<lora::value_error>([&] { of(whole); }), {"mixed_bound", "in_rows"}));
+  const test::matrix<float> own = W.topRows(7);
+  const lora::module_adapter module({.module = "m"}, lora::any_kind(dora));
+  CHECK(mentions(
+      refusal<lora::value_error>([&] { static_cast<void>(lora::mixed_bound(own, module)); }),
+      {"mixed_bound", "gains"}));
+}
+
 TEST_CASE("rows that a weight does not have are refused", "[in_rows]") {
   test::random g(4131);
   const lora::adapter<float> l{g.reals<float>(2, 5, 1), g.reals<float>(7, 2, 1), {.alpha = 3}};

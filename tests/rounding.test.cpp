@@ -55,3 +55,58 @@ TEST_CASE("a rounding policy checks what merge checks and writes nothing before"
   const lora::adapter<float> big{A, B, {.alpha = 40000}};
   CHECK(lora::merge(lora::rounding::as_peft, H, big).became_nonfinite == 12);
 }
+
+namespace {
+
+/// One adapter goes through register tiles, two through the row pass; the second one adds 0.
+template <class T, class F, class M>
+void check_both_ways(test::random& g, index_t out, index_t in, index_t rank) {
+  const lora::adapter<F> l{g.reals<F>(rank, in, 0.5), g.reals<F>(out, rank, 0.5), {.alpha = 2.7}};
+  const lora::adapter<F> zero{g.reals<F>(1, in, 1), test::matrix<F>::Zero(out, 1), {.alpha = 1}};
+  const M W = g.reals<T>(out, in, 1);
+  const auto check = [&](const auto& verb) {
+    M one = W, two = W;
+    const auto of_one = verb(one, l);
+    const auto of_two = verb(two, l, zero);
+    CHECK(same_bits(one, two));
+    CHECK(of_one.changed == of_two.changed);
+  };
+  CAPTURE(out, in, rank);
+  using namespace lora::rounding;
+  check([](M& to, const auto&... k) { return lora::merge(as_peft, to, k...); });
+  check([](M& to, const auto&... k) { return lora::merge(as_peft_safe, to, k...); });
+  check([](M& to, const auto&... k) { return lora::unmerge(as_peft, to, k...); });
+  check([](M& to, const auto&... k) { return lora::unmerge(as_peft_safe, to, k...); });
+}
+
+template <class T, class F>
+void check_both_ways_in_each_order(std::uint64_t seed) {
+  test::random g(seed);
+  CAPTURE(g.seed());
+  for (const index_t out : {3, 17, 40})
+    for (const index_t in : {5, 33, 70})
+      for (const index_t rank : {1, 6}) {
+        check_both_ways<T, F, test::matrix<T>>(g, out, in, rank);
+        check_both_ways<T, F, test::col_matrix<T>>(g, out, in, rank);
+      }
+}
+
+}  // namespace
+
+TEST_CASE("register tiles have the bits and the count of the row pass", "[rounding]") {
+  SECTION("float, float") { check_both_ways_in_each_order<float, float>(5101); }
+  SECTION("float, double") { check_both_ways_in_each_order<float, double>(5102); }
+  SECTION("double, float") { check_both_ways_in_each_order<double, float>(5103); }
+  SECTION("double, double") { check_both_ways_in_each_order<double, double>(5104); }
+  SECTION("float, bfloat16") { check_both_ways_in_each_order<float, lora::bfloat16>(5105); }
+  SECTION("float, float16") { check_both_ways_in_each_order<float, lora::float16>(5106); }
+  SECTION("bfloat16, float") { check_both_ways_in_each_order<lora::bfloat16, float>(5107); }
+  SECTION("bfloat16, double") { check_both_ways_in_each_order<lora::bfloat16, double>(5108); }
+  SECTION("bfloat16, bfloat16") {
+    check_both_ways_in_each_order<lora::bfloat16, lora::bfloat16>(5109);
+  }
+  SECTION("float16, bfloat16") {
+    check_both_ways_in_each_order<lora::float16, lora::bfloat16>(5110);
+  }
+  SECTION("float16, float16") { check_both_ways_in_each_order<lora::float16, lora::float16>(5111); }
+}

@@ -4,11 +4,11 @@
 //                                          lora_A(:, ids[t]))
 // embed(W, ids, y, form)                   y(:, t) := round(g W(ids[t], :) + ...): a mixed form,
 //                                          made from W.transpose() (mixed.hpp)
-// embed(scaled_embedding(W, c), ids, y, l...)    y(:, t) := round(c * (...)), for an embedding that
-//                                                multiplies by a constant
-// assign_rows(W, replaced)                W(i, :) := the trained row of every replaced id i
-// overwrite_rows(ids, y, replaced)                y(:, t) := the trained row where ids[t] is
-//                                                 replaced; other columns stay
+// embed(scaled_embedding(W, c), ids, ...)  y(:, t) := round(c * (...)), for an embedding that
+//                                          multiplies by a constant
+// assign_rows(W, replaced)                 W(i, :) := the trained row of every replaced id i
+// overwrite_rows(ids, y, replaced)         y(:, t) := the trained row where ids[t] is replaced; other
+//                                          columns stay
 //
 // An embedding with its adapters mixed in: only the rows that are asked for are read, of W and of
 // the adapters.
@@ -398,6 +398,22 @@ void overwrite_rows(const R& ids, Y&& y, const replaced_rows<T>& replaced, doubl
       to(i, t) = scaled(detail::widen<acc>(replaced.values()(k, i)));
     ++t;
   }
+}
+
+/// Rows that training replaced are assigned, not merged.
+template <class M, scalar T>
+  requires matrix_like<M>
+void merge(M&&, const replaced_rows<T>&) {
+  static_assert(detail::never<T>,
+                "lora::merge: these rows replace rows of W and add nothing: assign_rows(W, rows)");
+}
+/// And overwritten, not applied.
+template <class R, class Y, scalar T>
+  requires token_range<R> && activations<Y>
+void apply(const R&, Y&&, const replaced_rows<T>&, double = 1.0) {
+  static_assert(detail::never<T>,
+                "lora::apply: these rows replace columns of y and add nothing: "
+                "overwrite_rows(ids, y, rows)");
 }
 
 /// A mistaken call of it gets a sentence.

@@ -1,16 +1,14 @@
 // SPDX-License-Identifier: Apache-2.0
 //
-// How far the results of rows.hpp and through.hpp may be from exact arithmetic; see bounds.hpp.
+// How far the results of embed.hpp and through.hpp may be from exact arithmetic; see bounds.hpp.
 //
-//   embed_bound(W, ids, y, l...)             of embed(W, ids, y, l...), W a matrix or
-//   scaled_embedding(it,
-//                                           c)
-//   overwrite_rows_bound(ids, y, replaced, c)        of overwrite_rows(ids, y, replaced, c): 0 in
-//   the columns that it
-//                                           leaves
-//   apply_through_bound(down, y, l...)      of apply_through(down, y, l...); y as it is before.
-//                                           down is called once for each adapter; the error of what
-//                                           it returns comes on top.
+//   embed_bound(W, ids, y, l...)                of embed(W, ids, y, l...), W a matrix or
+//                                               scaled_embedding(it, c)
+//   overwrite_rows_bound(ids, y, replaced, c)   of overwrite_rows(ids, y, replaced, c): 0 in the
+//                                               columns that it leaves
+//   apply_through_bound(down, y, l...)          of apply_through(down, y, l...); y as it is before.
+//                                               down is called once for each adapter; the error of
+//                                               what it returns comes on top
 //
 //   shapes   Eigen::MatrixXd of y's shape; of y's elements only apply_through_bound reads any.
 //   formula  docs/numerics.md, "The bounds"; for rows |c| (gamma_3 |W row| + gamma_{R+5} d column)

@@ -22,9 +22,10 @@
 //            of another row that is -0 becomes +0.)
 //   cost     that of its rows: no row of lora_B beside them is stored or multiplied, but for the
 //            rest of the first and last panel of outputs (tile_cols: 16 or 32); lora_A x is
-//            computed once for each adapter, and apply passes over all of y, as always. A merge
-//            into a matrix, or into a packed weight in place, reads and writes these rows alone,
-//            and reports of these alone. Copies the factors of a low-rank adapter once; kinds share
+//            computed once for each adapter, and apply passes over all of y, as always. A merge of
+//            low-rank slices into a matrix reads and writes these rows alone, and reports of these
+//            alone; other merges write back the bits of neighbouring rows (a tile, a panel, or with
+//            PEFT's rounding all), and count what is not finite there. Copies the factors of a low-rank adapter once; kinds share
 //            what they hold.
 //   error    that of the verb with the adapter: mixed_bound takes slices (mixed_bounds.hpp).
 //   throws   shape_error for rows that a weight of out_features outputs does not have.

@@ -126,10 +126,9 @@ struct attachment {
 /// the merged weight. Given a reload function it holds 1 in every state and 2 while a call changes
 /// what is merged (3 where adapters of other kinds than low-rank ones are merged; without a reload
 /// function 3 then, too). An adapter is kept twice, as it came and in panels of the same format
-/// (double for a double layer), ranks and outputs padded to them. Blocks of 2 MiB and more take
-/// whole huge pages of 2 MiB, those from 16 KiB on share them (see packed_adapter). While adapters
-/// of other kinds are active beside the weight, all that is beside it is held once more, as one
-/// mixed form.
+/// (double for a double layer), ranks and outputs padded to them. Blocks of 1 MiB and more take
+/// whole huge pages of 2 MiB. While adapters of other kinds are active beside the weight, all that
+/// is beside it is held once more, as one mixed form.
 ///
 /// Copies are explicit: clone(). Every call that throws has changed nothing. Const calls may run at
 /// the same time; others need the object to themselves.

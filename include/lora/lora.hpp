@@ -1,7 +1,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // The verbs of plain adapters, and their bounds. Included by name: what fewer need (lora/dora.hpp,
-// rows.hpp, through.hpp, rounding.hpp, residual.hpp; mixed_bounds.hpp, embed_bounds.hpp,
+// embed.hpp, through.hpp, rounding.hpp, residual.hpp; mixed_bounds.hpp, embed_bounds.hpp,
 // rounding_bounds.hpp) and the file formats (lora/io/safetensors.hpp, lora/io/peft.hpp).
 #pragma once
 

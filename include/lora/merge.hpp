@@ -4,7 +4,8 @@
 //                         ranges of them
 // merged(W, l...)         the same as a new matrix; W is read only
 // merge_checked(W, l...)  merge if every element of the result is finite; otherwise throws and W is
-// untouched unmerge(W, l...)        W := round(W - sum of s * lora_B * lora_A)
+//                         untouched
+// unmerge(W, l...)        W := round(W - sum of s * lora_B * lora_A)
 // merge, merge_checked and unmerge (space, W, l...): the same with scratch that the caller keeps
 // (workspace.hpp)
 //

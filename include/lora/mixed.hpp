@@ -346,7 +346,7 @@ class [[nodiscard]] mixed_form {
   /// Product of all gains, out_features numbers; empty where there is no gain.
   const std::vector<Acc>& gain() const { return state_->gain(); }
 
-  /// Whether forward takes a matrix W in_features x out_features, and rows an embedding.
+  /// Whether forward takes a matrix W in_features x out_features, and embed an embedding.
   bool stored_in_out() const { return stored_in_out_; }
   /// The same for a W that is stored, and passed, in_features x out_features. A packed_weight is
   /// out_features x in_features always.

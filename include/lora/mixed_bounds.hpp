@@ -8,13 +8,15 @@
 //   unmerge_bound(W, sure)               of unmerge(W, form); W as it is before, the merged weight
 //   forward_bound(W, x, y, sure)         of forward(W, x, y, form), also with a bias
 //   apply_bound(x, y, sure)              of apply(x, y, form); y as it is before
-//   embed_bound(W, ids, y, sure)          of embed(W, ids, y, form), also scaled_embedding
+//   embed_bound(W, ids, y, sure)         of embed(W, ids, y, form), also scaled_embedding
 //   apply_through_bound(down, y, sure)   of apply_through(down, y, form), beside the error of what
 //                                        down returns
 //
 //   kinds    those whose steps are low-rank, gain and shift steps: plain adapters, DoRA, entries of
 //            PEFT files, IA3 of outputs, ranges of them, and slices of these (in_rows.hpp).
-//            value_error for an input map or a delta step.
+//            any_kind where it holds DoRA or IA3, or has no gain. value_error for an input map, a
+//            delta step, steps of some rows whose slice is not seen (a module_adapter of a fused
+//            weight), and gains of a kind that is not seen.
 //   formula  docs/numerics.md, "DoRA and other gains". The norms of magnitudes are found again, and
 //            P, the relative error of each product g of gains. Where W + D cancels, P is large, and
 //            so are all bounds of that output; where nothing can be said they are infinite. A gain
@@ -205,6 +207,15 @@ row_factor factor_of_ia3(const ia3_adapter<T>& k, double w) {
   return result;
 }
 
+/// Whether a kind is known at run time alone.
+template <class K>
+inline constexpr bool is_held = std::is_same_v<K, any_kind> || requires(const K& k) {
+  { k.expert(index_t()) } -> std::convertible_to<const any_kind&>;
+};
+template <class K>
+  requires is_scaled_kind<K>
+inline constexpr bool is_held<K> = is_held<bare<decltype(std::declval<const K&>().of())>>;
+
 template <class K>
 inline constexpr bool is_row_slice = false;
 template <class K>
@@ -245,11 +256,30 @@ class mixed_bounder {
   void add_one(const K& k) {
     if constexpr (is_scaled_kind<K>) {
       if constexpr (is_row_slice<bare<decltype(k.of())>>) return add_slice(k.of(), k.strength());
+      if constexpr (std::is_same_v<bare<decltype(k.of())>, any_kind>)
+        if (add_held(k.of(), k.strength())) return;
     }
+    if constexpr (std::is_same_v<K, any_kind>)
+      if (add_held(k, 1)) return;
     if constexpr (is_row_slice<K>)
       add_slice(k, 1);
     else
       add_steps(k);
+  }
+
+  /// What an any_kind holds, if its gains have an error of their own.
+  bool add_held(const any_kind& k, double strength) {
+    const auto held = [&]<class K>(std::type_identity<K>) {
+      const K* const one = k.get_if<K>();
+      if (one != nullptr) add_one(scaled(strength, *one));
+      return one != nullptr;
+    };
+    const auto of_format = [&]<class T>(std::type_identity<T>) {
+      return held(std::type_identity<dora_adapter<T>>()) ||
+             held(std::type_identity<ia3_adapter<T>>());
+    };
+    return of_format(std::type_identity<float>()) || of_format(std::type_identity<double>()) ||
+           of_format(std::type_identity<float16>()) || of_format(std::type_identity<bfloat16>());
   }
 
   /// The bound of the slice's rows as a weight of their own, in their place.
@@ -296,6 +326,10 @@ class mixed_bounder {
     const std::vector<double> magnitude = magnitude_of(k);
     error_part low = nothing();
     for (const step<Acc>& one : steps) {
+      if (!std::visit([](const auto& s) { return s.rows.all(); }, one))
+        raise_value(
+            "mixed_bound",
+            "an adapter changes some rows of the weight: pass in_rows(first, rows, adapter)");
       if (const auto* l = std::get_if<low_rank_step>(&one)) {
         low = part_of(*l);
         if (low.rank() != 0) result_.add({*l, low, result_.gains_count()});
@@ -336,6 +370,11 @@ class mixed_bounder {
         return factor_of_ia3<Acc>(k.of(), request_.strength * k.strength());
     } else if constexpr (is_ia3<K>) {
       return factor_of_ia3<Acc>(k, request_.strength);
+    }
+    if constexpr (is_held<K>) {
+      raise_value("mixed_bound",
+                  "the gains of an adapter have an error that its kind would tell, and the kind is "
+                  "not seen: pass the adapter itself");
     }
     auto result = row_factor::none(result_.out_features());
     if (!magnitude.empty())

@@ -4,8 +4,7 @@
 //                                          D_i the delta of adapter i
 // merge(rounding::as_peft_safe, W, l...)   W := round(W + round(D_1)), ...
 //                                          D_i rounded to W's format first
-// unmerge(either, W, l...)                 W := round(W - round(D_n)), ..., W := round(W -
-//                                          round(D_1))
+// unmerge(either, W, l...)                 W := round(W - round(D_n)), the last adapter first
 //
 // What Hugging Face PEFT stores when it merges (as_peft: safe_merge=False, the default;
 // as_peft_safe: safe_merge=True), for those who must reproduce it. merge without a policy is more

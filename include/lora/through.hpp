@@ -64,6 +64,8 @@ struct expansion {
   template <class V>
   void set_B(index_t at, const V& lora_B, const expanded_rows& of) {
     const row_range rows = of.rows.of(B.rows());
+    // Where a slice has other ranks beside it, B may be multiplied whole.
+    if (rows.count != B.rows()) B.middleCols(at, lora_B.cols()).setZero();
     used_.push_back({at, lora_B.cols(), rows});
     for (index_t j = 0; j < lora_B.cols(); ++j)
       for (index_t i = 0; i < lora_B.rows(); ++i) {

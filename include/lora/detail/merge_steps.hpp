@@ -173,6 +173,7 @@ void change_bias(const View& bias, double sign, const bias_change& change) {
     const auto i = static_cast<std::size_t>(k);
     const double gain = change.gain.empty() ? 1.0 : change.gain[i],
                  shift = change.shift.empty() ? 0.0 : change.shift[i];
+    if (gain == 1.0 && shift == 0.0) continue;  // a zero keeps its sign
     const auto b = widen<double>(element);
     element = narrow<value>(sign == unmerging ? (b - shift) / gain : gain * b + shift);
   }

@@ -50,7 +50,7 @@ template <class Acc, class T, class X>
 inline constexpr bool by_dots =
     has_dots<Acc, storage_t<T>> && std::is_same_v<storage_t<T>, storage_t<X>>;
 
-/// call(multiplier): dot2 where `dots` holds and Possible, else fma. A call that cannot be is not
+/// call(multiplier): dot2 where `dots` holds and Possible, else mul_add. A call that cannot be is not
 /// compiled.
 template <class Acc, bool Possible, class Call>
 LORA_DETAIL_INLINE void with_multiplier(bool dots, const Call& call) {

@@ -4,8 +4,8 @@
 // stacked to R = sum of ranks; each element of the delta is one chain of R multiply-adds in float
 // (double if any operand is double), starting at zero, in registers; where a build has dot products
 // of bfloat16, most adapters whose factors are bfloat16 have a chain of their own (uses_dots in
-// stack.hpp), of which the element takes s times the sum. To merge, the update is packed, or
-// scaled, negated; a sink (sinks.hpp) subtracts it from the weight and rounds once. Nothing of the
+// stacked_factors.hpp), of which the element takes s times the sum. To merge, the update is packed, or
+// scaled, negated; a sink (tile_sinks.hpp) subtracts it from the weight and rounds once. Nothing of the
 // size of W is allocated and W is streamed once.
 #pragma once
 

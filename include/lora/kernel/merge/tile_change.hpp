@@ -99,7 +99,7 @@ struct peft_sum {
     Acc delta = sum * scale;
     as_it_came(delta);
     if constexpr (sizeof(F) == 2) delta = widen<Acc>(narrow<F>(delta));
-    if constexpr (sizeof(T) == 2)
+    if constexpr (!std::is_same_v<T, Acc>)
       if (delta_first) delta = widen<Acc>(narrow<T>(delta));
     return negative ? w - delta : w + delta;
   }
