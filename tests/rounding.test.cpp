@@ -6,9 +6,12 @@
 
 #include "support/bits.hpp"
 #include "support/catch.hpp"
+#include "support/random.hpp"
 
 using lora::bfloat16;
 using lora::float16;
+using lora::index_t;
+using test::same_bits;
 template <class T>
 using matrix = test::matrix<T>;
 
