@@ -243,7 +243,7 @@ class model {
     for (const auto& a : adapters_) {
       for (const auto& [name, rows] : a.file->token_rows()) {
         auto W = w_.at(name + ".weight").matrix();
-        lora::merge(W, rows);
+        lora::assign_rows(W, rows);
       }
       for (const auto& [name, e] : *a.file)
         by_module[name].push_back(lora::scaled(a.weight, converted(a, name)));
