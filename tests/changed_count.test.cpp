@@ -32,7 +32,8 @@ void check(test::random& g, index_t out, index_t in, index_t rank, double size) 
   const lora::adapter<float> l{
       g.reals<float>(rank, in, size), g.reals<float>(out, rank, size), {.alpha = 3}};
   CAPTURE(out, in, rank, size);
-  CHECK(lora::merge(W, l).changed == differing(W, before));
+  const auto of_matrix = lora::merge(W, l);
+  CHECK(of_matrix.changed == differing(W, before));
   lora::packed_weight<T> panels{before};
   const auto report = lora::merge(panels, l);
   CHECK(report.changed == differing(M(panels.matrix()), before));
