@@ -170,15 +170,15 @@ class [[nodiscard]] packed_adapters {
   /// Packs every adapter of a range. Throws what packed_adapter's constructor throws;
   /// std::bad_alloc.
   template <low_rank_range R>
-  explicit packed_adapters(const R& adapters) {
-    pack(adapters);
+  explicit packed_adapters(const R& range) {
+    pack(range);
   }
   /// The same with U in this format (see packed_adapter).
   template <low_rank_range R>
-  packed_adapters(const R& adapters, lora::intermediate_format U)
+  packed_adapters(const R& range, lora::intermediate_format U)
     requires(std::is_same_v<F, bfloat16>)
   {
-    pack(adapters);
+    pack(range);
     for (value_type& one : all_) one.U_ = U;
   }
   /// A mistaken list gets a sentence.
@@ -199,21 +199,21 @@ class [[nodiscard]] packed_adapters {
 
  private:
   template <class R>
-  void pack(const R& adapters) {
+  void pack(const R& range) {
     const detail::default_environment environment;
     constexpr auto line = static_cast<index_t>(detail::memory_alignment / sizeof(F));
     const auto lines = [](const value_type& one) {
       return detail::pieces(one.where().size(), line) * line;
     };
     index_t size = 0;
-    for (const auto& l : adapters) {
+    for (const auto& l : range) {
       all_.emplace_back().check(l);
       size += lines(all_.back());
     }
     const auto block = std::make_shared<detail::array<F>>(size);
     index_t at = 0;
     auto to = all_.begin();
-    for (const auto& l : adapters) {
+    for (const auto& l : range) {
       to->pack(l, block, at);
       at += lines(*to++);
     }

@@ -74,10 +74,12 @@ struct changed_count {
         sizeof(T) == 8 ? _mm512_add_epi64(lanes, some.lanes) : _mm512_add_epi32(lanes, some.lanes);
   }
   std::size_t count() const {
-    if constexpr (sizeof(T) == 8)
-      return static_cast<std::size_t>(_mm512_reduce_add_epi64(lanes));
-    else
-      return static_cast<std::size_t>(_mm512_reduce_add_epi32(lanes));
+    using word = std::conditional_t<sizeof(T) == 8, std::uint64_t, std::uint32_t>;
+    word words[64 / sizeof(word)];
+    _mm512_storeu_si512(words, lanes);
+    std::size_t sum = 0;
+    for (const word one : words) sum += one;
+    return sum;
   }
 };
 template <class T>
