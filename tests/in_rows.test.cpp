@@ -475,8 +475,9 @@ TEST_CASE("an any_kind has the bound of the kind that it holds, or none", "[in_r
   const auto of = [&](const auto& l) {
     return lora::forward_bound(W, x, y, lora::mixed_bound(W, l)).eval();
   };
-  CHECK(of(lora::in_rows(4, 20, lora::any_kind(dora))) == of(lora::in_rows(4, 20, dora)));
-  CHECK(of(lora::in_rows(4, 20, lora::scaled(0.5, lora::any_kind(dora)))) ==
+  const lora::any_kind held(dora);
+  CHECK(of(lora::in_rows(4, 20, held)) == of(lora::in_rows(4, 20, dora)));
+  CHECK(of(lora::in_rows(4, 20, lora::scaled(0.5, held))) ==
         of(lora::in_rows(4, 20, lora::scaled(0.5, dora))));
   const lora::module_adapter whole({.module = "m"}, lora::any_kind(lora::in_rows(4, 20, dora)));
   CHECK(mentions(refusal<lora::value_error>([&] { of(whole); }), {"mixed_bound", "in_rows"}));
