@@ -16,6 +16,7 @@
 #include "support/random.hpp"
 #include "support/recipe.hpp"
 #include "support/refused.hpp"
+#include "support/sanitized.hpp"
 
 namespace {
 
@@ -32,7 +33,7 @@ void check_forms(std::uint64_t seed, int trials) {
   CAPTURE(g.seed());
   using acc = lora::accumulator_t<T, F, X>;
   lora::workspace space;
-  for (int trial = 0; trial < trials; ++trial) {
+  for (int trial = 0; trial < test::trials(trials); ++trial) {
     const index_t out = g.integer(1, 75), in = g.one_in(5) ? g.integer(91, 1300) : g.integer(1, 90);
     const index_t tokens = g.one_in(5) ? g.integer(71, 210) : g.integer(1, 70);
     CAPTURE(trial, out, in, tokens);

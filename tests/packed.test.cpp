@@ -19,6 +19,7 @@
 #include "support/openmp.hpp"
 #include "support/random.hpp"
 #include "support/refused.hpp"
+#include "support/sanitized.hpp"
 
 using lora::index_t;
 using test::mentions;
@@ -47,7 +48,7 @@ void check_products(std::uint64_t seed) {
   test::random g(seed);
   CAPTURE(g.seed());
   lora::workspace space;
-  for (int trial = 0; trial < 25; ++trial) {
+  for (int trial = 0; trial < test::trials(25); ++trial) {
     const index_t out = g.integer(1, 90),
                   in = g.one_in(5) ? g.integer(250, 1100) : g.integer(1, 90);
     const index_t tokens = g.one_in(5) ? g.integer(100, 220) : g.integer(1, 19);
@@ -91,7 +92,7 @@ TEMPLATE_TEST_CASE("panels hold every bit", "[packed]", float, double, lora::flo
                    lora::bfloat16) {
   test::random g(1001);
   CAPTURE(g.seed());
-  for (int trial = 0; trial < 60; ++trial) {
+  for (int trial = 0; trial < test::trials(60); ++trial) {
     const index_t out = g.integer(0, 70), in = g.integer(0, 70);
     CAPTURE(trial, out, in);
     test::matrix<TestType> W = g.reals<TestType>(out, in, 2);
@@ -173,7 +174,7 @@ TEMPLATE_TEST_CASE("merging panels has the bits of merging the matrix, and of it
   using T = typename TestType::weight;
   using F = typename TestType::factor;
   using acc = lora::accumulator_t<T, F>;
-  for (int trial = 0; trial < 80; ++trial) {
+  for (int trial = 0; trial < test::trials(80); ++trial) {
     const index_t out = g.integer(1, 70), in = g.integer(1, 70);
     CAPTURE(trial, out, in);
     test::matrix<T> W = g.reals<T>(out, in, 2);

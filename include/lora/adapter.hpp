@@ -169,8 +169,7 @@ class [[nodiscard]] adapter_view
           owner)  // NOLINT(google-explicit-constructor): as std::string_view of std::string
       : base(as_matrix(owner.lora_A()), as_matrix(owner.lora_B()),
              {.alpha = owner.scaling(), .rule = scaling_rule::fixed}) {}
-  adapter_view(const adapter<T>&&) =
-      delete;  // the adapter is a temporary, and the view would outlive it: name it first
+  adapter_view(const adapter<T>&&) = delete;  // the adapter is a temporary: name it first
 };
 
 template <class T, class U, storage_order Order>

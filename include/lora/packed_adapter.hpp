@@ -235,8 +235,7 @@ class [[nodiscard]] scaled_packed_adapter {
       : adapter_(&adapter), strength_(strength) {
     if (!detail::is_finite(strength)) detail::raise_value("scaled", "the strength is not finite");
   }
-  scaled_packed_adapter(double strength, const packed_adapter<F>&& adapter) =
-      delete;  // it would look at a temporary
+  scaled_packed_adapter(double, const packed_adapter<F>&&) = delete;  // it would look at it
 
   const packed_adapter<F>& adapter() const { return *adapter_; }
   double strength() const { return strength_; }

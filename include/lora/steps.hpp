@@ -334,8 +334,7 @@ scaled_kind<K> scaled(double strength, const scaled_kind<K>& of) {
 }
 template <adapter_kind K>
   requires(!low_rank<K> && !detail::is_scaled_kind<K>)
-void scaled(double strength,
-            const K&& temporary) = delete;  // the result would look at it: give it a name first
+void scaled(double, const K&& temporary) = delete;  // the result would look at it: name it
 
 namespace detail {
 

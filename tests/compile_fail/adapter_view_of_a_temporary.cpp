@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// expect: = delete.  // the adapter is a temporary, and the view would outlive it: name it first
+// expect: = delete.  // the adapter is a temporary: name it first
 #include "lora/lora.hpp"
 
 lora::adapter<float> make();

@@ -1,5 +1,5 @@
 // SPDX-License-Identifier: Apache-2.0
-// expect: lora::merge: these rows replace rows of W and add nothing: assign_rows(W, rows)
+// expect: lora::merge: these rows replace rows of W and add nothing: assign_rows.W, rows.
 #include "lora/embed.hpp"
 
 void use(Eigen::MatrixXf& W, const lora::replaced_rows<float>& rows) {

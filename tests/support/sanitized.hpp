@@ -13,3 +13,10 @@
 #if !defined(LORA_TEST_ASAN)
 #define LORA_TEST_ASAN 0
 #endif
+
+namespace test {
+
+/// Trials of a random test: an eighth in a build with sanitizers, where one takes 20 times as long.
+constexpr int trials(int count) { return LORA_TEST_ASAN ? (count + 7) / 8 : count; }
+
+}  // namespace test
