@@ -210,7 +210,7 @@ row_factor factor_of_ia3(const ia3_adapter<T>& k, double w) {
 /// Whether a kind is known at run time alone.
 template <class K>
 inline constexpr bool is_held = std::is_same_v<K, any_kind> || requires(const K& k) {
-  { k.expert(index_t()) } -> std::convertible_to<const any_kind&>;
+  requires std::is_same_v<bare<decltype(k.expert(index_t()))>, any_kind>;
 };
 template <class K>
   requires is_scaled_kind<K>
