@@ -65,6 +65,14 @@ concept rounding_policy =
 
 namespace detail {
 
+/// visit(the adapter without its scaling): PEFT multiplies by that afterwards.
+template <class T>
+auto without_scaling(const adapter_view<T>& one) {
+  return [&one](const auto& visit) {
+    visit(adapter_view<T>(one.lora_A(), one.lora_B(), {.alpha = 1, .rule = scaling_rule::fixed}));
+  };
+}
+
 /// One low-rank step as PEFT has it: D = (B A) s, in the format of B where that has 16 bits.
 template <class Acc>
 class peft_delta {
@@ -73,11 +81,7 @@ class peft_delta {
              index_t in_features)
       : rows_of_weight_(l.rows.of(out_features)), scale_(l.strength * l.factors.scaling()) {
     l.factors.visit([&]<class T>(const adapter_view<T>& one) {
-      // Unscaled, in the accumulator of the factors.
-      const auto each = [&](const auto& visit) {
-        visit(
-            adapter_view<T>(one.lora_A(), one.lora_B(), {.alpha = 1, .rule = scaling_rule::fixed}));
-      };
+      const auto each = without_scaling(one);  // in the accumulator of the factors
       if constexpr (std::is_same_v<T, double>)
         rows_ = std::make_unique<delta_rows<double>>(operation, each, rows_of_weight_.count,
                                                      in_features, 1.0);
@@ -237,18 +241,9 @@ tally merge_one_as_peft(const char* operation, double sign, const matrix_view<T,
     if constexpr (!std::is_same_v<accumulator_t<F>, Acc>) {
       return {};
     } else {
-      using stored = storage_t<T>;
-      const auto unscaled = [&](const auto& visit) {
-        visit(
-            adapter_view<F>(one.lora_A(), one.lora_B(), {.alpha = 1, .rule = scaling_rule::fixed}));
-      };
-      workspace space;
-      const rank_update<Acc, Order, columns_of<Acc, stored>, has_dots<Acc, bfloat16>> update(
-          space, operation, unscaled, W.rows(), W.cols(), 1.0);
-      const peft_sum<Acc, stored, F> change{static_cast<Acc>(l.strength * l.factors.scaling()),
-                                            sign == unmerging, delta_first};
-      return update.run(rounding_sink<bare<decltype(update)>, Acc, T, Order, writing::in_place,
-                                      bare<decltype(change)>>(W, change));
+      const update_of_rows<Acc, T, Order> update(operation, 1.0, W, without_scaling(one));
+      return update.template run<writing::in_place>(peft_sum<Acc, storage_t<T>, F>{
+          static_cast<Acc>(l.strength * l.factors.scaling()), sign == unmerging, delta_first});
     }
   });
 }

@@ -142,6 +142,24 @@ struct row_range {
   row_range of(index_t out_features) const { return all() ? row_range{0, out_features} : *this; }
 };
 
+namespace detail {
+
+/// Where blocks of rows begin and end in a weight of `rows` rows, its own ends too: in order, each
+/// once. of(block) says its row_range, with a count.
+template <class Blocks, class Of>
+std::vector<index_t> ends_of(const Blocks& blocks, index_t rows, const Of& of) {
+  std::vector<index_t> ends{0, rows};
+  for (const auto& one : blocks) {
+    const row_range range = of(one);
+    ends.insert(ends.end(), {range.first, range.end()});
+  }
+  std::sort(ends.begin(), ends.end());
+  ends.erase(std::unique(ends.begin(), ends.end()), ends.end());
+  return ends;
+}
+
+}  // namespace detail
+
 // The numbers of a step are those of its `rows` alone: out_features in the comments is their count.
 struct low_rank_step {
   any_factors factors;

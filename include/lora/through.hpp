@@ -135,10 +135,8 @@ struct expansion {
 
   std::vector<piece> cut() const {
     if (B.cols() == 0) return {};
-    std::vector<index_t> cuts{0, B.rows()};
-    for (const used_ranks& one : used_) cuts.insert(cuts.end(), {one.rows.first, one.rows.end()});
-    std::sort(cuts.begin(), cuts.end());
-    cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+    const std::vector<index_t> cuts =
+        ends_of(used_, B.rows(), [](const used_ranks& one) { return one.rows; });
     std::vector<piece> result;
     if (cuts.size() == 2) result.push_back({{0, B.rows()}});
     for (std::size_t k = 0; cuts.size() > 2 && k + 1 < cuts.size(); ++k) {

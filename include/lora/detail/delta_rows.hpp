@@ -33,13 +33,8 @@ struct rows_of_chain {
 /// order.
 inline std::vector<rows_of_chain> cut_at_rows(std::span<const low_rank_step> list,
                                               index_t out_features) {
-  std::vector<index_t> cuts{0, out_features};
-  for (const low_rank_step& one : list) {
-    const row_range rows = one.rows.of(out_features);
-    cuts.insert(cuts.end(), {rows.first, rows.end()});
-  }
-  std::sort(cuts.begin(), cuts.end());
-  cuts.erase(std::unique(cuts.begin(), cuts.end()), cuts.end());
+  const std::vector<index_t> cuts = ends_of(
+      list, out_features, [&](const low_rank_step& one) { return one.rows.of(out_features); });
   std::vector<rows_of_chain> result;
   for (std::size_t k = 0; k + 1 < cuts.size(); ++k) {
     rows_of_chain chain{{cuts[k], cuts[k + 1] - cuts[k]}, {}};

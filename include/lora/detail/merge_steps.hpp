@@ -52,29 +52,32 @@ void refuse_step_overlap(const char* operation, const V& W, std::span<const step
   refuse_factor_overlap(operation, "W", W, each_low_rank(list.steps));
 }
 
-/// Low-rank steps packed for a weight, or for some rows of one.
+/// Low-rank adapters packed for a weight, or for some rows of one.
 template <class Acc, class T, storage_order Order>
 class update_of_rows {
   using update = rank_update<Acc, Order, columns_of<Acc, storage_t<T>>, has_dots<Acc, bfloat16>>;
 
  public:
-  /// Everything that can throw happens here.
+  /// each visits the adapters. Everything that can throw happens here.
+  template <class Each>
   update_of_rows(const char* operation, double sign, const matrix_view<T, Order>& W,
-                 std::span<const low_rank_step> list)
-      : W_(W), update_(space_, operation, each_low_rank(list), W.rows(), W.cols(), sign) {}
+                 const Each& each)
+      : W_(W), update_(space_, operation, each, W.rows(), W.cols(), sign) {}
   update_of_rows(const update_of_rows&) = delete;
   update_of_rows& operator=(const update_of_rows&) = delete;
 
+  index_t rank() const { return update_.rank(); }
+
+  /// W := round(change(W, sums)); see tile_change.hpp.
+  template <writing Where, class Change>
+  tally run(const Change& change) const {
+    return update_.run(rounding_sink<update, Acc, T, Order, Where, Change>(W_, change));
+  }
+  /// W := round(W - sums), where there are any.
   template <writing Where>
   tally run() const {
-    if (update_.rank() == 0 && Where == writing::in_place) return {};
-    return update_.run(rounding_sink<update, Acc, T, Order, Where>(W_));
-  }
-  /// The same, times a gain for each output.
-  template <writing Where>
-  tally run(const Acc* gain) const {
-    using change = gained_sum<Acc, storage_t<T>, Order>;
-    return update_.run(rounding_sink<update, Acc, T, Order, Where, change>(W_, change{gain}));
+    if (rank() == 0 && Where == writing::in_place) return {};
+    return run<Where>(subtracted_sum<Acc>());
   }
 
  private:
@@ -97,16 +100,16 @@ tally pass_over(const char* operation, double sign, const matrix_view<T, Order>&
     for (const auto& [rows, some] : cut_at_rows(list.steps, W.rows()))
       if (!some.empty() || Where == writing::nowhere)
         updates.push_back(std::make_unique<update_of_rows<Acc, T, Order>>(
-            operation, sign, W.middle_rows(rows.first, rows.count), some));
+            operation, sign, W.middle_rows(rows.first, rows.count), each_low_rank(some)));
     tally seen;
     for (const auto& one : updates) seen += one->template run<Where>();
     return seen;
   }
   if (list.all_rows && (list.all_low_rank() || (list.fits_tiles && sign == merging))) {
     for (const auto& one : steps) check_step(operation, one, W.rows(), W.cols());
-    const update_of_rows<Acc, T, Order> update(operation, sign, W, list.steps);
-    return list.gain == nullptr ? update.template run<Where>()
-                                : update.template run<Where>(list.gain->gain.data());
+    const update_of_rows<Acc, T, Order> update(operation, sign, W, each_low_rank(list.steps));
+    if (list.gain == nullptr) return update.template run<Where>();
+    return update.template run<Where>(gained_sum<Acc, storage_t<T>, Order>{list.gain->gain.data()});
   }
   const row_change<Acc> change(operation, steps, W.rows(), W.cols(), sign);
   return row_pass<Acc>(matrix_rows<Acc, T, Order, Where == writing::in_place>(W), change);

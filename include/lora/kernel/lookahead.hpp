@@ -15,6 +15,9 @@ namespace lora::inline LORA_DETAIL_ABI::detail {
 
 inline constexpr index_t cache_line = 64;
 
+/// How many pieces of `size` hold `count` things.
+constexpr index_t pieces(index_t count, index_t size) { return (count + size - 1) / size; }
+
 /// An instruction and no builtin: gcc 12 takes a function that only prefetches for one without
 /// effect, and drops calls of it that it has not inlined yet.
 LORA_DETAIL_INLINE void prefetch(const void* p) {
@@ -48,7 +51,7 @@ struct lookahead {
   }
   /// Share n of the `share` bytes at `from`, in so many steps.
   static lookahead share(const void* from, index_t share, index_t n, index_t steps) {
-    return after(from, n * share, (share + steps - 1) / steps);
+    return after(from, n * share, pieces(share, steps));
   }
   /// One step: `Row` bytes; of two panels, `next_panel` bytes apart, the same of each.
   template <int Row, bool TwoPanels>
@@ -65,7 +68,7 @@ class lookahead_in_shares {
   lookahead_in_shares(const void* from, index_t bytes, index_t shares)
       : next_(reinterpret_cast<std::uintptr_t>(from)),
         end_(next_ + static_cast<std::uintptr_t>(bytes)),
-        lines_((bytes + shares * cache_line - 1) / (shares * cache_line)) {}
+        lines_(pieces(bytes, shares * cache_line)) {}
 
   /// The next share. Nothing at the end.
   LORA_DETAIL_INLINE void advance() {

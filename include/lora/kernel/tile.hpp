@@ -23,9 +23,6 @@
 
 namespace lora::inline LORA_DETAIL_ABI::detail {
 
-/// How many pieces of `size` hold `count` things.
-constexpr index_t pieces(index_t count, index_t size) { return (count + size - 1) / size; }
-
 /// Depths that are stored together in a panel of T. bfloat16 comes in pairs, so that widening
 /// crosses no lane.
 template <class T>
