@@ -4,7 +4,9 @@
 // order; what it refuses.
 #include "lora/dora.hpp"
 
+#include <cmath>
 #include <limits>
+#include <vector>
 
 #include "support/bits.hpp"
 #include "support/catch.hpp"
@@ -234,4 +236,39 @@ TEST_CASE("DoRA refuses what has no norm, and writes nothing", "[dora]") {
   lora::merge(W, gone);
   CHECK(W.row(1).isZero());
   CHECK_THROWS_WITH(lora::unmerge(W, gone), Catch::Contains("magnitude 0"));
+}
+
+namespace {
+
+/// The gains m / n of one adapter on a weight with the storage of M.
+template <class M>
+std::vector<float> gains_on(const M& W, const lora::dora_adapter<float>& l) {
+  return lora::mixed(W, l).gain();
+}
+
+}  // namespace
+
+// Norms are summed in the tiles of each storage order, columns of bfloat16 even ones apart from odd
+// ones: outputs that change places would change gains. Sizes are those of whole tiles and of edges.
+TEMPLATE_TEST_CASE("each output has its own norm in either storage order", "[dora]", float,
+                   lora::float16, lora::bfloat16) {
+  for (const index_t out : {3, 33, 70, 131})
+    for (const index_t in : {5, 40, 67}) {
+      CAPTURE(out, in);
+      const auto drawn_W = drawn<float>(out, in, 9);
+      test::matrix<TestType> W(out, in);
+      std::vector<float> ones(static_cast<std::size_t>(out), 1);
+      for (index_t i = 0; i < out; ++i)  // no two rows are of one size
+        for (index_t j = 0; j < in; ++j)
+          W(i, j) = test::stored<TestType>(static_cast<double>(drawn_W(i, j)) *
+                                           static_cast<double>(i + 2) / 16);
+      const lora::dora_adapter<float> l(drawn<float>(2, in, 3), drawn<float>(out, 2, 4),
+                                        {.alpha = 0.7}, ones);
+      const auto by_rows = gains_on(W, l);
+      const auto by_cols = gains_on(test::col_matrix<TestType>(W), l);
+      REQUIRE(by_cols.size() == by_rows.size());
+      // Sums in double in two orders, each quotient rounded to float: one step of float apart.
+      for (std::size_t i = 0; i < by_rows.size(); ++i)
+        CHECK(std::abs(by_cols[i] - by_rows[i]) <= 0x1p-23F * by_rows[i]);
+    }
 }
